@@ -1,0 +1,27 @@
+/* AVX2 and FMA: 16 registers of 32 bytes, 12 of them accumulators. */
+#include "../compiler.h"
+#include "kernels.h"
+
+#if ML_X86
+
+#define VECTOR_BYTES 32
+#define TILE_ROWS 6
+#define TILE_VECTORS 2
+
+#define REAL float
+#define NAME(op) ml_##op##_f32_avx2
+#include "products.h"
+
+#define REAL double
+#define NAME(op) ml_##op##_f64_avx2
+#include "products.h"
+
+static bool supported(void) { return ML_CPU_HAS("avx2") && ML_CPU_HAS("fma"); }
+
+const ml_kernels ml_kernels_avx2 = {
+    .name = "avx2",
+    .supported = supported,
+    .products = {[ML_F32] = &ml_table_f32_avx2, [ML_F64] = &ml_table_f64_avx2},
+};
+
+#endif

@@ -1,0 +1,27 @@
+/* AVX-512: 32 registers of 64 bytes, 24 of them accumulators. */
+#include "../compiler.h"
+#include "kernels.h"
+
+#if ML_X86
+
+#define VECTOR_BYTES 64
+#define TILE_ROWS 6
+#define TILE_VECTORS 4
+
+#define REAL float
+#define NAME(op) ml_##op##_f32_avx512
+#include "products.h"
+
+#define REAL double
+#define NAME(op) ml_##op##_f64_avx512
+#include "products.h"
+
+static bool supported(void) { return ML_CPU_HAS("avx512f") && ML_CPU_HAS("avx512bw") && ML_CPU_HAS("avx512dq") && ML_CPU_HAS("avx512vl"); }
+
+const ml_kernels ml_kernels_avx512 = {
+    .name = "avx512",
+    .supported = supported,
+    .products = {[ML_F32] = &ml_table_f32_avx512, [ML_F64] = &ml_table_f64_avx512},
+};
+
+#endif

@@ -1,0 +1,46 @@
+/* The skinny products that all of forward and backward are made of, one table per instruction set and dtype.
+ *
+ * Everything here works on dense rows with unit column stride; routed_lora.c brings other layouts into that form.
+ * Each output element is computed by one call in an order that depends on depth alone, so results do not change with
+ * how rows and columns are shared out among tasks.
+ */
+#ifndef MOELORA_KERNELS_H
+#define MOELORA_KERNELS_H
+
+#include "../moelora.h"
+
+typedef struct {
+  int64_t lanes;       /* elements in a vector; panel widths are multiples of it */
+  int64_t panel_width; /* columns of a full panel */
+
+  /* out[i, j] = init[i, j] + sum_k left[i, k] panel[k, j]      i < rows, j < cols, k < depth
+   *
+   *   left  element (i, k) at left[i*left_row + k*left_step]
+   *   panel [depth, width] as pack wrote it, width = cols rounded up to whole vectors, at most panel_width
+   *   init  rows init_row apart (0: the same row for all); NULL: zeros; may be out itself */
+  void (*product)(int64_t rows, int64_t cols, int64_t depth, const void *left, int64_t left_row, int64_t left_step,
+                  const void *panel, int64_t width, void *out, int64_t out_row, const void *init, int64_t init_row);
+
+  /* panel[k*width + j] = source[k*depth_stride + j*col_stride]     k < depth, j < cols */
+  void (*pack)(void *panel, int64_t width, int64_t depth, int64_t cols, const void *source, int64_t depth_stride,
+               int64_t col_stride);
+
+  /* out[t, j] = <x[t, :], rows[j][:]> over depth     t < tokens, j < n; for few tokens, where packing does not pay */
+  void (*dots)(int64_t tokens, int64_t n, int64_t depth, const void *x, int64_t x_row, const void *const *rows,
+               void *out, int64_t out_row);
+} ml_products;
+
+typedef struct {
+  const char *name;
+  bool (*supported)(void);
+  const ml_products *products[2]; /* by ml_dtype */
+} ml_kernels;
+
+extern const ml_kernels ml_kernels_portable;
+extern const ml_kernels ml_kernels_avx2;
+extern const ml_kernels ml_kernels_avx512;
+
+/* The table in use; set by ml_init and ml_set_isa. */
+const ml_kernels *ml_active_kernels(void);
+
+#endif

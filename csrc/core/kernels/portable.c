@@ -1,0 +1,23 @@
+/* Vectors of 16 bytes: SSE2, NEON, or what the compiler makes of them elsewhere. */
+#include "../compiler.h"
+#include "kernels.h"
+
+#define VECTOR_BYTES 16
+#define TILE_ROWS 4
+#define TILE_VECTORS 2
+
+#define REAL float
+#define NAME(op) ml_##op##_f32_portable
+#include "products.h"
+
+#define REAL double
+#define NAME(op) ml_##op##_f64_portable
+#include "products.h"
+
+static bool supported(void) { return true; }
+
+const ml_kernels ml_kernels_portable = {
+    .name = "portable",
+    .supported = supported,
+    .products = {[ML_F32] = &ml_table_f32_portable, [ML_F64] = &ml_table_f64_portable},
+};

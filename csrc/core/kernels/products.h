@@ -1,0 +1,203 @@
+/* The skinny products for one dtype and one vector width, in the compiler's vector types: included by each
+ * instruction set's file, once per dtype, with
+ *
+ *   REAL             float or double
+ *   NAME(op)         ml_<op>_<dtype>_<isa>
+ *   VECTOR_BYTES     bytes in a vector register
+ *   TILE_ROWS        rows of a register tile, at most 6
+ *   TILE_VECTORS     vectors in a row of a tile, at most 4
+ *
+ * TILE_ROWS * TILE_VECTORS accumulators, TILE_VECTORS panel vectors and a broadcast must fit in the registers.
+ */
+enum { NAME(lanes) = (int)(VECTOR_BYTES / sizeof(REAL)) };
+
+typedef REAL NAME(vector) __attribute__((vector_size(VECTOR_BYTES)));
+/* The same at any address. */
+typedef REAL NAME(unaligned) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
+
+ML_INLINE NAME(vector) NAME(load)(const REAL *p) { return *(const NAME(unaligned) *)p; }
+ML_INLINE void NAME(store)(REAL *p, NAME(vector) v) { *(NAME(unaligned) *)p = v; }
+
+/* ---- product: a register tile of outputs, left broadcast against panel rows ---- */
+
+/* The last columns of a row end inside a vector. */
+ML_NOINLINE void NAME(finish_ragged)(int rows, int64_t cols, const REAL *whole, int64_t whole_row, REAL *out,
+                                     int64_t out_row, const REAL *init, int64_t init_row) {
+  for (int i = 0; i < rows; i++)
+    for (int64_t j = 0; j < cols; j++) {
+      REAL v = whole[i * whole_row + j];
+      out[i * out_row + j] = init ? init[i * init_row + j] + v : v;
+    }
+}
+
+ML_INLINE void NAME(tile)(const int rows, const int vectors, int64_t cols, int64_t depth, const REAL *left,
+                          int64_t left_row, int64_t left_step, const REAL *panel, int64_t width, REAL *out,
+                          int64_t out_row, const REAL *init, int64_t init_row) {
+  NAME(vector) sum[TILE_ROWS][TILE_VECTORS];
+  ML_UNROLL for (int i = 0; i < rows; i++) ML_UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = (NAME(vector)){0};
+  for (int64_t k = 0; k < depth; k++) {
+    NAME(vector) p[TILE_VECTORS];
+    ML_UNROLL for (int j = 0; j < vectors; j++) p[j] = NAME(load)(panel + k * width + j * NAME(lanes));
+    ML_UNROLL for (int i = 0; i < rows; i++) {
+      REAL l = left[i * left_row + k * left_step];
+      ML_UNROLL for (int j = 0; j < vectors; j++) sum[i][j] += l * p[j];
+    }
+  }
+  if (cols == vectors * NAME(lanes)) {
+    ML_UNROLL for (int i = 0; i < rows; i++) ML_UNROLL for (int j = 0; j < vectors; j++) {
+      REAL *o = out + i * out_row + j * NAME(lanes);
+      NAME(store)(o, init ? NAME(load)(init + i * init_row + j * NAME(lanes)) + sum[i][j] : sum[i][j]);
+    }
+    return;
+  }
+  REAL whole[TILE_ROWS * TILE_VECTORS * NAME(lanes)];
+  ML_UNROLL for (int i = 0; i < rows; i++) ML_UNROLL for (int j = 0; j < vectors; j++)
+      NAME(store)(whole + (i * vectors + j) * NAME(lanes), sum[i][j]);
+  NAME(finish_ragged)(rows, cols, whole, vectors * NAME(lanes), out, out_row, init, init_row);
+}
+
+/* All rows at a fixed number of vectors: the tile's shape is known when compiling. */
+#define ML_ROWS(rows_, vectors)                                                                                   \
+  for (; rows - i >= (rows_); i += (rows_))                                                                       \
+  NAME(tile)((rows_), (vectors), cols, depth, left + i * left_row, left_row, left_step, panel, width,             \
+             out + i * out_row, out_row, init ? init + i * init_row : NULL, init_row)
+#if TILE_ROWS > 4
+#define ML_TALL_ROWS(vectors) ML_ROWS(TILE_ROWS, vectors);
+#else
+#define ML_TALL_ROWS(vectors)
+#endif
+#define ML_COLUMNS(vectors)                                                                                       \
+  ML_NOINLINE void NAME(columns_##vectors)(int64_t rows, int64_t cols, int64_t depth, const REAL *left,           \
+                                           int64_t left_row, int64_t left_step, const REAL *panel, int64_t width, \
+                                           REAL *out, int64_t out_row, const REAL *init, int64_t init_row) {      \
+    int64_t i = 0;                                                                                                \
+    ML_TALL_ROWS(vectors)                                                                                         \
+    ML_ROWS(4, vectors);                                                                                          \
+    ML_ROWS(2, vectors);                                                                                          \
+    ML_ROWS(1, vectors);                                                                                          \
+  }
+ML_COLUMNS(1)
+ML_COLUMNS(2)
+#if TILE_VECTORS > 2
+ML_COLUMNS(3)
+ML_COLUMNS(4)
+#endif
+#undef ML_COLUMNS
+#undef ML_TALL_ROWS
+#undef ML_ROWS
+
+static void NAME(product)(int64_t rows, int64_t cols, int64_t depth, const void *left, int64_t left_row,
+                          int64_t left_step, const void *panel, int64_t width, void *out, int64_t out_row,
+                          const void *init, int64_t init_row) {
+  switch ((cols + NAME(lanes) - 1) / NAME(lanes)) {
+#define ML_VECTORS(vectors)                                                                                       \
+  case vectors:                                                                                                   \
+    NAME(columns_##vectors)(rows, cols, depth, left, left_row, left_step, panel, width, out, out_row, init,       \
+                            init_row);                                                                            \
+    break
+    ML_VECTORS(1);
+    ML_VECTORS(2);
+#if TILE_VECTORS > 2
+    ML_VECTORS(3);
+    ML_VECTORS(4);
+#endif
+#undef ML_VECTORS
+  }
+}
+
+/* ---- pack ---- */
+
+/* Four by four at a time: 16 loads of one element each would cost as much as the product they feed. */
+ML_INLINE void NAME(transpose_4x4)(REAL *panel, int64_t width, const REAL *source, int64_t col_stride) {
+  typedef REAL quad __attribute__((vector_size(4 * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
+  quad a = *(const quad *)source, b = *(const quad *)(source + col_stride);
+  quad c = *(const quad *)(source + 2 * col_stride), d = *(const quad *)(source + 3 * col_stride);
+  quad ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  quad cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  *(quad *)panel = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+  *(quad *)(panel + width) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+  *(quad *)(panel + 2 * width) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+  *(quad *)(panel + 3 * width) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+}
+
+static void NAME(pack)(void *panel_, int64_t width, int64_t depth, int64_t cols, const void *source_,
+                       int64_t depth_stride, int64_t col_stride) {
+  REAL *panel = panel_;
+  const REAL *source = source_;
+  if (col_stride == 1) {
+    for (int64_t k = 0; k < depth; k++)
+      __builtin_memcpy(panel + k * width, source + k * depth_stride, (size_t)cols * sizeof(REAL));
+    return;
+  }
+  int64_t j = 0;
+  if (depth_stride == 1) {
+    for (; j + 4 <= cols; j += 4) {
+      int64_t k = 0;
+      for (; k + 4 <= depth; k += 4)
+        NAME(transpose_4x4)(panel + k * width + j, width, source + k + j * col_stride, col_stride);
+      for (; k < depth; k++)
+        for (int64_t i = j; i < j + 4; i++) panel[k * width + i] = source[k + i * col_stride];
+    }
+  }
+  for (int64_t k = 0; k < depth; k++)
+    for (int64_t i = j; i < cols; i++) panel[k * width + i] = source[k * depth_stride + i * col_stride];
+}
+
+/* ---- dots: lanes over depth, reduced at the end in a fixed tree ---- */
+
+ML_INLINE REAL NAME(reduce)(NAME(vector) v) {
+  REAL lane[NAME(lanes)];
+  NAME(store)(lane, v);
+  ML_UNROLL for (int half = NAME(lanes) / 2; half > 0; half /= 2) ML_UNROLL for (int i = 0; i < half; i++)
+      lane[i] += lane[i + half];
+  return lane[0];
+}
+
+ML_INLINE void NAME(dots_tile)(const int tokens, const int n, int64_t depth, const REAL *x, int64_t x_row,
+                               const void *const *rows, REAL *out, int64_t out_row) {
+  NAME(vector) sum[4][8];
+  ML_UNROLL for (int t = 0; t < tokens; t++) ML_UNROLL for (int j = 0; j < n; j++) sum[t][j] = (NAME(vector)){0};
+  int64_t k = 0;
+  for (; k + NAME(lanes) <= depth; k += NAME(lanes)) {
+    NAME(vector) a[8];
+    ML_UNROLL for (int j = 0; j < n; j++) a[j] = NAME(load)((const REAL *)rows[j] + k);
+    ML_UNROLL for (int t = 0; t < tokens; t++) {
+      NAME(vector) v = NAME(load)(x + t * x_row + k);
+      ML_UNROLL for (int j = 0; j < n; j++) sum[t][j] += v * a[j];
+    }
+  }
+  ML_UNROLL for (int t = 0; t < tokens; t++) ML_UNROLL for (int j = 0; j < n; j++) {
+    REAL total = NAME(reduce)(sum[t][j]);
+    for (int64_t i = k; i < depth; i++) total += x[t * x_row + i] * ((const REAL *)rows[j])[i];
+    out[t * out_row + j] = total;
+  }
+}
+
+static void NAME(dots)(int64_t tokens, int64_t n, int64_t depth, const void *x_, int64_t x_row,
+                       const void *const *rows, void *out_, int64_t out_row) {
+  const REAL *x = x_;
+  REAL *out = out_;
+  int64_t t = 0;
+#define ML_TOKENS(m, wide)                                                                                       \
+  for (; tokens - t >= (m); t += (m)) {                                                                          \
+    int64_t j = 0;                                                                                               \
+    for (; n - j >= (wide); j += (wide))                                                                         \
+      NAME(dots_tile)((m), (wide), depth, x + t * x_row, x_row, rows + j, out + t * out_row + j, out_row);       \
+    for (; j < n; j++) NAME(dots_tile)((m), 1, depth, x + t * x_row, x_row, rows + j, out + t * out_row + j, out_row); \
+  }
+  ML_TOKENS(4, 4)
+  ML_TOKENS(2, 4)
+  ML_TOKENS(1, 8)
+#undef ML_TOKENS
+}
+
+static const ml_products NAME(table) = {
+    .lanes = NAME(lanes),
+    .panel_width = TILE_VECTORS * NAME(lanes),
+    .product = NAME(product),
+    .pack = NAME(pack),
+    .dots = NAME(dots),
+};
+
+#undef REAL
+#undef NAME

@@ -1,0 +1,221 @@
+/* Three ways to run a parallel loop, the first that applies:
+ *
+ *   torch's libgomp   when libtorch_cpu is loaded: a second runtime's threads fight with torch's for the cores
+ *                     (a routed layer between two linear ones costs 2.6x its parts with another libgomp at T = 16)
+ *   an own pool       workers spin briefly, then sleep; one loop at a time, a second caller meanwhile runs alone
+ *   the caller alone  in a forked child, where neither of the above has its threads any more
+ */
+#define _GNU_SOURCE
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "compiler.h"
+
+#ifndef _WIN32
+#include <dlfcn.h>
+#include <unistd.h>
+#endif
+
+/* ---- settings ---- */
+
+static atomic_int requested_threads; /* 0: the default */
+static atomic_int default_threads;   /* 0: not yet read */
+static atomic_bool forked;
+
+static int threads_from_environment(void) {
+  static const char *const names[] = {"MOELORA_NUM_THREADS", "OMP_NUM_THREADS"};
+  for (int i = 0; i < 2; i++) {
+    const char *text = getenv(names[i]);
+    char *end = NULL;
+    long n = text ? strtol(text, &end, 10) : 0;
+    if (text && end != text && n > 0) return n < ML_MAX_THREADS ? (int)n : ML_MAX_THREADS;
+  }
+  return 0;
+}
+
+static int usable_cpus(void) {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+#ifndef _WIN32
+  long n = sysconf(_SC_NPROCESSORS_ONLN);
+  if (n > 0) return n < ML_MAX_THREADS ? (int)n : ML_MAX_THREADS;
+#endif
+  return 1;
+}
+
+void ml_set_num_threads(int n) {
+  if (n > ML_MAX_THREADS) n = ML_MAX_THREADS;
+  atomic_store(&requested_threads, n > 0 ? n : 0);
+}
+
+int ml_get_num_threads(void) {
+  int n = atomic_load(&requested_threads);
+  if (n == 0) n = atomic_load(&default_threads);
+  if (n == 0) {
+    n = threads_from_environment();
+    if (n == 0) n = usable_cpus();
+    if (n > ML_MAX_THREADS) n = ML_MAX_THREADS;
+    atomic_store(&default_threads, n);
+  }
+  return n;
+}
+
+int ml_thread_bound(int n_threads, int64_t n_tasks) {
+  if (n_threads <= 0) n_threads = ml_get_num_threads();
+  if (n_threads > ML_MAX_THREADS) n_threads = ML_MAX_THREADS;
+  if (atomic_load(&forked)) n_threads = 1;
+  if (n_tasks < n_threads) n_threads = (int)n_tasks;
+  return n_threads > 1 ? n_threads : 1;
+}
+
+/* ---- the loop that every thread runs ---- */
+
+typedef struct {
+  ml_task *task;
+  void *context;
+  int64_t n_tasks;
+  _Atomic int64_t next_task;
+  atomic_int next_thread;
+} loop;
+
+static void run_loop(void *argument) {
+  loop *l = argument;
+  int thread = atomic_fetch_add(&l->next_thread, 1);
+  for (;;) {
+    int64_t i = atomic_fetch_add(&l->next_task, 1);
+    if (i >= l->n_tasks) return;
+    l->task(l->context, i, thread);
+  }
+}
+
+/* ---- torch's libgomp ---- */
+
+typedef void gomp_parallel(void (*body)(void *), void *data, unsigned n_threads, unsigned flags);
+static _Atomic(gomp_parallel *) torch_gomp;
+
+static gomp_parallel *find_torch_gomp(void) {
+  gomp_parallel *found = atomic_load(&torch_gomp);
+#if defined(__linux__)
+  if (!found) {
+    void *torch = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY); /* kept: torch is never unloaded */
+    if (torch) {
+      void *symbol = dlsym(torch, "GOMP_parallel");
+      __builtin_memcpy(&found, &symbol, sizeof found); /* ISO C has no cast from void * to a function */
+      if (found) atomic_store(&torch_gomp, found);
+    }
+  }
+#endif
+  return found;
+}
+
+/* ---- the own pool ---- */
+
+enum { SPINS = 2000 }; /* about 40 us: longer than the gap between two loops of one call */
+
+static struct {
+  pthread_mutex_t in_use; /* held by the caller whose loop runs */
+  pthread_mutex_t lock;   /* guards the fields below */
+  pthread_cond_t wake;
+  int n_workers;
+  int sleepers;
+  loop *job;
+  int job_threads;
+  atomic_uint generation; /* counts jobs */
+  atomic_int running;     /* workers that have not finished the current job */
+} pool = {.in_use = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+static void *pool_worker(void *argument) {
+  int index = (int)(intptr_t)argument;
+  unsigned seen = 0;
+  for (;;) {
+    for (int s = 0; s < SPINS && atomic_load_explicit(&pool.generation, memory_order_acquire) == seen; s++) ML_PAUSE();
+    pthread_mutex_lock(&pool.lock);
+    while (atomic_load(&pool.generation) == seen) {
+      pool.sleepers++;
+      pthread_cond_wait(&pool.wake, &pool.lock);
+      pool.sleepers--;
+    }
+    seen = atomic_load(&pool.generation);
+    loop *job = index < pool.job_threads ? pool.job : NULL;
+    pthread_mutex_unlock(&pool.lock);
+    if (job) {
+      run_loop(job);
+      atomic_fetch_sub_explicit(&pool.running, 1, memory_order_release);
+    }
+  }
+  return NULL;
+}
+
+/* Starts workers until there are n; fewer where the system has no more to give. */
+static void pool_grow(int n) {
+  pthread_attr_t attributes;
+  if (pthread_attr_init(&attributes) != 0) return;
+  pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+  while (pool.n_workers < n) {
+    pthread_t thread;
+    /* A new worker has seen generation 0: it waits for the lock, then finds the job that is about to be posted. */
+    if (pthread_create(&thread, &attributes, pool_worker, (void *)(intptr_t)pool.n_workers) != 0) break;
+    pool.n_workers++;
+  }
+  pthread_attr_destroy(&attributes);
+}
+
+static bool pool_run(loop *l, int n_threads) {
+  if (pthread_mutex_trylock(&pool.in_use) != 0) return false;
+  pthread_mutex_lock(&pool.lock);
+  pool_grow(n_threads - 1);
+  pool.job = l;
+  pool.job_threads = n_threads - 1 < pool.n_workers ? n_threads - 1 : pool.n_workers;
+  atomic_store(&pool.running, pool.job_threads);
+  atomic_fetch_add_explicit(&pool.generation, 1, memory_order_release);
+  if (pool.sleepers) pthread_cond_broadcast(&pool.wake);
+  pthread_mutex_unlock(&pool.lock);
+  run_loop(l);
+  for (int s = 0; atomic_load_explicit(&pool.running, memory_order_acquire) > 0; s++) {
+    if (s < SPINS)
+      ML_PAUSE();
+    else
+      sched_yield(); /* more threads than cores: spinning on would keep the worker from running */
+  }
+  pthread_mutex_unlock(&pool.in_use);
+  return true;
+}
+
+/* ---- fork ---- */
+
+#ifndef _WIN32
+static void after_fork_in_child(void) { atomic_store(&forked, true); }
+static void register_fork_handler(void) { pthread_atfork(NULL, NULL, after_fork_in_child); }
+#endif
+
+void ml_threads_init(void) {
+#ifndef _WIN32
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  pthread_once(&once, register_fork_handler);
+#endif
+}
+
+const char *ml_threading_layer(void) {
+  if (atomic_load(&forked)) return "none (forked child)";
+  return find_torch_gomp() ? "torch's libgomp" : "own pool";
+}
+
+void ml_parallel_for(int n_threads, int64_t n_tasks, ml_task *task, void *context) {
+  loop l = {.task = task, .context = context, .n_tasks = n_tasks};
+  n_threads = ml_thread_bound(n_threads, n_tasks);
+  if (n_threads > 1) {
+    gomp_parallel *gomp = find_torch_gomp();
+    if (gomp) {
+      gomp(run_loop, &l, (unsigned)n_threads, 0);
+      return;
+    }
+    if (pool_run(&l, n_threads)) return;
+  }
+  run_loop(&l);
+}
