@@ -24,8 +24,8 @@ typedef struct {
                 const void *h, void *out);
 
   /* grads[t, e] = scaling[e] * <p[t, e], h[t, e]>; 0 where keep (NULL: everything is kept) drops e */
-  void (*weight_grads)(int64_t first, int64_t last, int64_t n_experts, const int64_t *offsets,
-                       const ml_expert *experts, const uint8_t *keep, const void *p, const void *h, void *grads);
+  void (*weight_grads)(int64_t first, int64_t last, int64_t n_experts, const int64_t *offsets, const ml_expert *experts,
+                       const uint8_t *keep, const void *p, const void *h, void *grads);
 
   /* to [B, seq, N] = (add: +=) grads [T, N]; along an axis where `to` has stride zero the tokens are summed, in order */
   void (*sum_weight_grads)(int64_t batch, int64_t seq, int64_t n_experts, const void *grads, ml_tokens to, bool add);

@@ -17,14 +17,14 @@
 
 typedef enum {
   ML_OK = 0,
-  ML_ERR_NULL,       /* a required pointer is NULL */
-  ML_ERR_DTYPE,      /* not one of ml_dtype */
-  ML_ERR_SHAPE,      /* a dimension that must be positive is not (N, d, r), or a negative T */
-  ML_ERR_TOP_K,      /* top_k outside [0, N] */
-  ML_ERR_VALUE,      /* a scalar out of its domain: temperature <= 0, a non-finite scaling */
-  ML_ERR_OVERFLOW,   /* a size does not fit in the address space */
-  ML_ERR_NO_MEMORY,  /* a workspace could not be allocated */
-  ML_ERR_ISA         /* an instruction set that is unknown or that this CPU lacks */
+  ML_ERR_NULL,      /* a required pointer is NULL */
+  ML_ERR_DTYPE,     /* not one of ml_dtype */
+  ML_ERR_SHAPE,     /* a dimension that must be positive is not (N, d, r), or a negative T */
+  ML_ERR_TOP_K,     /* top_k outside [0, N] */
+  ML_ERR_VALUE,     /* a scalar out of its domain: temperature <= 0, a non-finite scaling */
+  ML_ERR_OVERFLOW,  /* a size does not fit in the address space */
+  ML_ERR_NO_MEMORY, /* a workspace could not be allocated */
+  ML_ERR_ISA        /* an instruction set that is unknown or that this CPU lacks */
 } ml_status;
 
 /* A short English phrase for a status; never NULL. */

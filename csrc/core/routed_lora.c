@@ -20,7 +20,9 @@
 
 enum {
   DEPTH_BLOCK = 256,       /* of a sum; each block starts from zero, which also keeps the rounding error small */
-  FEW_TOKENS = 48,         /* below, dot products beat packing (measured on AVX-512: docs, architecture) */
+  FEW_TOKENS = 48,         /* below, project takes dot products in place: packing would not pay */
+  VERY_FEW_TOKENS = 9,     /* the same for spread */
+  SHORT_DOT_COLUMNS = 64,  /* outputs of one task of it */
   SPREAD_TOKENS = 512,     /* tokens that share one packing of a panel in spread */
   ROW_BLOCK = 48,          /* tokens that a group of panels is applied to at a time */
   BASE_COLUMNS = 512,      /* output features of one slice of the base product */
@@ -274,8 +276,7 @@ static void project_dots(void *context, int64_t task, int thread) {
   const projection *j = context;
   const call *c = j->c;
   int64_t first = task * DOT_ROWS, n = min_(DOT_ROWS, j->R - first);
-  c->products->dots(c->T, n, j->m.d, j->x.data, j->x.row, j->factor_row + first, at(c, j->out.data, first),
-                    j->out.row);
+  c->products->dots(c->T, n, j->m.d, j->x.data, j->x.row, j->factor_row + first, at(c, j->out.data, first), j->out.row);
 }
 
 /* Tokens of a task: enough tasks for 16 threads, at most 96 tokens so that a block of x stays in the cache. */
@@ -308,9 +309,9 @@ typedef struct {
   const char *h; /* [T, R] dense */
   rows out;
   rows init;
-  int64_t group;   /* panels of a task */
-  int64_t groups;  /* tasks of the same tokens */
-  char *packed;    /* per thread [group][R][panel_width] */
+  int64_t group;  /* panels of a task */
+  int64_t groups; /* tasks of the same tokens */
+  char *packed;   /* per thread [group][R][panel_width] */
 } spreading;
 
 static int64_t spread_group(const call *c, int64_t d) {
@@ -323,8 +324,8 @@ static int64_t spread_tasks(const call *c, int64_t d) {
 }
 
 static void reserve_spreading(const call *c, budget *b, int64_t d) {
-  reserve(b, c->R * c->products->panel_width * spread_group(c, d),
-          ml_thread_bound(c->p->n_threads, spread_tasks(c, d)), c->size);
+  reserve(b, c->R * c->products->panel_width * spread_group(c, d), ml_thread_bound(c->p->n_threads, spread_tasks(c, d)),
+          c->size);
 }
 
 static void spread_task(void *context, int64_t task, int thread) {
@@ -358,10 +359,38 @@ static void spread_task(void *context, int64_t task, int thread) {
     }
 }
 
+/* For a few tokens and M's columns dense, as those of B's transpose are: nothing is packed. */
+static bool spreads_by_dots(const call *c, factor m) {
+  if (c->T >= VERY_FEW_TOKENS) return false;
+  for (int64_t e = 0; e < m.n_parts; e++)
+    if (m.parts[e].row != 1 && m.offsets[e + 1] - m.offsets[e] > 1) return false;
+  return true;
+}
+
+static void spread_dots(void *context, int64_t task, int thread) {
+  (void)thread;
+  const spreading *s = context;
+  const call *c = s->c;
+  int64_t d0 = task * SHORT_DOT_COLUMNS, cols = min_(SHORT_DOT_COLUMNS, s->m.d - d0);
+  char *out = at(c, s->out.data, d0);
+  if (s->init.data != s->out.data)
+    c->elementwise->copy(c->T, cols, s->init.data ? at(c, s->init.data, d0) : NULL, s->init.row, 1, out, s->out.row, 1,
+                         false);
+  for (int64_t e = 0; e < s->m.n_parts; e++) {
+    ml_matrix part = s->m.parts[e];
+    c->products->short_dots(c->T, cols, s->m.offsets[e + 1] - s->m.offsets[e], at(c, s->h, s->m.offsets[e]), c->R,
+                            at(c, part.data, d0 * part.col), part.col, out, s->out.row);
+  }
+}
+
 static void spread(call *c, factor m, const char *h, rows out, rows init) {
   size_t used = c->used;
   spreading s = {.c = c, .m = m, .h = h, .out = out, .init = init, .group = spread_group(c, m.d)};
   s.groups = ceil_div(m.d, c->products->panel_width * s.group);
+  if (spreads_by_dots(c, m)) {
+    ml_parallel_for(threads_for(c, c->T * c->R * m.d), ceil_div(m.d, SHORT_DOT_COLUMNS), spread_dots, &s);
+    return;
+  }
   int64_t tasks = spread_tasks(c, m.d);
   s.packed = take(c, c->R * c->products->panel_width * s.group, ml_thread_bound(c->p->n_threads, tasks), c->size);
   ml_parallel_for(threads_for(c, c->T * c->R * m.d), tasks, spread_task, &s);
@@ -372,7 +401,7 @@ static void spread(call *c, factor m, const char *h, rows out, rows init) {
 
 typedef struct {
   const call *c;
-  factor grads; /* parts without data are not wanted */
+  factor grads;  /* parts without data are not wanted */
   const char *h; /* [T, R] dense */
   rows x;
   bool add;
@@ -444,8 +473,8 @@ static void base_task(void *context, int64_t task, int thread) {
   int64_t t0 = task / slices * BASE_TOKENS, j0 = task % slices * BASE_COLUMNS;
   ml_matrix right = {at(c, g->right.data, j0 * g->right.col), g->right.row, g->right.col};
   ml_blas_product(c->p->dtype, min_(BASE_TOKENS, c->T - t0), min_(BASE_COLUMNS, g->n - j0), g->k,
-                  at(c, g->left.data, t0 * g->left.row), g->left.row, right,
-                  at(c, g->out.data, t0 * g->out.row + j0), g->out.row);
+                  at(c, g->left.data, t0 * g->left.row), g->left.row, right, at(c, g->out.data, t0 * g->out.row + j0),
+                  g->out.row);
 }
 
 static void reserve_base(const call *c, budget *b, int64_t n, int64_t k) {
@@ -540,9 +569,9 @@ done:
 
 typedef struct {
   const call *c;
-  const char *h;    /* [T, R] */
-  char *p;          /* [T, R]: P, turned into Q = s w * P; NULL: not needed */
-  char *weighted;   /* [T, R]: s w * H; NULL: not needed */
+  const char *h;     /* [T, R] */
+  char *p;           /* [T, R]: P, turned into Q = s w * P; NULL: not needed */
+  char *weighted;    /* [T, R]: s w * H; NULL: not needed */
   char *token_grads; /* [T, N]: gradient of each token's weights; NULL: not needed */
 } gradient_weighing;
 

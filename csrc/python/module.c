@@ -62,12 +62,15 @@ static bool read_top_k(PyObject *obj, int64_t n_experts, int64_t *top_k) {
   if (obj == Py_None) {
     return true;
   }
-  if (PyBool_Check(obj) || !PyIndex_Check(obj)) {
+  bool is_bool = PyBool_Check(obj) || PyArray_IsScalar(obj, Bool);
+  if (!is_bool) {
+    *top_k = PyNumber_AsSsize_t(obj, NULL); /* clips what doesn't fit */
+  }
+  if (is_bool || (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_TypeError))) {
     return raise_for(PyExc_TypeError, ARG("top_k"), "must be None or an integer in [1, %lld], got %s",
                      (long long)n_experts, Py_TYPE(obj)->tp_name);
   }
-  *top_k = PyNumber_AsSsize_t(obj, NULL); /* clips what doesn't fit */
-  if (*top_k == -1 && PyErr_Occurred()) {
+  if (PyErr_Occurred()) {
     return false;
   }
   if (*top_k < 1 || *top_k > n_experts) {

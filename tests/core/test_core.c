@@ -12,15 +12,15 @@
 
 static int failures, checks;
 
-#define EXPECT(condition, ...)                      \
-  do {                                              \
-    checks++;                                       \
-    if (!(condition)) {                             \
-      failures++;                                   \
-      printf("%s:%d: ", __FILE__, __LINE__);        \
-      printf(__VA_ARGS__);                          \
-      printf("\n");                                 \
-    }                                               \
+#define EXPECT(condition, ...)               \
+  do {                                       \
+    checks++;                                \
+    if (!(condition)) {                      \
+      failures++;                            \
+      printf("%s:%d: ", __FILE__, __LINE__); \
+      printf(__VA_ARGS__);                   \
+      printf("\n");                          \
+    }                                        \
   } while (0)
 
 /* ---- arrays of either dtype with any strides ---- */
@@ -66,8 +66,7 @@ static ml_matrix matrix(ml_dtype t, int64_t rows, int64_t cols, layout l) {
 static ml_tokens tokens(ml_dtype t, int64_t B, int64_t S, int64_t d, layout l) {
   char *data = block(t, B * S * d);
   if (l == TRANSPOSED) return (ml_tokens){data, 1, B, B * S};
-  if (l == REVERSED && B * S > 0)
-    return (ml_tokens){data + (size_t)(B * S * d - 1) * size_of(t), -S * d, -d, -1};
+  if (l == REVERSED && B * S > 0) return (ml_tokens){data + (size_t)(B * S * d - 1) * size_of(t), -S * d, -d, -1};
   return (ml_tokens){data, S * d, d, 1};
 }
 static double mget(ml_dtype t, ml_matrix m, int64_t i, int64_t j) { return get(t, m.data, i * m.row + j * m.col); }
@@ -127,7 +126,8 @@ static double twin_projected(const problem *q, int64_t b, int64_t s, int64_t e, 
 
 static void expect_close(const problem *q, const char *what, double got, double wanted) {
   double scale = 1 + fabs(wanted);
-  double tolerance = q->p.dtype == ML_F32 ? 2e-5 * sqrt((double)(q->p.d_in + q->p.d_out + q->p.batch * q->p.seq)) : 1e-11;
+  double tolerance =
+      q->p.dtype == ML_F32 ? 2e-5 * sqrt((double)(q->p.d_in + q->p.d_out + q->p.batch * q->p.seq)) : 1e-11;
   EXPECT(fabs(got - wanted) <= tolerance * scale, "%s: got %.9g, wanted %.9g (%s, T=%dx%d d=%d,%d N=%d top_k=%d)", what,
          got, wanted, ml_get_isa(), (int)q->p.batch, (int)q->p.seq, (int)q->p.d_in, (int)q->p.d_out,
          (int)q->p.n_experts, (int)q->p.top_k);
@@ -278,8 +278,8 @@ static void check_shape(const shape *s, ml_dtype t, layout l, bool per_token) {
   }
   q.p.x = tokens(t, s->batch, s->seq, s->d_in, l);
   q.grad_y = tokens(t, s->batch, s->seq, s->d_out, l);
-  q.p.routing_weights = per_token ? tokens(t, s->batch, s->seq, s->n_experts, l)
-                                  : (ml_tokens){block(t, s->n_experts), 0, 0, 1};
+  q.p.routing_weights =
+      per_token ? tokens(t, s->batch, s->seq, s->n_experts, l) : (ml_tokens){block(t, s->n_experts), 0, 0, 1};
   q.hidden = twin_products(&q, q.p.x, s->d_in, false);
   q.projected = twin_products(&q, q.grad_y, s->d_out, true);
   check_forward(&q, l);
@@ -306,8 +306,8 @@ static void check_threads_leave_the_bits_alone(ml_dtype t) {
   enum { T = 300, D = 200, R = 24, N = 3 };
   problem q = {.p = {.dtype = t, .batch = 1, .seq = T, .d_in = D, .d_out = D, .n_experts = N}, .R = R};
   for (int e = 0; e < N; e++)
-    q.experts[e] = (ml_expert){matrix(t, 8, D, DENSE), matrix(t, D, 8, DENSE), matrix(t, 8, D, DENSE),
-                               matrix(t, D, 8, DENSE), 8, 2.0};
+    q.experts[e] = (ml_expert){
+        matrix(t, 8, D, DENSE), matrix(t, D, 8, DENSE), matrix(t, 8, D, DENSE), matrix(t, D, 8, DENSE), 8, 2.0};
   q.p.experts = q.experts;
   q.p.x = tokens(t, 1, T, D, DENSE);
   q.p.routing_weights = tokens(t, 1, T, N, DENSE);
@@ -337,7 +337,8 @@ static void check_threads_leave_the_bits_alone(ml_dtype t) {
 
 static void check_base_in_place(void) {
   problem q = {.p = {.dtype = ML_F64, .batch = 1, .seq = 9, .d_in = 5, .d_out = 11, .n_experts = 1}, .R = 2};
-  q.experts[0] = (ml_expert){.a = matrix(ML_F64, 2, 5, DENSE), .b = matrix(ML_F64, 11, 2, DENSE), .rank = 2, .scaling = 1};
+  q.experts[0] =
+      (ml_expert){.a = matrix(ML_F64, 2, 5, DENSE), .b = matrix(ML_F64, 11, 2, DENSE), .rank = 2, .scaling = 1};
   q.p.experts = q.experts;
   q.p.x = tokens(ML_F64, 1, 9, 5, DENSE);
   q.p.routing_weights = (ml_tokens){block(ML_F64, 1), 0, 0, 1};
@@ -352,22 +353,23 @@ static void check_base_in_place(void) {
 
 static void check_statuses_leave_outputs_untouched(void) {
   problem q = {.p = {.dtype = ML_F32, .batch = 1, .seq = 1, .d_in = 2, .d_out = 2, .n_experts = 1}, .R = 1};
-  q.experts[0] = (ml_expert){.a = matrix(ML_F32, 1, 2, DENSE), .b = matrix(ML_F32, 2, 1, DENSE), .rank = 1, .scaling = 1};
+  q.experts[0] =
+      (ml_expert){.a = matrix(ML_F32, 1, 2, DENSE), .b = matrix(ML_F32, 2, 1, DENSE), .rank = 1, .scaling = 1};
   q.p.experts = q.experts;
   q.p.x = tokens(ML_F32, 1, 1, 2, DENSE);
   q.p.routing_weights = (ml_tokens){block(ML_F32, 1), 0, 0, 1};
   float out[2] = {7, 7};
   ml_tokens y = {out, 2, 2, 1}, none = {NULL, 0, 0, 0};
-#define STATUS(wanted, change)                                                                            \
-  do {                                                                                                    \
-    problem z = q;                                                                                        \
-    z.p.experts = z.experts;                                                                              \
-    change;                                                                                               \
-    ml_status got = ml_routed_lora_forward(&z.p, y, none, none, NULL, 0);                                 \
-    EXPECT(got == (wanted), "%s: %s", #change, ml_status_message(got));                                   \
-    got = ml_routed_lora_backward(&z.p, y, none, none, none, 0);                                          \
-    EXPECT(got == (wanted), "backward, %s: %s", #change, ml_status_message(got));                         \
-    EXPECT(out[0] == 7 && out[1] == 7, "%s wrote the output", #change);                                   \
+#define STATUS(wanted, change)                                                    \
+  do {                                                                            \
+    problem z = q;                                                                \
+    z.p.experts = z.experts;                                                      \
+    change;                                                                       \
+    ml_status got = ml_routed_lora_forward(&z.p, y, none, none, NULL, 0);         \
+    EXPECT(got == (wanted), "%s: %s", #change, ml_status_message(got));           \
+    got = ml_routed_lora_backward(&z.p, y, none, none, none, 0);                  \
+    EXPECT(got == (wanted), "backward, %s: %s", #change, ml_status_message(got)); \
+    EXPECT(out[0] == 7 && out[1] == 7, "%s wrote the output", #change);           \
   } while (0)
   STATUS(ML_ERR_DTYPE, z.p.dtype = (ml_dtype)5);
   STATUS(ML_ERR_SHAPE, z.p.d_in = 0);
@@ -387,6 +389,63 @@ static void check_statuses_leave_outputs_untouched(void) {
   free_blocks();
 }
 
+/* ---- routing ---- */
+
+/* p = softmax(logits / temperature), the k largest of it with ties to the lower index, renormalised. */
+static void check_route(ml_dtype t, int64_t T, int64_t N, int64_t k, bool renormalize, layout l, bool masked) {
+  ml_matrix logits = matrix(t, T, N, l), grad_weights = matrix(t, T, N, l);
+  if (T > 1 && N > 1)
+    for (int64_t e = 0; e < N; e++) set(t, logits.data, logits.row + e * logits.col, (double)(e / 2)); /* ties */
+  uint8_t *mask = malloc((size_t)T + 1);
+  for (int64_t i = 0; i < T; i++) mask[i] = i % 3 != 0;
+  void *weights = block(t, T * N), *prob_sums = block(t, N), *grad_logits = block(t, T * N), *grad_sums = block(t, N);
+  int64_t *indices = malloc((size_t)(T * k + 1) * sizeof *indices), *counts = malloc((size_t)N * sizeof *counts);
+  double *p = malloc((size_t)N * sizeof *p), *grad_p = malloc((size_t)N * sizeof *grad_p);
+  double *sums = calloc((size_t)N, sizeof *sums);
+  int64_t *seen = calloc((size_t)N, sizeof *seen);
+  ml_route_params q = {t, T, N, k, logits, masked ? mask : NULL, 1, 0.7, renormalize, 2};
+  problem about = {.p = {.dtype = t, .batch = 1, .seq = T, .d_in = N, .d_out = N, .n_experts = N, .top_k = k}};
+  EXPECT(ml_route(&q, weights, k ? indices : NULL, counts, prob_sums) == ML_OK, "route");
+  EXPECT(ml_route_backward(&q, grad_logits, grad_weights, k ? indices : NULL, grad_sums) == ML_OK, "route backward");
+  for (int64_t i = 0; i < T; i++) {
+    double largest = -INFINITY, total = 0, kept_sum = 0, dot = 0, mean = 0;
+    bool counted = !masked || mask[i];
+    for (int64_t e = 0; e < N; e++) largest = fmax(largest, mget(t, logits, i, e));
+    for (int64_t e = 0; e < N; e++) total += p[e] = exp((mget(t, logits, i, e) - largest) / 0.7);
+    for (int64_t e = 0; e < N; e++) sums[e] += counted ? p[e] /= total : 0 * (p[e] /= total);
+    for (int64_t e = 0; e < N; e++) {
+      int64_t before = 0;
+      for (int64_t f = 0; f < N; f++) before += p[f] > p[e] || (p[f] == p[e] && f < e);
+      bool keep = k == 0 || before < k;
+      if (keep && k) EXPECT(indices[i * k + before] == e, "index of place %d in row %d", (int)before, (int)i);
+      if (keep && counted) seen[e]++;
+      grad_p[e] = keep ? mget(t, grad_weights, i, e) : 0;
+      kept_sum += keep ? p[e] : 0;
+      if (!keep) EXPECT(get(t, weights, i * N + e) == 0, "a dropped weight is not zero");
+    }
+    if (!renormalize) kept_sum = 1;
+    for (int64_t e = 0; e < N; e++) {
+      bool keep = get(t, weights, i * N + e) != 0;
+      if (keep) expect_close(&about, "weight", get(t, weights, i * N + e), p[e] / kept_sum);
+      dot += keep ? grad_p[e] * p[e] / kept_sum : 0;
+    }
+    for (int64_t e = 0; e < N; e++) { /* through the division, then through prob_sums, then through softmax */
+      bool keep = get(t, weights, i * N + e) != 0;
+      grad_p[e] = keep ? (grad_p[e] - (renormalize ? dot : 0)) / kept_sum : 0;
+      grad_p[e] += counted ? get(t, grad_sums, e) : 0;
+      mean += grad_p[e] * p[e];
+    }
+    for (int64_t e = 0; e < N; e++)
+      expect_close(&about, "grad_logits", get(t, grad_logits, i * N + e), p[e] * (grad_p[e] - mean) / 0.7);
+  }
+  for (int64_t e = 0; e < N; e++) {
+    EXPECT(counts[e] == seen[e], "counts[%d]: got %d, wanted %d", (int)e, (int)counts[e], (int)seen[e]);
+    expect_close(&about, "prob_sums", get(t, prob_sums, e), sums[e]);
+  }
+  free(mask), free(indices), free(counts), free(p), free(grad_p), free(sums), free(seen);
+  free_blocks();
+}
+
 int main(void) {
   printf("BLAS: %s\n", ml_blas_config());
   for (const char *const *isa = ml_isa_available(); *isa; isa++) {
@@ -400,6 +459,14 @@ int main(void) {
     check_threads_leave_the_bits_alone(ML_F64);
   }
   EXPECT(ml_set_isa(NULL) == ML_OK, "the default can't be restored");
+  for (int t = ML_F32; t <= ML_F64; t++)
+    for (int l = DENSE; l < LAYOUTS; l++)
+      for (int64_t T = 0; T <= 1500; T = T * 11 + 1)
+        for (int64_t N = 1; N <= 27; N *= 3)
+          for (int64_t k = 0; k <= N; k = k * 2 + 1) {
+            check_route((ml_dtype)t, T, N, k, true, (layout)l, false);
+            check_route((ml_dtype)t, T, N, k, false, (layout)l, true);
+          }
   check_base_in_place();
   check_statuses_leave_outputs_untouched();
   printf("%d checks, %d failures, threads: %s\n", checks, failures, ml_threading_layer());

@@ -16,7 +16,9 @@
 #define NAME(op) ml_##op##_f64_avx512
 #include "products.h"
 
-static bool supported(void) { return ML_CPU_HAS("avx512f") && ML_CPU_HAS("avx512bw") && ML_CPU_HAS("avx512dq") && ML_CPU_HAS("avx512vl"); }
+static bool supported(void) {
+  return ML_CPU_HAS("avx512f") && ML_CPU_HAS("avx512bw") && ML_CPU_HAS("avx512dq") && ML_CPU_HAS("avx512vl");
+}
 
 const ml_kernels ml_kernels_avx512 = {
     .name = "avx512",

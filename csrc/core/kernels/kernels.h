@@ -28,6 +28,10 @@ typedef struct {
   /* out[t, j] = <x[t, :], rows[j][:]> over depth     t < tokens, j < n; for few tokens, where packing does not pay */
   void (*dots)(int64_t tokens, int64_t n, int64_t depth, const void *x, int64_t x_row, const void *const *rows,
                void *out, int64_t out_row);
+
+  /* out[t, j] += <h[t, :], rows[j, :]> over depth, the rows row_stride apart: dots for a depth of a few elements */
+  void (*short_dots)(int64_t tokens, int64_t n, int64_t depth, const void *h, int64_t h_row, const void *rows,
+                     int64_t row_stride, void *out, int64_t out_row);
 } ml_products;
 
 typedef struct {

@@ -107,17 +107,19 @@ static void NAME(product)(int64_t rows, int64_t cols, int64_t depth, const void 
 
 /* ---- pack ---- */
 
-/* Four by four at a time: 16 loads of one element each would cost as much as the product they feed. */
-ML_INLINE void NAME(transpose_4x4)(REAL *panel, int64_t width, const REAL *source, int64_t col_stride) {
-  typedef REAL quad __attribute__((vector_size(4 * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
-  quad a = *(const quad *)source, b = *(const quad *)(source + col_stride);
-  quad c = *(const quad *)(source + 2 * col_stride), d = *(const quad *)(source + 3 * col_stride);
-  quad ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  quad cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  *(quad *)panel = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
-  *(quad *)(panel + width) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
-  *(quad *)(panel + 2 * width) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
-  *(quad *)(panel + 3 * width) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+/* Four elements at any address, and four of them transposed: element by element, packing would cost as much as the
+ * product that it feeds. */
+typedef REAL NAME(quad) __attribute__((vector_size(4 * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
+
+ML_INLINE void NAME(transpose_4x4)(const NAME(quad) in[4], NAME(quad) out[4]) {
+  NAME(quad) low = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5);
+  NAME(quad) high = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7);
+  NAME(quad) low2 = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5);
+  NAME(quad) high2 = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
+  out[0] = __builtin_shufflevector(low, low2, 0, 1, 4, 5);
+  out[1] = __builtin_shufflevector(low, low2, 2, 3, 6, 7);
+  out[2] = __builtin_shufflevector(high, high2, 0, 1, 4, 5);
+  out[3] = __builtin_shufflevector(high, high2, 2, 3, 6, 7);
 }
 
 static void NAME(pack)(void *panel_, int64_t width, int64_t depth, int64_t cols, const void *source_,
@@ -133,8 +135,12 @@ static void NAME(pack)(void *panel_, int64_t width, int64_t depth, int64_t cols,
   if (depth_stride == 1) {
     for (; j + 4 <= cols; j += 4) {
       int64_t k = 0;
-      for (; k + 4 <= depth; k += 4)
-        NAME(transpose_4x4)(panel + k * width + j, width, source + k + j * col_stride, col_stride);
+      for (; k + 4 <= depth; k += 4) {
+        NAME(quad) in[4], out[4];
+        ML_UNROLL for (int i = 0; i < 4; i++) in[i] = *(const NAME(quad) *)(source + k + (j + i) * col_stride);
+        NAME(transpose_4x4)(in, out);
+        ML_UNROLL for (int i = 0; i < 4; i++) *(NAME(quad) *)(panel + (k + i) * width + j) = out[i];
+      }
       for (; k < depth; k++)
         for (int64_t i = j; i < j + 4; i++) panel[k * width + i] = source[k + i * col_stride];
     }
@@ -191,12 +197,39 @@ static void NAME(dots)(int64_t tokens, int64_t n, int64_t depth, const void *x_,
 #undef ML_TOKENS
 }
 
+static void NAME(short_dots)(int64_t tokens, int64_t n, int64_t depth, const void *h_, int64_t h_row,
+                             const void *rows_, int64_t row_stride, void *out_, int64_t out_row) {
+  for (int64_t t = 0; t < tokens; t++) {
+    const REAL *h = (const REAL *)h_ + t * h_row, *rows = rows_;
+    REAL *out = (REAL *)out_ + t * out_row;
+    int64_t j = 0;
+    for (; j + 4 <= n; j += 4) {
+      NAME(quad) sum[4] = {{0}}, turned[4];
+      int64_t k = 0;
+      for (; k + 4 <= depth; k += 4) {
+        NAME(quad) v = *(const NAME(quad) *)(h + k);
+        ML_UNROLL for (int i = 0; i < 4; i++) sum[i] += v * *(const NAME(quad) *)(rows + (j + i) * row_stride + k);
+      }
+      NAME(transpose_4x4)(sum, turned);
+      NAME(quad) total = (turned[0] + turned[1]) + (turned[2] + turned[3]);
+      for (; k < depth; k++) ML_UNROLL for (int i = 0; i < 4; i++) total[i] += h[k] * rows[(j + i) * row_stride + k];
+      *(NAME(quad) *)(out + j) += total;
+    }
+    for (; j < n; j++) {
+      REAL total = 0;
+      for (int64_t k = 0; k < depth; k++) total += h[k] * rows[j * row_stride + k];
+      out[j] += total;
+    }
+  }
+}
+
 static const ml_products NAME(table) = {
     .lanes = NAME(lanes),
     .panel_width = TILE_VECTORS * NAME(lanes),
     .product = NAME(product),
     .pack = NAME(pack),
     .dots = NAME(dots),
+    .short_dots = NAME(short_dots),
 };
 
 #undef REAL

@@ -1,0 +1,146 @@
+"""A whole small language model on a CPU: moelora against the old N passes, the two-pass loop and one stock LoRA.
+
+    python benchmarks/models/run.py --out benchmarks/results/models_cpu_f32.csv
+
+A Llama of some 34 million random parameters, all linear layers adapted with rank r, float32, batches of B x S tokens.
+
+    one_lora         stock PEFT, one adapter of rank r
+    n_passes         the whole model once for each expert, logits mixed by given weights [B, S, N]
+    two_pass         a first pass for the router, then a PEFT-style Python loop over the adapters in each layer
+    moelora          one pass with given weights [B, S, N]
+    moelora_router   one pass with the default router, one gate per decoder layer
+    moelora_release  the same model after `release`: stock PEFT's plain sum of N adapters
+
+A train step is forward, loss, backward and AdamW; peak memory is that of the process beyond what it held before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import interleave, peak_bytes, quartiles, write_csv  # noqa: E402
+
+import moelora  # noqa: E402
+from moelora.demo.baselines import AdapterLoop, add_experts, n_passes, two_passes  # noqa: E402
+
+
+class Peer:
+    """A model, what is trained of it, and how it turns a batch into a loss or logits."""
+
+    def __init__(
+        self, model: nn.Module, forward: Callable[[Tensor | None], Tensor], more: nn.Module | None = None
+    ) -> None:
+        parameters = [p for m in (model, more) if m is not None for p in m.parameters() if p.requires_grad]
+        self.model, self.compute = model, forward
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+
+    def forward(self) -> None:
+        with torch.no_grad():
+            self.compute(None)
+
+    def train(self, labels: Tensor) -> None:
+        self.compute(labels).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def peers(base: nn.Module, n: int, r: int, ids: Tensor) -> dict[str, Peer]:
+    names = [f"expert_{i}" for i in range(n)]
+    plain = {"r": r, "lora_alpha": 2 * r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    weights = torch.rand(*ids.shape, n).softmax(-1)
+
+    def result(outputs: Any, labels: Tensor | None) -> Tensor:
+        return outputs.logits if labels is None else outputs.loss
+
+    def stock(experts: int) -> peft.PeftModel:
+        model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**plain), adapter_name=names[0])
+        add_experts(model, names[:experts])
+        return model
+
+    def routed() -> Any:
+        config = moelora.MoELoraConfig(**plain, num_experts=n, top_k_experts=n, router_aux_loss_coef=0.0)
+        return moelora.get_peft_model(copy.deepcopy(base), config)
+
+    one, old, looped, given, released, with_router = stock(1), stock(n), stock(n), routed(), routed(), routed()
+    loop, router = AdapterLoop(looped), copy.deepcopy(with_router.base_model.router)
+    given.base_model.detach_router()
+    moelora.release(released)
+    return {
+        "moelora": Peer(
+            given, lambda labels: result(given(ids, labels=labels, routing_weights=weights, use_cache=False), labels)
+        ),
+        "moelora_router": Peer(
+            with_router, lambda labels: result(with_router(ids, labels=labels, use_cache=False), labels)
+        ),
+        "one_lora": Peer(one, lambda labels: result(one(ids, labels=labels, use_cache=False), labels)),
+        "two_pass": Peer(looped, lambda labels: two_passes(loop, looped, router, ids, labels), router),
+        "n_passes": Peer(old, lambda labels: n_passes(old, weights, ids, labels)),
+        "moelora_release": Peer(released, lambda labels: result(released(ids, labels=labels, use_cache=False), labels)),
+    }
+
+
+def measure(base: nn.Module, cells: list[tuple[int, int, int, int]], rounds: int) -> Iterator[dict[str, Any]]:
+    for (batch, seq, n, r), what in itertools.product(cells, ("forward", "train step")):
+        torch.manual_seed(0)
+        ids = torch.randint(base.config.vocab_size, (batch, seq))
+        of = peers(base, n, r, ids)
+        calls = {
+            name: peer.forward if what == "forward" else lambda peer=peer: peer.train(ids) for name, peer in of.items()
+        }
+        times = interleave(calls, rounds)
+        median = {name: quartiles(seconds)[1] for name, seconds in times.items()}
+        peaks = {name: peak_bytes(call) for name, call in calls.items()}
+        for name, seconds in times.items():
+            q1, _, q3 = quartiles(seconds)
+            yield {
+                "B": batch,
+                "S": seq,
+                "N": n,
+                "r": r,
+                "what": what,
+                "peer": name,
+                "ms_q1": f"{q1 * 1e3:.1f}",
+                "ms_median": f"{median[name] * 1e3:.1f}",
+                "ms_q3": f"{q3 * 1e3:.1f}",
+                "over_moelora": f"{median[name] / median['moelora']:.3f}",
+                "peak_mib": f"{peaks[name] / 2**20:.1f}",
+                "rounds": rounds,
+            }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--smoke", action="store_true", help="a very small model, two rounds: does it run?")
+    args = parser.parse_args()
+    size = (64, 176, 2, 256) if args.smoke else (512, 1376, 8, 8192)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=size[0],
+        intermediate_size=size[1],
+        num_hidden_layers=size[2],
+        num_attention_heads=size[0] // 64,
+        vocab_size=size[3],
+    )
+    base = LlamaForCausalLM(config)
+    if args.smoke:
+        write_csv(args.out, measure(base, [(1, 16, 2, 4)], 2))
+    else:
+        write_csv(args.out, measure(base, [(2, 256, 4, 16), (2, 256, 8, 16)], args.rounds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The C extension. `moelora.functional` documents what its functions do; here are the positions of the arguments."""
+
+from collections.abc import Iterable, Sequence
+from typing import SupportsFloat, SupportsIndex, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moelora.reference import Array
+
+__file__: str
+
+# (pointer, strides in elements)
+_Tokens: TypeAlias = tuple[int, int, int, int]  # (pointer, batch, seq, col)
+_Matrix: TypeAlias = tuple[int, int, int]  # (pointer, row, col)
+
+def routed_lora_forward(
+    x: Array,
+    lora_A: Sequence[Array],
+    lora_B: Sequence[Array],
+    routing_weights: Array,
+    scaling: SupportsFloat | Sequence[SupportsFloat],
+    weight: Array | None,
+    bias: Array | None,
+    top_k: SupportsIndex | None,
+    out: Array | None,
+    n_threads: int,
+    /,
+) -> tuple[Array, Array]: ...
+def routed_lora_backward(
+    grad_y: Array,
+    x: Array,
+    hidden: Array,
+    lora_A: Sequence[Array],
+    lora_B: Sequence[Array],
+    routing_weights: Array,
+    scaling: SupportsFloat | Sequence[SupportsFloat],
+    weight: Array | None,
+    top_k: SupportsIndex | None,
+    need: Iterable[str],
+    n_threads: int,
+    /,
+) -> tuple[Array | None, list[Array] | None, list[Array] | None, Array | None]: ...
+def route(
+    logits: Array,
+    top_k: SupportsIndex | None,
+    temperature: SupportsFloat,
+    renormalize: bool,
+    mask: NDArray[np.bool_] | None,
+    n_threads: int,
+    /,
+) -> tuple[Array, NDArray[np.int64] | None, NDArray[np.int64], Array]: ...
+def route_backward(
+    grad_weights: Array,
+    logits: Array,
+    indices: NDArray[np.int64] | None,
+    temperature: SupportsFloat,
+    renormalize: bool,
+    mask: NDArray[np.bool_] | None,
+    grad_prob_sums: Array | None,
+    n_threads: int,
+    /,
+) -> Array: ...
+def forward_raw(
+    dtype: int,
+    shape: tuple[int, int, int, int],
+    x: _Tokens,
+    lora_A: Sequence[_Matrix],
+    lora_B: Sequence[_Matrix],
+    ranks: Sequence[int],
+    routing_weights: _Tokens,
+    scaling: Sequence[float],
+    base: _Tokens | None,
+    y: _Tokens,
+    hidden: _Tokens | None,
+    top_k: int,
+    n_threads: int,
+    /,
+) -> None: ...
+def backward_raw(
+    dtype: int,
+    shape: tuple[int, int, int, int],
+    x: _Tokens,
+    lora_A: Sequence[_Matrix],
+    lora_B: Sequence[_Matrix],
+    ranks: Sequence[int],
+    routing_weights: _Tokens,
+    scaling: Sequence[float],
+    grad_y: _Tokens,
+    hidden: _Tokens | None,
+    grad_x: _Tokens | None,
+    grad_A: Sequence[_Matrix | None] | None,
+    grad_B: Sequence[_Matrix | None] | None,
+    grad_w: _Tokens | None,
+    top_k: int,
+    n_threads: int,
+    accumulate: int,
+    /,
+) -> None: ...
+def set_num_threads(n: int | None, /) -> None: ...
+def get_num_threads() -> int: ...
+def set_isa(name: str | None, /) -> None: ...
+def get_isa() -> str: ...
+def isa_available() -> tuple[str, ...]: ...
+def threading_layer() -> str: ...
+def blas_config() -> str: ...

@@ -1,0 +1,31 @@
+"""moelora for torch: the routed LoRA product, routing, routers and their losses."""
+
+from moelora.nn.autograd import routed_lora, routed_lora_formula
+from moelora.nn.losses import router_aux_loss
+from moelora.nn.route import Routing, route
+from moelora.nn.routers import (
+    EmbeddingRouter,
+    FixedRouter,
+    HiddenStateRouter,
+    LearnedRouter,
+    PerLayerRouter,
+    Router,
+    RoutingOutput,
+    build_router,
+)
+
+__all__ = [
+    "EmbeddingRouter",
+    "FixedRouter",
+    "HiddenStateRouter",
+    "LearnedRouter",
+    "PerLayerRouter",
+    "Router",
+    "Routing",
+    "RoutingOutput",
+    "build_router",
+    "route",
+    "routed_lora",
+    "routed_lora_formula",
+    "router_aux_loss",
+]

@@ -1,0 +1,592 @@
+"""`routed_lora` for torch: the C core under autograd on CPU, a stacked formula in torch operations everywhere else."""
+
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
+
+from moelora import runtime
+from moelora.functional import HAS_EXT
+
+if HAS_EXT:
+    from moelora import _core
+
+__all__ = ["routed_lora", "routed_lora_formula", "uses_core"]
+
+# Away from the CPU, float32 adapters over a bfloat16 or float16 x are rounded to x's dtype for the two products, which
+# then run on tensor cores; False computes those in float32.
+ROUND_ADAPTERS = True
+
+_ACCUMULATE_X = 1  # ML_ACCUMULATE_X of moelora.h
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class _Call(NamedTuple):
+    """The arguments of `routed_lora`, checked, in their final dtypes."""
+
+    x: Tensor
+    lora_A: tuple[Tensor, ...]
+    lora_B: tuple[Tensor, ...]
+    routing_weights: Tensor
+    scaling: tuple[float, ...]
+    base_output: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    top_k: int | None
+    dropout_p: tuple[float, ...]
+
+    @property
+    def ranks(self) -> list[int]:
+        return [a.shape[0] for a in self.lora_A]
+
+
+def routed_lora(
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    routing_weights: Tensor,
+    scaling: float | Sequence[float],
+    *,
+    base_output: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    top_k: int | None = None,
+    dropout_p: float | Sequence[float] = 0.0,
+) -> Tensor:
+    r"""Mix N LoRA experts over one base layer, in one pass.
+
+    .. math:: y = base + \sum_e s_e \, w_e * (x A_e^T) B_e^T
+
+    Differentiable once in `x`, `lora_A`, `lora_B`, `routing_weights` and `base_output`. Every gradient is in the dtype
+    and shape of its tensor, and a zero tensor, not None, for an expert that no token uses. Plain CPU tensors run in
+    the C core, which keeps for the backward x, x A^T, the weights and the adapters. All others (on a GPU, meta, fake,
+    traced, DTensor, subclasses, inside torch.func transforms or torch.compile), empty inputs and calls with dropout
+    take `routed_lora_formula`.
+
+    Parameters
+    ----------
+    x : Tensor [..., d_in]
+        Two or more axes; float32, float64, bfloat16 or float16.
+    lora_A, lora_B : sequences of N Tensors [r_e, d_in], [d_out, r_e]
+        In x's dtype or float32; ranks may differ.
+    routing_weights : Tensor
+        [N]: one mixture for all tokens. [B, N], with x [B, S, d_in]: one per sequence. x.shape[:-1] + (N,): one per
+        token. The number of axes decides, never the sizes. Any of x's dtypes, whichever x has; integers and bool are
+        converted and get no gradient. NaN propagates.
+    scaling : real number, or N of them
+        Finite.
+    base_output : Tensor [..., d_out], optional
+        What the mixture is added to, in x's dtype; it is not modified.
+    weight, bias : Tensor [d_out, d_in], [d_out], optional
+        The frozen base layer in torch.nn.Linear's layout, in x's dtype; instead of `base_output`.
+    top_k : int, optional
+        Keep each token's k largest weights, ties to the lower index, without renormalising.
+    dropout_p : real number in [0, 1], or N of them
+        Every expert drops elements of x by its own mask, drawn in the order of the experts as PEFT does. Whether the
+        model trains is the caller's business: p > 0 drops.
+
+    Returns
+    -------
+    Tensor [..., d_out]
+        In x's dtype. On CPU float32 adapters compute in float32 whatever x's dtype; elsewhere they are rounded to x's
+        dtype unless `moelora.nn.autograd.ROUND_ADAPTERS` is False. Inside `torch.autocast` a float32, bfloat16 or
+        float16 x, base_output, weight and bias are first cast to autocast's dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what it got and what it takes.
+    RuntimeError
+        From the backward, when a tensor it needs was changed in place; from differentiating twice.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from moelora.nn import routed_lora
+    >>> x, A, B = torch.ones(3, 4), [torch.ones(2, 4)] * 2, [torch.ones(5, 2)] * 2
+    >>> routed_lora(x, A, B, torch.tensor([0.25, 0.5]), 1.0)[0]
+    tensor([6., 6., 6., 6., 6.])
+    """
+    call = _check(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
+    tensors = [t for t in (call.x, call.routing_weights, call.base_output, call.weight, call.bias) if t is not None]
+    tensors += call.lora_A
+    tensors += call.lora_B
+    if any(call.dropout_p) or not call.x.numel() or not uses_core(*tensors):
+        return _formula(call)
+
+    lead = call.x.shape[:-2]
+    if len(lead) > 1:
+        w, base = call.routing_weights, call.base_output
+        call = call._replace(
+            x=call.x.flatten(0, -3),
+            routing_weights=w.flatten(0, -3) if w.dim() > 1 else w,
+            base_output=None if base is None else base.flatten(0, -3),
+        )
+    y: Tensor
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        y = _RoutedLoRA.apply(  # type: ignore[no-untyped-call]
+            call.x,
+            call.routing_weights,
+            call.base_output,
+            call.weight,
+            call.bias,
+            call.scaling,
+            call.top_k,
+            *call.lora_A,
+            *call.lora_B,
+        )
+    else:
+        y, _ = _core_forward(call, keep_hidden=False)
+    return y.unflatten(0, lead) if len(lead) > 1 else y
+
+
+def routed_lora_formula(
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    routing_weights: Tensor,
+    scaling: float | Sequence[float],
+    *,
+    base_output: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    top_k: int | None = None,
+    dropout_p: float | Sequence[float] = 0.0,
+) -> Tensor:
+    """The same as `routed_lora`, in torch operations on any device: A and B stacked, one product, scaled, one addmm.
+
+    Parameters, result and errors are those of `routed_lora`.
+    """
+    return _formula(_check(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p))
+
+
+def uses_core(*tensors: Tensor) -> bool:
+    """Whether the C core may read these real tensors by pointer, here and now.
+
+    True for plain dense CPU tensors and parameters while nothing watches or rewrites torch operations (compile, export,
+    tracing, torch.func transforms, forward-mode derivatives, dispatch and function modes).
+    """
+    if torch.compiler.is_compiling() or not HAS_EXT:
+        return False
+    if (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    # torch.set_default_device is a function mode, and concerns no operation that the core replaces.
+    if torch._C._len_torch_function_stack() and any(
+        type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack()
+    ):
+        return False
+    for t in tensors:
+        if not (type(t) is Tensor or type(t) is torch.nn.Parameter):
+            return False
+        # Sparse, opaque and batched tensors (is_grads_batched) have no storage of their own.
+        if not t.is_cpu or t.is_neg() or not torch._C._has_storage(t):
+            return False
+    return True
+
+
+def _check(
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    routing_weights: Tensor,
+    scaling: float | Sequence[float],
+    base_output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    top_k: int | None,
+    dropout_p: float | Sequence[float],
+) -> _Call:
+    """Refuse what `routed_lora` does not take; return the arguments in their final dtypes, sequences as tuples."""
+    if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
+        raise _wrong("x", x, _FLOATS)
+    kind = x.device.type
+    if x.dtype is not torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        to = torch.get_autocast_dtype(kind)
+        x = x.to(to)
+        base_output, weight, bias = (t.to(to) if isinstance(t, Tensor) else t for t in (base_output, weight, bias))
+    shape, dtype = x.shape, x.dtype
+    tokens, d_in = shape[:-1], shape[-1] if shape else 0
+    if not tokens or not d_in:
+        raise ValueError(f"x must have shape [..., tokens, d_in] with d_in > 0, got {tuple(shape)}")
+
+    for name, adapters in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if isinstance(adapters, Tensor) or not hasattr(adapters, "__iter__"):
+            raise TypeError(f"{name} must be a sequence of tensors, one per expert, got {type(adapters).__name__}")
+    lora_A, lora_B = tuple(lora_A), tuple(lora_B)
+    n = len(lora_A)
+    if not n or len(lora_B) != n:
+        raise ValueError(f"lora_A and lora_B must hold one tensor per expert, got {n} and {len(lora_B)}")
+    dtypes, d_out = (dtype, torch.float32), 0
+    for e, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
+        if not isinstance(a, Tensor) or a.dtype not in dtypes:
+            raise _wrong(f"lora_A[{e}]", a, dtypes)
+        if not isinstance(b, Tensor) or b.dtype not in dtypes:
+            raise _wrong(f"lora_B[{e}]", b, dtypes)
+        a_shape, b_shape = a.shape, b.shape
+        if len(a_shape) != 2 or a_shape[1] != d_in or not a_shape[0]:
+            raise ValueError(f"lora_A[{e}] must have shape [rank, {d_in}] with rank > 0, got {tuple(a_shape)}")
+        if len(b_shape) != 2 or b_shape[1] != a_shape[0] or not b_shape[0] or (e and b_shape[0] != d_out):
+            rows = d_out if e else "d_out > 0"
+            raise ValueError(f"lora_B[{e}] must have shape [{rows}, {a_shape[0]}], got {tuple(b_shape)}")
+        d_out = b_shape[0]
+
+    if not isinstance(routing_weights, Tensor) or routing_weights.dtype not in _FLOATS + _INTEGERS:
+        raise _wrong("routing_weights", routing_weights, _FLOATS + _INTEGERS)
+    if routing_weights.dtype not in _FLOATS:
+        routing_weights = routing_weights.to(dtype)
+    shapes = {1: (n,), 1 + len(tokens): (*tokens, n)}  # by the number of axes
+    if len(tokens) == 2:
+        shapes[2] = (tokens[0], n)
+    if routing_weights.shape != shapes.get(routing_weights.dim()):
+        raise ValueError(
+            f"routing_weights must have shape {' or '.join(map(str, shapes.values()))} for {n} experts and x of shape "
+            f"{tuple(shape)}, got {tuple(routing_weights.shape)}"
+        )
+
+    if base_output is not None:
+        if weight is not None:
+            raise ValueError("base_output and weight can't be given together: both say what the base is")
+        if not isinstance(base_output, Tensor) or base_output.dtype is not dtype:
+            raise _wrong("base_output", base_output, (dtype,))
+        if base_output.shape != (*tokens, d_out):
+            raise ValueError(f"base_output must have shape {(*tokens, d_out)}, got {tuple(base_output.shape)}")
+    if bias is not None and weight is None:
+        raise ValueError("bias needs weight: the two are the base layer")
+    for name, frozen, expected in (("weight", weight, (d_out, d_in)), ("bias", bias, (d_out,))):
+        if frozen is None:
+            continue
+        if not isinstance(frozen, Tensor) or frozen.dtype is not dtype:
+            raise _wrong(name, frozen, (dtype,))
+        if frozen.shape != expected:
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(frozen.shape)}")
+        if frozen.requires_grad:
+            raise ValueError(f"{name} must not require grad, it is frozen here: compute the base, pass base_output")
+
+    if top_k is not None:
+        if not isinstance(top_k, Integral) or isinstance(top_k, bool):
+            raise TypeError(f"top_k must be an integer or None, got {type(top_k).__name__}")
+        if not 1 <= top_k <= n:
+            raise ValueError(f"top_k must lie in [1, {n}], the number of experts, got {top_k}")
+        top_k = int(top_k) if top_k < n else None
+    scales = _numbers("scaling", scaling, n)
+    drops = _numbers("dropout_p", dropout_p, n)
+    if min(drops) < 0 or max(drops) > 1:
+        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p!r}")
+    return _Call(x, lora_A, lora_B, routing_weights, scales, base_output, weight, bias, top_k, drops)
+
+
+def _numbers(name: str, value: Any, n: int) -> tuple[float, ...]:
+    """A finite real number, or n of them, as n floats."""
+    values = (value,) if isinstance(value, Real) else value
+    if isinstance(values, Tensor) or not hasattr(values, "__iter__") or not all(isinstance(v, Real) for v in values):
+        raise TypeError(f"{name} must be a real number or a sequence of {n} of them, got {value!r}")
+    numbers = tuple(map(float, values))
+    if not all(-math.inf < v < math.inf for v in numbers):  # math.isfinite would break the graph of torch.compile
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    if isinstance(value, Real):
+        return numbers * n
+    if len(numbers) != n:
+        raise ValueError(f"{name} must be a real number or a sequence of {n} of them, got {len(numbers)}")
+    return numbers
+
+
+def _wrong(name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> TypeError:
+    """The error for something that is not a tensor of one of these dtypes."""
+    if not isinstance(value, Tensor):
+        return TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return TypeError(f"{name} must be of dtype {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {value.dtype}")
+
+
+def _formula(call: _Call) -> Tensor:
+    x, kind = call.x, call.x.device.type
+    for name, value in zip(call._fields, call, strict=True):
+        for e, t in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(t, Tensor) and t.device != x.device:
+                place = f"{name}[{e}]" if isinstance(value, tuple) else name
+                raise ValueError(f"{place} must be on {x.device} as x is, got {t.device}")
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):  # the dtypes are chosen by now
+            return _formula(call)
+    dtype, ranks, w = x.dtype, call.ranks, call.routing_weights
+    adapters = (*call.lora_A, *call.lora_B)
+    if kind == "cpu" or (not ROUND_ADAPTERS and any(t.dtype is torch.float32 for t in adapters)):
+        dtype = _core_dtype(dtype)
+    a, b = torch.cat(call.lora_A), torch.cat(call.lora_B, 1)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch._C._is_tracing():
+        x, w, a, b = _Once.apply(x, w, a, b)  # type: ignore[no-untyped-call]
+    a, b = a.to(dtype), b.to(dtype)
+
+    if any(call.dropout_p):
+        drawn = [F.dropout(x.to(dtype), p) if p else x.to(dtype) for p in call.dropout_p]
+        hidden = torch.cat([F.linear(x_e, a_e) for x_e, a_e in zip(drawn, a.split(ranks), strict=True)], -1)
+    else:
+        hidden = F.linear(x.to(dtype), a)
+    mixed = _mix(hidden, w, ranks, call.scaling, call.top_k)
+    base = call.base_output if call.weight is None else F.linear(x, call.weight, call.bias)
+    if base is None:
+        y = F.linear(mixed, b)
+    else:
+        y = torch.addmm(base.to(dtype).flatten(0, -2), mixed.flatten(0, -2), b.t()).reshape(base.shape)
+    return y.to(x.dtype)
+
+
+def _mix(
+    hidden: Tensor, routing_weights: Tensor, ranks: Sequence[int], scaling: Sequence[float], top_k: int | None
+) -> Tensor:
+    """s_e w_e * H_e for all experts: [..., R] in hidden's dtype, 0 where top_k drops the expert."""
+    n = len(ranks)
+    w = routing_weights.to(_core_dtype(hidden.dtype))
+    if 1 < w.dim() < hidden.dim():  # one mixture per sequence
+        w = w.unsqueeze(1)
+    kept = None
+    if top_k is not None:
+        places = w.detach().argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        kept = places < top_k
+        w = w.masked_fill(~kept, 0)
+    if min(scaling) == max(scaling):
+        w = w * scaling[0]
+    else:
+        w = torch.cat([w_e * s for w_e, s in zip(w.split(1, -1), scaling, strict=True)], -1)
+
+    if min(ranks) == max(ranks):
+        rows = hidden.unflatten(-1, (n, ranks[0]))
+        if kept is not None:
+            rows = rows.masked_fill(~kept.unsqueeze(-1), 0)
+        mixed: Tensor = (rows * w.unsqueeze(-1)).flatten(-2)
+        return mixed.to(hidden.dtype)
+
+    def spread(t: Tensor) -> Tensor:  # [..., N] -> [..., R]
+        columns = zip(t.split(1, -1), ranks, strict=True)
+        return torch.cat([column.expand(*t.shape[:-1], rank) for column, rank in columns], -1)
+
+    if kept is not None:
+        hidden = hidden.masked_fill(~spread(kept), 0)
+    return (hidden * spread(w)).to(hidden.dtype)
+
+
+def _core_forward(call: _Call, *, keep_hidden: bool) -> tuple[Tensor, Tensor | None]:
+    """y in x's dtype, and hidden in the core's where it is wanted; x has two or three axes."""
+    x, base = call.x, call.base_output
+    n, ranks, d_out = len(call.scaling), call.ranks, call.lora_B[0].shape[0]
+    dtype = _core_dtype(x.dtype)
+    if call.weight is None:
+        y = x.new_empty((*x.shape[:-1], d_out), dtype=dtype)
+    else:
+        y = base = F.linear(x, call.weight, call.bias).to(dtype)
+    hidden = x.new_empty((*x.shape[:-1], sum(ranks)), dtype=dtype) if keep_hidden else None
+    # Converted copies live in these names until the core returns.
+    c_x, c_w, *c_adapters = _in_dtype(dtype, (x, call.routing_weights, *call.lora_A, *call.lora_B))
+    c_base = None if base is None else base.to(dtype)
+    views = [_matrix(t) for t in c_adapters]
+    _core.forward_raw(
+        int(dtype is torch.float64),
+        (*_batch_and_seq(x), x.shape[-1], d_out),
+        _tokens(c_x),
+        views[:n],
+        views[n:],
+        ranks,
+        _weights(c_w, x.dim()),
+        call.scaling,
+        None if c_base is None else _tokens(c_base),
+        _tokens(y),
+        None if hidden is None else _tokens(hidden),
+        call.top_k or 0,
+        runtime.get_num_threads(),
+    )
+    return y.to(x.dtype), hidden
+
+
+class _RoutedLoRA(torch.autograd.Function):
+    """The C core under autograd: the fields of a _Call but dropout_p; the adapters come last, all A before all B."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, routing_weights: Tensor, *others: Any) -> Tensor:
+        base_output, weight, bias, scaling, top_k, *adapters = others
+        n, need = len(scaling), ctx.needs_input_grad
+        call = _Call(
+            x, tuple(adapters[:n]), tuple(adapters[n:]), routing_weights, scaling, base_output, weight, bias, top_k, ()
+        )
+        y, hidden = _core_forward(call, keep_hidden=need[1] or any(need[-n:]))
+        ctx.x_shape, ctx.scaling, ctx.top_k = x.shape, scaling, top_k
+        kept_x = x if any(need[-2 * n : -n]) else None
+        ctx.save_for_backward(kept_x, hidden, routing_weights, weight if need[0] else None, *adapters)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+        need_x, need_w, need_base, _, _, _, _, *need_adapters = ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * (2 + len(need_adapters))
+        if need_x or need_w or any(need_adapters):
+            if uses_core(grad_y):
+                grads = _core_backward(ctx, grad_y)
+                if torch.is_grad_enabled():  # create_graph
+                    grads = _refuse_twice(grads, [grad_y, *ctx.saved_tensors])
+            elif torch.is_grad_enabled():
+                raise RuntimeError(_TWICE)
+            else:
+                grads = _formula_backward(ctx, grad_y)
+        return (*grads[:2], grad_y if need_base else None, None, None, None, None, *grads[2:])
+
+
+def _core_backward(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
+    """Gradients of x, the routing weights and the adapters, None where not needed."""
+    x, hidden, routing_weights, weight, *adapters = ctx.saved_tensors
+    need_x, need_w, _, _, _, _, _, *need_adapters = ctx.needs_input_grad
+    dtype = _core_dtype(grad_y.dtype)
+    n, axes = len(ctx.scaling), grad_y.dim()
+    wanted = zip((routing_weights, *adapters), (need_w, *need_adapters), strict=True)
+    grad_w, *grad_adapters = [torch.empty_like(t, dtype=dtype) if needed else None for t, needed in wanted]
+    grad_x = None
+    if need_x:
+        # Under autocast the product may come in another dtype.
+        grad_x = grad_y.new_empty(ctx.x_shape, dtype=dtype) if weight is None else (grad_y @ weight).to(dtype)
+    # Converted copies live in these names until the core returns.
+    c_grad_y, c_w, *c_adapters = _in_dtype(dtype, (grad_y, routing_weights, *adapters))
+    c_x = None if x is None else x.to(dtype)
+    views = [_matrix(t) for t in c_adapters]
+    grad_views = [None if t is None else _matrix(t) for t in grad_adapters]
+    _core.backward_raw(
+        int(dtype is torch.float64),
+        (*_batch_and_seq(grad_y), ctx.x_shape[-1], grad_y.shape[-1]),
+        (0, 0, 0, 0) if c_x is None else _tokens(c_x),
+        views[:n],
+        views[n:],
+        [a.shape[0] for a in adapters[:n]],
+        _weights(c_w, axes),
+        ctx.scaling,
+        _tokens(c_grad_y),
+        None if hidden is None else _tokens(hidden),
+        None if grad_x is None else _tokens(grad_x),
+        grad_views[:n],
+        grad_views[n:],
+        None if grad_w is None else _weights(grad_w, axes),
+        ctx.top_k or 0,
+        runtime.get_num_threads(),
+        0 if weight is None else _ACCUMULATE_X,
+    )
+    inputs = zip((grad_x, grad_w, *grad_adapters), (grad_y, routing_weights, *adapters), strict=True)
+    return [None if g is None else g.to(t.dtype) for g, t in inputs]
+
+
+def _formula_backward(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
+    """The same where the core can't read grad_y: batched by vmap (is_grads_batched), a subclass, traced."""
+    x, hidden, routing_weights, weight, *adapters = ctx.saved_tensors
+    n = len(ctx.scaling)
+    lora_A, lora_B = adapters[:n], adapters[n:]
+    ranks = [a.shape[0] for a in lora_A]
+    dtype = _core_dtype(grad_y.dtype)
+    if hidden is None:  # then nothing below depends on its values
+        hidden = routing_weights.new_zeros((*ctx.x_shape[:-1], sum(ranks)), dtype=dtype)
+    leaves = [t.detach().requires_grad_() for t in (hidden, routing_weights, *lora_B)]
+    with torch.enable_grad():
+        y = F.linear(_mix(leaves[0], leaves[1], ranks, ctx.scaling, ctx.top_k), torch.cat(leaves[2:], 1).to(dtype))
+    grad_hidden, grad_w, *grad_B = torch.autograd.grad(y, leaves, grad_y.to(dtype))
+    grad_x = grad_hidden @ torch.cat(lora_A).to(dtype)
+    if weight is not None:
+        grad_x = grad_x + grad_y @ weight
+    grad_A: Sequence[Tensor | None] = [None] * n
+    if x is not None:
+        grad_A = (grad_hidden.reshape(-1, sum(ranks)).mT @ x.reshape(-1, x.shape[-1]).to(dtype)).split(ranks)
+    inputs = zip((grad_x, grad_w, *grad_A, *grad_B), (grad_y, routing_weights, *adapters), strict=True)
+    return [None if g is None else g.to(t.dtype) for g, t in inputs]
+
+
+def _core_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _in_dtype(dtype: torch.dtype, tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [t if t.dtype is dtype else t.to(dtype) for t in tensors]
+
+
+def _batch_and_seq(t: Tensor) -> tuple[int, int]:
+    return (t.shape[0], t.shape[1]) if t.dim() == 3 else (1, t.shape[0])
+
+
+# The views that the core reads and writes: a pointer, then strides in elements.
+
+
+def _matrix(t: Tensor) -> tuple[int, int, int]:
+    row, col = t.stride()
+    return t.data_ptr(), row, col
+
+
+def _tokens(t: Tensor) -> tuple[int, int, int, int]:
+    """[B, S, width] as it is, [S, width] as one sequence."""
+    batch, seq, col = t.stride() if t.dim() == 3 else (0, *t.stride())
+    return t.data_ptr(), batch, seq, col
+
+
+def _weights(t: Tensor, axes: int) -> tuple[int, int, int, int]:
+    """Routing weights, or their gradient, for an x of so many axes: zero strides where tokens share them."""
+    if t.dim() == axes:
+        return _tokens(t)
+    batch, col = t.stride() if t.dim() == 2 else (0, *t.stride())
+    return t.data_ptr(), batch, 0, col
+
+
+_TWICE = "moelora's torch functions can be differentiated once only: double backward is not supported"
+
+
+class _Refuse(torch.autograd.Function):
+    """Identity whose backward is the error for differentiating a gradient of routed_lora."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        raise RuntimeError(_TWICE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(_TWICE)
+
+
+def _refuse_twice(grads: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same gradients, tied to all they come from: differentiating them meets the refusal, not a silent zero."""
+    tied = [t for t in (*grads, *sources) if t is not None]
+    refused = iter(_Refuse.apply(*tied))  # type: ignore[no-untyped-call]
+    return [None if g is None else next(refused) for g in grads]
+
+
+class _Once(torch.autograd.Function):
+    """Identity whose gradients pass through `_Refuse`: what is computed from the outputs has no second derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return _Refuse.apply(*grad_outputs) if torch.is_grad_enabled() else grad_outputs  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tuple(t if t is None else t.view_as(t) for t in tangents)

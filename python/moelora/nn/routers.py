@@ -1,0 +1,544 @@
+"""Routers: modules that give each token a weight for each expert.
+
+A router says what it reads (`Router.reads`) and which expert each column of its weights belongs to
+(`Router.expert_names`); who hosts it feeds it and matches columns by name. A new kind of router is one subclass.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moelora.nn.route import route
+
+__all__ = [
+    "EmbeddingRouter",
+    "FixedRouter",
+    "HiddenStateRouter",
+    "LearnedRouter",
+    "PerLayerRouter",
+    "Router",
+    "RoutingOutput",
+    "build_router",
+]
+
+# Score of an expert that must not be picked. Beside any other score its probability is exactly 0, as with -inf, but
+# where nothing else is left the softmax is uniform instead of NaN.
+_EXCLUDED = -1e30
+
+
+class RoutingOutput(NamedTuple):
+    """What a router decided for tokens [...] over N columns, and what the losses need of it."""
+
+    weights: Tensor
+    """[..., N], or [N] where all tokens share them; at least float32."""
+    indices: Tensor | None
+    """[..., k] of int64, by falling probability; None without top-k."""
+    counts: Tensor
+    """[N] of int64: unmasked tokens whose top k holds the expert, before capacity."""
+    prob_sums: Tensor
+    """[N]: probabilities before top-k, summed over unmasked tokens."""
+    logits: Tensor
+    """[..., N]: what the gate said, before temperature, maturity and masks."""
+    n_tokens: int | Tensor
+    """Number of unmasked tokens."""
+    mask: Tensor | None = None
+    """[...] of bool, False for padding; None: all tokens count."""
+    activated: Tensor | None = None
+    """[N] of bool, False for experts that are not activated yet; None: all are."""
+
+
+class Router(nn.Module):
+    """Base of all routers: gives weights [..., N] to tokens [..., H].
+
+    A subclass sets the class attribute `reads` and implements `route`.
+
+    Parameters
+    ----------
+    expert_names : iterable of str
+        Adapter of each column.
+    input_size : int, optional
+        H; None for a router that reads nothing.
+    top_k : int in [1, N], optional
+        How many experts each token keeps; fewer where fewer are active. None: all.
+    temperature : float
+        Divides the logits; positive.
+    renormalize : bool
+        Divide the kept probabilities by their sum.
+    capacity_factor : float, optional
+        In training, each expert takes at most ceil(capacity_factor * T * k / N) of the top-k picks of the T unpadded
+        tokens, first come by token; a pick beyond that weighs 0, and what is left is not renormalised. None: no limit.
+        It concerns top-k picks alone.
+    expert_dropout : float in [0, 1)
+        In training, probability that an expert is left out for a whole sequence; the rest is renormalised, and one
+        always stays. Drawn anew at each call.
+
+    Attributes
+    ----------
+    reads : {"nothing", "embeddings", "layer", "layers"}
+        What `route` wants as `hidden_states`: nothing at all, the token embeddings, the input of decoder layer
+        `self.layer`, or the input of every decoder layer in turn.
+    expert_names : list of str
+    activated : Tensor [N] of bool, a buffer
+        An expert that is not activated gets weight 0 beside those that are.
+    """
+
+    reads: str
+    activated: Tensor
+
+    def __init__(
+        self,
+        expert_names: Iterable[str],
+        *,
+        input_size: int | None = None,
+        top_k: int | None = None,
+        temperature: float = 1.0,
+        renormalize: bool = True,
+        capacity_factor: float | None = None,
+        expert_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if getattr(self, "reads", None) not in ("nothing", "embeddings", "layer", "layers"):
+            raise TypeError(
+                f"{type(self).__name__} must declare what it reads: set the class attribute reads to 'nothing', "
+                "'embeddings', 'layer' or 'layers'"
+            )
+        names = [expert_names] if isinstance(expert_names, str) else list(expert_names)
+        if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise ValueError(f"expert_names must be one or more different names, got {expert_names!r}")
+        if input_size is not None and input_size < 1:
+            raise ValueError(f"input_size must be positive, got {input_size}")
+        if top_k is not None and (not isinstance(top_k, Integral) or isinstance(top_k, bool)):
+            raise TypeError(f"top_k must be an integer or None, got {type(top_k).__name__}")
+        if top_k is not None and not 1 <= top_k <= len(names):
+            raise ValueError(f"top_k must lie in [1, {len(names)}], the number of experts, got {top_k}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor must be positive and finite, got {capacity_factor}")
+        if not 0 <= expert_dropout < 1:
+            raise ValueError(f"expert_dropout must lie in [0, 1), got {expert_dropout}")
+        self.expert_names = names
+        self.input_size = input_size
+        self.top_k = top_k
+        self.temperature = float(temperature)
+        self.renormalize = renormalize
+        self.capacity_factor = capacity_factor
+        self.expert_dropout = expert_dropout
+        self.register_buffer("activated", torch.ones(len(names), dtype=torch.bool))
+
+    @property
+    def num_experts(self) -> int:
+        """N, the number of columns."""
+        return len(self.expert_names)
+
+    def column(self, name: str) -> int:
+        """Return the column of an expert; ValueError where there is none of this name."""
+        if name not in self.expert_names:
+            raise ValueError(f"the router has no expert {name!r}, it has {self.expert_names}")
+        return self.expert_names.index(name)
+
+    def activate(self, name: str) -> None:
+        """Let an expert be picked from now on."""
+        self.activated[self.column(name)] = True
+
+    def route(
+        self,
+        hidden_states: Tensor | None,
+        attention_mask: Tensor | None = None,
+        *,
+        layer: int | None = None,
+        active: Sequence[int] | None = None,
+    ) -> RoutingOutput:
+        """Route tokens.
+
+        Parameters
+        ----------
+        hidden_states : Tensor [..., H]
+            What `reads` says, [B, S, H] in a model; any floating dtype.
+        attention_mask : Tensor [...], optional
+            0: padding, which counts, sums and capacity leave out.
+        layer : int, optional
+            Index of the decoder layer, for a router with one gate for each of them; None: the last. Others ignore it.
+        active : sequence of int, optional
+            The columns that take part, in the order wanted; the others are dropped and the rest renormalised, so that
+            a single one has weight 1. None: all.
+
+        Returns
+        -------
+        RoutingOutput
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it got and what it takes.
+        IndexError
+            `layer` or `active` is out of range.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement route")
+
+    def forward(
+        self,
+        hidden_states: Tensor | None,
+        attention_mask: Tensor | None = None,
+        *,
+        layer: int | None = None,
+        active: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Return the weights alone, [..., N] or [N]; arguments as `route`."""
+        return self.route(hidden_states, attention_mask, layer=layer, active=active).weights
+
+    def extra_repr(self) -> str:
+        parts = [f"experts={self.expert_names}", f"reads={self.reads!r}"]
+        if self.top_k is not None:
+            parts.append(f"top_k={self.top_k}")
+        parts.append(f"temperature={self.temperature:g}")
+        if self.capacity_factor is not None:
+            parts.append(f"capacity_factor={self.capacity_factor:g}")
+        if self.expert_dropout:
+            parts.append(f"expert_dropout={self.expert_dropout:g}")
+        return ", ".join(parts)
+
+    def _columns(self, active: Sequence[int] | None) -> list[int] | None:
+        """The checked columns to keep; None where all are kept, in their own order."""
+        if active is None:
+            return None
+        columns = list(active)
+        if not columns or len(set(columns)) < len(columns):
+            raise ValueError(f"active must name one or more different columns, got {columns}")
+        for column in columns:
+            if not 0 <= column < self.num_experts:
+                raise IndexError(f"active must name columns in [0, {self.num_experts}), got {column}")
+        return None if columns == list(range(self.num_experts)) else columns
+
+
+class FixedRouter(Router):
+    """The same weights for every token.
+
+    Parameters
+    ----------
+    expert_names : iterable of str
+    weights : sequence of N numbers, optional
+        Shares of the experts, not negative; brought to a sum of 1. None: equal shares.
+
+    Examples
+    --------
+    >>> from moelora.nn import FixedRouter
+    >>> FixedRouter(["code", "prose", "data"], [2, 1, 1])(None)
+    tensor([0.5000, 0.2500, 0.2500])
+    """
+
+    reads = "nothing"
+    weights: Tensor
+
+    def __init__(self, expert_names: Iterable[str], weights: Sequence[float] | Tensor | None = None) -> None:
+        super().__init__(expert_names)
+        n = self.num_experts
+        shares = torch.ones(n) if weights is None else torch.as_tensor(weights)
+        if shares.shape != (n,) or shares.is_complex():
+            raise ValueError(f"weights must be {n} real numbers, one for each expert, got shape {tuple(shares.shape)}")
+        shares = shares.detach().double()
+        total = float(shares.sum())
+        if not (float(shares.min()) >= 0 and 0 < total < math.inf):
+            raise ValueError(f"weights must not be negative, and some must be positive, got {shares.tolist()}")
+        self.register_buffer("weights", (shares / total).float())
+
+    def route(
+        self,
+        hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        layer: int | None = None,
+        active: Sequence[int] | None = None,
+    ) -> RoutingOutput:
+        """Give the weights [N]; `hidden_states` may be None and then stands for one token."""
+        columns = self._columns(active)
+        weights = self.weights.to(torch.promote_types(self.weights.dtype, torch.float32))
+        activated = self.activated
+        if columns is not None:
+            kept = torch.tensor(columns, device=weights.device)
+            weights, activated = weights[kept], activated[kept]
+        weights = torch.where(activated, weights, 0)
+        total = weights.sum()
+        weights = torch.where(total > 0, weights / total, 1 / len(weights))
+        mask = None
+        n_tokens: int | Tensor = 1
+        if hidden_states is not None:
+            mask = _as_mask(attention_mask, hidden_states)
+            n_tokens = math.prod(hidden_states.shape[:-1]) if mask is None else mask.sum()
+        return RoutingOutput(
+            weights, None, (weights > 0) * n_tokens, weights * n_tokens, weights.log(), n_tokens, None, activated
+        )
+
+
+class LearnedRouter(Router):
+    """Base of the routers with a gate: a linear layer, or an MLP with one hidden layer, from tokens to logits.
+
+    The gate computes in float32 at least, inside autocast too. Each expert e has a maturity m_e in (0, 1]: log m_e is
+    added to its logit / temperature, so that a young expert is picked with caution. With all ones, as they start, this
+    is a plain learned router.
+
+    Parameters
+    ----------
+    expert_names : iterable of str
+    input_size : int
+        H.
+    mlp_dim : int, optional
+        Width of the gate's hidden layer; None: a linear gate.
+    **options
+        As `Router`.
+
+    Attributes
+    ----------
+    gate : Module
+    maturity : Tensor [N], a buffer
+    """
+
+    input_size: int
+    maturity: Tensor
+    gate: nn.Module
+
+    def __init__(
+        self, expert_names: Iterable[str], input_size: int, *, mlp_dim: int | None = None, **options: Any
+    ) -> None:
+        super().__init__(expert_names, input_size=input_size, **options)
+        if mlp_dim is not None and mlp_dim < 1:
+            raise ValueError(f"mlp_dim must be positive or None, got {mlp_dim}")
+        self.mlp_dim = mlp_dim
+        self.gate = self._new_gate()
+        self.register_buffer("maturity", torch.ones(self.num_experts))
+
+    def _new_gate(self) -> nn.Module:
+        if self.mlp_dim is None:
+            return GateLinear(self.input_size, self.num_experts)
+        return nn.Sequential(
+            GateLinear(self.input_size, self.mlp_dim), nn.SiLU(), GateLinear(self.mlp_dim, self.num_experts)
+        )
+
+    def gate_for(self, layer: int | None) -> nn.Module:
+        """Return the gate that serves a decoder layer."""
+        return self.gate
+
+    def mark_mature(self, name: str, value: float = 1.0) -> None:
+        """Set the maturity of an expert, in (0, 1]."""
+        if not 0 < value <= 1:
+            raise ValueError(f"value must lie in (0, 1], got {value}")
+        self.maturity[self.column(name)] = value
+
+    def route(
+        self,
+        hidden_states: Tensor | None,
+        attention_mask: Tensor | None = None,
+        *,
+        layer: int | None = None,
+        active: Sequence[int] | None = None,
+    ) -> RoutingOutput:
+        if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
+            got = hidden_states.dtype if isinstance(hidden_states, Tensor) else type(hidden_states).__name__
+            raise TypeError(f"hidden_states must be a floating-point tensor, got {got}")
+        if not hidden_states.dim() or hidden_states.shape[-1] != self.input_size:
+            raise ValueError(
+                f"hidden_states must have shape [..., {self.input_size}], as the router's input_size is "
+                f"{self.input_size}, got {tuple(hidden_states.shape)}"
+            )
+        mask = _as_mask(attention_mask, hidden_states)
+        columns = self._columns(active)
+
+        kept, activated, maturity = None, self.activated, self.maturity
+        if columns is not None:
+            kept = torch.tensor(columns, device=activated.device)
+            activated, maturity = activated[kept], maturity[kept]
+        logits = self._logits(hidden_states, layer, kept)
+        bias = torch.where(activated, maturity.to(logits.dtype).log() * self.temperature, _EXCLUDED)
+        scores, allowed = logits + bias, activated
+        if self.training and self.expert_dropout:
+            allowed = self._draw(activated, hidden_states.shape[:-1])
+            scores = scores.masked_fill(~allowed, _EXCLUDED)
+        n = logits.shape[-1]
+        top_k = None if self.top_k is None else min(self.top_k, n)
+        routing = route(scores, top_k=top_k, temperature=self.temperature, renormalize=self.renormalize, mask=mask)
+        n_tokens = math.prod(hidden_states.shape[:-1]) if mask is None else mask.sum()
+        # An expert that is excluded can be among the k largest where fewer than k are left; it isn't picked.
+        weights, counts = routing.weights, routing.counts * (routing.prob_sums != 0)
+        if self.training and (self.expert_dropout or self.capacity_factor is not None):
+            picks = allowed.expand(weights.shape)
+            if routing.indices is not None:
+                picks = picks & torch.zeros_like(picks).scatter(-1, routing.indices, True)
+            if mask is not None:
+                picks = picks & mask.unsqueeze(-1)
+            counts = picks.reshape(-1, n).sum(0)
+            if self.top_k is not None and self.capacity_factor is not None:
+                # In float64, and from left to right: the ceiling turns any other rounding into another capacity.
+                n_experts = activated.sum().clamp(min=1).double()
+                factor = torch.full_like(n_experts, self.capacity_factor)
+                capacity = (factor * n_tokens * n_experts.clamp(max=self.top_k) / n_experts).ceil()
+                place = picks.reshape(-1, n).cumsum(0).reshape(picks.shape)
+                weights = weights.masked_fill(picks & (place > capacity), 0)
+        return RoutingOutput(weights, routing.indices, counts, routing.prob_sums, logits, n_tokens, mask, activated)
+
+    def _logits(self, hidden_states: Tensor, layer: int | None, columns: Tensor | None) -> Tensor:
+        gate = self.gate_for(layer)
+        *body, head = gate if isinstance(gate, nn.Sequential) else (gate,)
+        for module in body:
+            hidden_states = module(hidden_states)
+        logits: Tensor = head(hidden_states, columns)
+        return logits
+
+    def _draw(self, activated: Tensor, tokens: torch.Size) -> Tensor:
+        """Which experts stay, [..., 1, N]: drawn for each sequence of tokens [..., S]."""
+        n = len(activated)
+        luck = torch.rand((*tokens[:-1], 1, n) if tokens else (n,), device=activated.device)
+        luck = luck.masked_fill(~activated, -1)
+        return (luck >= self.expert_dropout) | (luck == luck.amax(-1, keepdim=True))
+
+    def extra_repr(self) -> str:
+        return f"input_size={self.input_size}, {super().extra_repr()}"
+
+
+class EmbeddingRouter(LearnedRouter):
+    """A learned router on the token embeddings: one mixture of each token for all layers.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from moelora.nn import EmbeddingRouter
+    >>> router = EmbeddingRouter(["code", "prose", "data"], 64, top_k=2)
+    >>> router(torch.randn(2, 5, 64)).shape
+    torch.Size([2, 5, 3])
+    """
+
+    reads = "embeddings"
+
+
+class HiddenStateRouter(LearnedRouter):
+    """A learned router on the input of decoder layer `layer`; the layers below it take the uniform mixture."""
+
+    reads = "layer"
+
+    def __init__(self, expert_names: Iterable[str], input_size: int, *, layer: int, **options: Any) -> None:
+        super().__init__(expert_names, input_size, **options)
+        if layer < 0:
+            raise ValueError(f"layer must not be negative, got {layer}")
+        self.layer = layer
+
+    def extra_repr(self) -> str:
+        return f"layer={self.layer}, {super().extra_repr()}"
+
+
+class PerLayerRouter(LearnedRouter):
+    """A learned router with one gate for each decoder layer, on that layer's input.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from moelora.nn import PerLayerRouter
+    >>> router = PerLayerRouter(["code", "prose"], 64, num_layers=3)
+    >>> router(torch.randn(2, 5, 64), layer=0).shape
+    torch.Size([2, 5, 2])
+    """
+
+    reads = "layers"
+    gate: nn.ModuleList
+
+    def __init__(self, expert_names: Iterable[str], input_size: int, *, num_layers: int, **options: Any) -> None:
+        super().__init__(expert_names, input_size, **options)
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be positive, got {num_layers}")
+        self.num_layers = num_layers
+        self.gate = nn.ModuleList([self.gate, *(self._new_gate() for _ in range(1, num_layers))])
+
+    def gate_for(self, layer: int | None) -> nn.Module:
+        """Return the gate of decoder layer `layer`; None: the last."""
+        if layer is None:
+            layer = self.num_layers - 1
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(f"layer must lie in [0, {self.num_layers}), got {layer}")
+        return self.gate[layer]
+
+
+class GateLinear(nn.Linear):
+    """A linear layer that computes in float32 at least, whatever the model, its parameters or autocast say.
+
+    `rows` chooses outputs: those alone are computed, with the bits of a layer that has no others.
+    """
+
+    def forward(self, input: Tensor, rows: Tensor | None = None) -> Tensor:
+        dtype = torch.promote_types(torch.promote_types(input.dtype, self.weight.dtype), torch.float32)
+        weight, bias = (t.to(dtype) if rows is None else t[rows].to(dtype) for t in (self.weight, self.bias))
+        kind = input.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return F.linear(input.to(dtype), weight, bias)
+        return F.linear(input.to(dtype), weight, bias)
+
+
+class RouterConfig(Protocol):
+    """What `build_router` reads of a `moelora.MoELoraConfig`."""
+
+    router_type: str
+    router_hidden_size: int | None
+    top_k_experts: int
+    router_temperature: float
+    expert_capacity_factor: float
+    expert_dropout: float
+
+
+def build_router(config: RouterConfig, *, hidden_size: int, num_layers: int, expert_names: Iterable[str]) -> Router:
+    """Build the router that a configuration names.
+
+    Parameters
+    ----------
+    config : MoELoraConfig
+    hidden_size, num_layers : int
+        Of the model.
+    expert_names : iterable of str
+
+    Returns
+    -------
+    PerLayerRouter
+        For router_type "learned" and "learned_with_maturity".
+    FixedRouter
+        For "fixed".
+
+    Raises
+    ------
+    ValueError
+        router_type is unknown, or router_hidden_size is not the width of what the router reads.
+    """
+    if config.router_type == "fixed":
+        return FixedRouter(expert_names)
+    if config.router_type not in ("learned", "learned_with_maturity"):
+        raise ValueError(
+            f"router_type must be 'learned', 'learned_with_maturity' or 'fixed', got {config.router_type!r}"
+        )
+    if config.router_hidden_size not in (None, hidden_size):
+        raise ValueError(
+            "router_hidden_size is the width of the router's input and must be None or the model's hidden size "
+            f"{hidden_size}, got {config.router_hidden_size}"
+        )
+    return PerLayerRouter(
+        expert_names,
+        hidden_size,
+        num_layers=num_layers,
+        top_k=config.top_k_experts,
+        temperature=config.router_temperature,
+        capacity_factor=config.expert_capacity_factor,
+        expert_dropout=config.expert_dropout,
+    )
+
+
+def _as_mask(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor or None, got {type(attention_mask).__name__}")
+    if attention_mask.shape != hidden_states.shape[:-1]:
+        raise ValueError(
+            f"attention_mask must have shape {tuple(hidden_states.shape[:-1])}, one value for each token, got "
+            f"{tuple(attention_mask.shape)}"
+        )
+    return attention_mask.to(hidden_states.device) != 0

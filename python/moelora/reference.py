@@ -1,0 +1,365 @@
+"""What the kernels compute, in plain NumPy: the oracle of the tests and the fallback where the extension can't load.
+
+Signatures, results and errors are those of `moelora.functional`, which documents them. Everything is computed in
+float64 and rounded once, at the end.
+"""
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, SupportsFloat, SupportsIndex, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["RoutedLoraGrads", "Routing", "route", "route_backward", "routed_lora_backward", "routed_lora_forward"]
+
+Array: TypeAlias = NDArray[np.floating[Any]]
+"""An array of float32 or float64."""
+
+GRADS = ("x", "lora_A", "lora_B", "routing_weights")
+
+
+class RoutedLoraGrads(NamedTuple):
+    """Gradients of `routed_lora_forward`; None where they were not asked for."""
+
+    x: Array | None
+    lora_A: list[Array] | None
+    lora_B: list[Array] | None
+    routing_weights: Array | None
+
+
+class Routing(NamedTuple):
+    """What `route` decides for T tokens and N experts."""
+
+    weights: Array
+    """[..., N], zero outside the top k."""
+    indices: NDArray[np.int64] | None
+    """[..., k], by falling probability; None without top_k."""
+    counts: NDArray[np.int64]
+    """[N]: how many unmasked tokens hold the expert in their top k."""
+    prob_sums: Array
+    """[N]: probabilities before top-k, summed over unmasked tokens."""
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def routed_lora_forward(
+    x: Array,
+    lora_A: Sequence[Array],
+    lora_B: Sequence[Array],
+    routing_weights: Array,
+    scaling: SupportsFloat | Sequence[SupportsFloat],
+    *,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    top_k: SupportsIndex | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """`moelora.functional.routed_lora_forward` in plain NumPy."""
+    m = _Mixture(x, lora_A, lora_B, routing_weights, scaling, weight, top_k)
+    if bias is not None:
+        if weight is None:
+            raise ValueError("bias needs weight: it belongs to the base product")
+        bias = _array(bias, "bias", (m.d_out,), m.x.dtype)
+    if out is not None:
+        inputs = {"x": x, "routing_weights": routing_weights, "weight": weight, "bias": bias}
+        inputs |= {f"lora_A[{e}]": a for e, a in enumerate(lora_A)} | {f"lora_B[{e}]": b for e, b in enumerate(lora_B)}
+        _check_out(out, (*m.tokens, m.d_out), m.x.dtype, inputs)
+
+    x64 = m.x.astype(np.float64)
+    y = np.zeros((*m.tokens, m.d_out))
+    if m.weight is not None:
+        y += x64 @ m.weight.T.astype(np.float64)
+    if bias is not None:
+        y += bias
+    hidden = []
+    for e in range(m.n_experts):
+        h = np.where(m.kept[..., e, None], x64 @ m.A[e].T.astype(np.float64), 0.0)
+        y += (m.scaling[e] * m.weights[..., e, None] * h) @ m.B[e].T.astype(np.float64)
+        hidden.append(h)
+
+    if out is None:
+        out = np.empty(y.shape, m.x.dtype)
+    out[...] = y
+    return out, np.concatenate(hidden, axis=-1).astype(m.x.dtype)
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def routed_lora_backward(
+    grad_y: Array,
+    x: Array,
+    hidden: Array,
+    lora_A: Sequence[Array],
+    lora_B: Sequence[Array],
+    routing_weights: Array,
+    scaling: SupportsFloat | Sequence[SupportsFloat],
+    *,
+    weight: Array | None = None,
+    top_k: SupportsIndex | None = None,
+    need: Iterable[str] = GRADS,
+) -> RoutedLoraGrads:
+    """`moelora.functional.routed_lora_backward` in plain NumPy."""
+    need = _check_need(need)
+    m = _Mixture(x, lora_A, lora_B, routing_weights, scaling, weight, top_k)
+    grad_y = _array(grad_y, "grad_y", (*m.tokens, m.d_out), m.x.dtype)
+    hidden = _array(hidden, "hidden", (*m.tokens, sum(a.shape[0] for a in m.A)), m.x.dtype)
+
+    g = grad_y.astype(np.float64)
+    flat_g, flat_x = g.reshape(-1, m.d_out), m.x.astype(np.float64).reshape(-1, m.d_in)
+    grad_x = np.zeros(m.x.shape) if m.weight is None else g @ m.weight.astype(np.float64)
+    grad_A, grad_B, grad_w = [], [], np.zeros((*m.tokens, m.n_experts))
+    first = 0
+    for e in range(m.n_experts):
+        rank = m.A[e].shape[0]
+        h = hidden[..., first : first + rank].astype(np.float64)
+        first += rank
+        p = g @ m.B[e].astype(np.float64)
+        sw = m.scaling[e] * m.weights[..., e, None]
+        grad_x += (sw * p) @ m.A[e].astype(np.float64)
+        grad_A.append(((sw * p).reshape(-1, rank).T @ flat_x).astype(m.x.dtype))
+        grad_B.append((flat_g.T @ (sw * h).reshape(-1, rank)).astype(m.x.dtype))
+        grad_w[..., e] = np.where(m.kept[..., e], m.scaling[e] * (p * h).sum(-1), 0.0)
+
+    # [N] and [B, N] weights served many tokens: their gradient is the sum over those
+    grad_w = grad_w.sum(tuple(range(routing_weights.ndim - 1, m.x.ndim - 1)))
+    return RoutedLoraGrads(
+        grad_x.astype(m.x.dtype) if "x" in need else None,
+        grad_A if "lora_A" in need else None,
+        grad_B if "lora_B" in need else None,
+        grad_w.astype(m.x.dtype) if "routing_weights" in need else None,
+    )
+
+
+def route(
+    logits: Array,
+    *,
+    top_k: SupportsIndex | None = None,
+    temperature: SupportsFloat = 1.0,
+    renormalize: bool = True,
+    mask: NDArray[np.bool_] | None = None,
+) -> Routing:
+    """`moelora.functional.route` in plain NumPy."""
+    logits, temperature, counted = _check_routing(logits, temperature, mask)
+    k = _check_top_k(top_k, logits.shape[-1])
+
+    p = _softmax(logits, temperature)
+    kept, indices, weights = np.ones(p.shape, np.bool_), None, p
+    if top_k is not None:
+        indices = np.argsort(-p, axis=-1, kind="stable")[..., :k]  # a NaN row picks its first k
+        kept = np.zeros(p.shape, np.bool_)
+        np.put_along_axis(kept, indices, True, axis=-1)
+        norm = np.where(kept, p, 0.0).sum(-1, keepdims=True) if renormalize else 1.0
+        weights = np.where(kept, p / norm, 0.0)
+    return Routing(
+        weights.astype(logits.dtype),
+        indices,
+        kept[counted].sum(0, dtype=np.int64),
+        p[counted].sum(0).astype(logits.dtype),
+    )
+
+
+def route_backward(
+    grad_weights: Array,
+    logits: Array,
+    indices: NDArray[np.int64] | None,
+    *,
+    temperature: SupportsFloat = 1.0,
+    renormalize: bool = True,
+    mask: NDArray[np.bool_] | None = None,
+    grad_prob_sums: Array | None = None,
+) -> Array:
+    """`moelora.functional.route_backward` in plain NumPy."""
+    logits, temperature, counted = _check_routing(logits, temperature, mask)
+    grad_p = _array(grad_weights, "grad_weights", logits.shape, logits.dtype).astype(np.float64)
+    if indices is not None:
+        indices = _check_indices(indices, logits.shape)
+    if grad_prob_sums is not None:
+        grad_prob_sums = _array(grad_prob_sums, "grad_prob_sums", logits.shape[-1:], logits.dtype)
+
+    p = _softmax(logits, temperature)
+    if indices is not None:
+        g, p_kept = np.take_along_axis(grad_p, indices, -1), np.take_along_axis(p, indices, -1)
+        if renormalize:
+            norm = p_kept.sum(-1, keepdims=True)
+            g = (g - (g * (p_kept / norm)).sum(-1, keepdims=True)) / norm
+        grad_p = np.zeros(p.shape)
+        np.put_along_axis(grad_p, indices, g, axis=-1)
+    if grad_prob_sums is not None:
+        grad_p[counted] += grad_prob_sums
+    grad = p * (grad_p - (grad_p * p).sum(-1, keepdims=True)) / temperature
+    return np.asarray(grad.astype(logits.dtype))
+
+
+def _softmax(logits: Array, temperature: float) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore", over="ignore"):  # a row with NaN or +inf, or of nothing but -inf, becomes NaN
+        rows = logits.astype(np.float64)
+        e = np.exp((rows - rows.max(-1, keepdims=True)) / temperature)
+        return np.asarray(e / e.sum(-1, keepdims=True))
+
+
+class _Mixture:
+    """The checked arguments that forward and backward share."""
+
+    def __init__(
+        self,
+        x: Array,
+        lora_A: Sequence[Array],
+        lora_B: Sequence[Array],
+        routing_weights: Array,
+        scaling: SupportsFloat | Sequence[SupportsFloat],
+        weight: Array | None,
+        top_k: SupportsIndex | None,
+    ) -> None:
+        self.x = _array(x, "x")
+        dtype = self.x.dtype
+        if self.x.ndim not in (2, 3) or self.x.shape[-1] == 0:
+            raise ValueError(f"x must have shape [T, d_in] or [B, S, d_in] with d_in > 0, got {self.x.shape}")
+        self.tokens = self.x.shape[:-1]
+        self.d_in = self.x.shape[-1]
+
+        self.n_experts = len(_sequence(lora_A, "lora_A"))
+        if self.n_experts == 0:
+            raise ValueError("lora_A must hold at least one array, got none")
+        if len(_sequence(lora_B, "lora_B")) != self.n_experts:
+            raise ValueError(f"lora_B must hold {self.n_experts} arrays, as many as lora_A, got {len(lora_B)}")
+        self.A = [_array(a, f"lora_A[{e}]", ("r", self.d_in), dtype) for e, a in enumerate(lora_A)]
+        first_B = _array(lora_B[0], "lora_B[0]", ("d_out", self.A[0].shape[0]), dtype)
+        self.d_out = first_B.shape[0]
+        self.B = [_array(b, f"lora_B[{e}]", (self.d_out, self.A[e].shape[0]), dtype) for e, b in enumerate(lora_B)]
+        self.weight = None if weight is None else _array(weight, "weight", (self.d_out, self.d_in), dtype)
+        self.scaling = _scalings(scaling, self.n_experts, dtype)
+
+        weights = _array(routing_weights, "routing_weights", None, dtype)
+        allowed = [(self.n_experts,), (*self.tokens, self.n_experts)]
+        if self.x.ndim == 3:
+            allowed.insert(1, (self.x.shape[0], self.n_experts))
+        if weights.shape not in allowed:
+            *first, last = (str(list(shape)) for shape in allowed)
+            expected = f"{', '.join(first)} or {last}"
+            raise ValueError(f"routing_weights must have shape {expected}, got {weights.shape}")
+        if weights.ndim == 2 and self.x.ndim == 3:
+            weights = weights[:, None, :]
+        kept = _largest(weights, _check_top_k(top_k, self.n_experts))
+        self.kept = np.broadcast_to(kept, (*self.tokens, self.n_experts))
+        self.weights = np.where(self.kept, weights.astype(np.float64), 0.0)
+
+
+def _largest(weights: Array, k: int) -> NDArray[np.bool_]:
+    """Where the k largest of the last axis are: ties go to the lower index, and a NaN counts as the largest."""
+    falling = np.lexsort((-weights, ~np.isnan(weights)), axis=-1)
+    kept = np.zeros(weights.shape, np.bool_)
+    np.put_along_axis(kept, falling[..., :k], True, axis=-1)
+    return kept
+
+
+def _array(value: Any, name: str, shape: tuple[int | str, ...] | None = None, dtype: Any = None) -> Array:
+    """Check an array argument. A number in `shape` is wanted exactly, a name stands for any number but 0."""
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a NumPy array of float32 or float64, got {type(value).__name__}")
+    if value.dtype not in (np.float32, np.float64) or not value.dtype.isnative:
+        raise TypeError(f"{name} must be a NumPy array of float32 or float64 in native byte order, got {value.dtype}")
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype} like the other arrays, got {value.dtype}")
+    if shape is not None:
+        matches = [n > 0 if isinstance(want, str) else n == want for n, want in zip(value.shape, shape, strict=False)]
+        if value.ndim != len(shape) or not all(matches):
+            expected = ", ".join(f"{want} > 0" if isinstance(want, str) else str(want) for want in shape)
+            raise ValueError(f"{name} must have shape [{expected}], got {value.shape}")
+    return np.asarray(value)  # np.matrix would multiply differently
+
+
+def _sequence(value: Any, name: str) -> Any:
+    if not isinstance(value, Sequence | np.ndarray):
+        raise TypeError(f"{name} must be a sequence of arrays, got {type(value).__name__}")
+    return value
+
+
+def _scalings(scaling: Any, n_experts: int, dtype: Any) -> list[float]:
+    many = isinstance(scaling, Sequence) and not isinstance(scaling, str | bytes) or getattr(scaling, "ndim", 0) > 0
+    given = list(scaling) if many else [scaling] * n_experts
+    if len(given) != n_experts:
+        raise ValueError(f"scaling must be a real number or {n_experts} of them, one per expert, got {len(given)}")
+    numbers = []
+    for e, value in enumerate(given):
+        if not hasattr(value, "__float__") and not hasattr(value, "__index__") or np.iscomplexobj(value):
+            raise TypeError(f"scaling must be a real number or {n_experts} of them, got {type(value).__name__}")
+        numbers.append(float(value))
+        if not abs(numbers[e]) <= np.finfo(dtype).max:
+            raise ValueError(f"scaling[{e}] must be finite in {dtype}, got {numbers[e]}")
+    return numbers
+
+
+def _check_top_k(top_k: Any, n_experts: int) -> int:
+    if top_k is None:
+        return n_experts
+    refusal = TypeError(f"top_k must be None or an integer in [1, {n_experts}], got {type(top_k).__name__}")
+    if isinstance(top_k, bool | np.bool_):
+        raise refusal
+    try:
+        k = operator.index(top_k)
+    except TypeError:
+        raise refusal from None
+    if not 1 <= k <= n_experts:
+        raise ValueError(f"top_k must be None or an integer in [1, {n_experts}], got {k}")
+    return k
+
+
+def _check_routing(logits: Any, temperature: Any, mask: Any) -> tuple[Array, float, NDArray[np.bool_]]:
+    """Check what `route` and its backward share; the mask comes back whole, True where the token counts."""
+    logits = _array(logits, "logits")
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have shape [..., N] with N > 0, got {logits.shape}")
+    if not hasattr(temperature, "__float__") and not hasattr(temperature, "__index__") or np.iscomplexobj(temperature):
+        raise TypeError(f"temperature must be a positive number, got {type(temperature).__name__}")
+    temperature = float(temperature)
+    if not 0 < temperature <= np.finfo(np.float64).max:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if mask is None:
+        return logits, temperature, np.ones(logits.shape[:-1], np.bool_)
+    if not isinstance(mask, np.ndarray) or isinstance(mask, np.ma.MaskedArray):
+        raise TypeError(f"mask must be a NumPy array of bool, got {type(mask).__name__}")
+    if mask.dtype != np.bool_:
+        raise TypeError(f"mask must be a NumPy array of bool, got {mask.dtype}")
+    if mask.shape != logits.shape[:-1]:
+        raise ValueError(f"mask must have shape {logits.shape[:-1]}, got {mask.shape}")
+    return logits, temperature, np.asarray(mask)
+
+
+def _check_indices(indices: Any, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    if not isinstance(indices, np.ndarray) or isinstance(indices, np.ma.MaskedArray):
+        raise TypeError(f"indices must be None or a NumPy array of int64, got {type(indices).__name__}")
+    if indices.dtype != np.int64 or not indices.dtype.isnative:
+        raise TypeError(f"indices must be None or a NumPy array of int64, got {indices.dtype}")
+    n = shape[-1]
+    if indices.ndim != len(shape) or indices.shape[:-1] != shape[:-1] or not 1 <= indices.shape[-1] <= n:
+        raise ValueError(f"indices must have shape {shape[:-1]} + (k,) with k in [1, {n}], got {indices.shape}")
+    if indices.size and not 0 <= indices.min() <= indices.max() < n:
+        raise ValueError(f"indices must lie in [0, {n}), got {indices.min()} to {indices.max()}")
+    return np.asarray(indices)
+
+
+def _check_need(need: Any) -> tuple[str, ...]:
+    if isinstance(need, str) or not isinstance(need, Iterable):
+        raise TypeError(f"need must be a collection of names of {GRADS}, got {type(need).__name__}")
+    names = tuple(need)
+    for name in names:
+        if name not in GRADS:
+            raise ValueError(f"need takes names of {GRADS}, got {name!r}")
+    return names
+
+
+def _check_out(out: Any, shape: tuple[int, ...], dtype: Any, inputs: dict[str, Any]) -> None:
+    _array(out, "out", shape, dtype)
+    if not out.flags.writeable:
+        raise ValueError("out must be writeable, got a read-only array")
+    if not out.flags.aligned:
+        raise ValueError("out must be aligned, got an unaligned array")
+    if out.size == 0:
+        return
+    reach = 0  # bytes from the first to the last element along the axes seen so far, by growing stride
+    for stride, n in sorted((abs(s), n) for s, n in zip(out.strides, out.shape, strict=True) if n > 1):
+        if stride <= reach:
+            raise ValueError(f"out must not overlap itself, got strides {out.strides} for shape {out.shape}")
+        reach += stride * (n - 1)
+    for name, value in inputs.items():
+        if value is not None and np.shares_memory(out, value):
+            raise ValueError(f"out must not overlap {name}")

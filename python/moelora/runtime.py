@@ -1,0 +1,146 @@
+"""The settings of this process (threads, instruction set) and what was built."""
+
+import json
+import os
+import platform
+import sys
+import warnings
+from typing import Any, Literal, overload
+
+import numpy as np
+
+try:
+    from moelora import _core
+except ImportError as error:
+    if os.environ.get("MOELORA_REQUIRE_EXT") == "1":
+        raise
+    warnings.warn(
+        f"moelora's C extension can't be loaded ({error}); plain NumPy and torch are used, which is slow",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    HAS_EXT = False
+else:
+    HAS_EXT = True
+
+__all__ = ["HAS_EXT", "get_isa", "get_num_threads", "set_isa", "set_num_threads", "show_config"]
+
+_MAX_THREADS = 64  # ML_MAX_THREADS
+_num_threads: int | None = None
+
+
+def set_num_threads(n: int | None) -> None:
+    """Set how many threads moelora computes with.
+
+    Results do not depend on the number, to the last bit.
+
+    Parameters
+    ----------
+    n : int or None
+        At least 1; more than 64 are never used. None: follow torch's setting again, or the default where torch
+        isn't loaded (``MOELORA_NUM_THREADS``, else ``OMP_NUM_THREADS``, else the CPUs this process may use).
+
+    Raises
+    ------
+    TypeError
+        `n` is neither an int nor None.
+    ValueError
+        `n` is less than 1.
+    """
+    global _num_threads
+    if n is not None:
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"n must be a positive int or None, got {type(n).__name__}")
+        if n < 1:
+            raise ValueError(f"n must be a positive int or None, got {n}")
+        n = min(n, _MAX_THREADS)
+    if HAS_EXT:
+        _core.set_num_threads(n)
+    _num_threads = n
+
+
+def get_num_threads() -> int:
+    """Return how many threads moelora computes with.
+
+    Returns
+    -------
+    int
+        What `set_num_threads` set; otherwise ``torch.get_num_threads()`` where torch is loaded; otherwise the default.
+        At most 64.
+    """
+    if _num_threads is not None:
+        return _num_threads
+    torch_num_threads = getattr(sys.modules.get("torch"), "get_num_threads", None)
+    if torch_num_threads is not None:
+        return min(int(torch_num_threads()), _MAX_THREADS)
+    return _core.get_num_threads() if HAS_EXT else 1
+
+
+def set_isa(name: str | None) -> None:
+    """Choose the instruction set of the kernels, for this process.
+
+    Results of different instruction sets differ by rounding. The environment variable ``MOELORA_ISA`` sets the same
+    from outside.
+
+    Parameters
+    ----------
+    name : str or None
+        One of "portable", "avx2" and "avx512", as far as this CPU has it. None: the best one.
+
+    Raises
+    ------
+    TypeError
+        `name` is neither a str nor None.
+    ValueError
+        `name` is unknown, or this CPU lacks it.
+    """
+    if HAS_EXT:
+        _core.set_isa(name)
+    elif name is not None:
+        raise ValueError(f"without the C extension there is no instruction set to choose, got {name!r}")
+
+
+def get_isa() -> str:
+    """Return the instruction set in use; "numpy" without the C extension."""
+    return _core.get_isa() if HAS_EXT else "numpy"
+
+
+@overload
+def show_config() -> None: ...
+@overload
+def show_config(mode: Literal["stdout"]) -> None: ...
+@overload
+def show_config(mode: Literal["dicts"]) -> dict[str, dict[str, Any]]: ...
+def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
+    """Show what moelora was built with and what it uses on this machine.
+
+    Parameters
+    ----------
+    mode : {"stdout", "dicts"}
+        Print it, or return it as a dict of dicts.
+
+    Returns
+    -------
+    dict or None
+        None for ``mode="stdout"``.
+
+    Raises
+    ------
+    ValueError
+        `mode` is another one.
+    """
+    if mode not in ("stdout", "dicts"):
+        raise ValueError(f"mode must be 'stdout' or 'dicts', got {mode!r}")
+    from moelora import __version__
+
+    config: dict[str, dict[str, Any]] = {
+        "moelora": {"version": __version__, "extension": _core.__file__ if HAS_EXT else None},
+        "instruction set": {"used": get_isa(), "available": list(_core.isa_available()) if HAS_EXT else []},
+        "threads": {"number": get_num_threads(), "layer": _core.threading_layer() if HAS_EXT else "none"},
+        "blas": {"name": _core.blas_config() if HAS_EXT else "NumPy's"},
+        "python": {"version": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()},
+    }
+    if mode == "dicts":
+        return config
+    print(json.dumps(config, indent=2))
+    return None
