@@ -21,8 +21,8 @@
 enum {
   DEPTH_BLOCK = 256,       /* of a sum; each block starts from zero, which also keeps the rounding error small */
   FEW_TOKENS = 48,         /* below, project takes dot products in place: packing would not pay */
-  VERY_FEW_TOKENS = 9,     /* the same for spread */
-  SHORT_DOT_COLUMNS = 64,  /* outputs of one task of it */
+  VERY_FEW_TOKENS = 9,     /* the same for spread and for B in project */
+  IN_PLACE_COLUMNS = 64,   /* outputs of one task of it */
   SPREAD_TOKENS = 512,     /* tokens that share one packing of a panel in spread */
   ROW_BLOCK = 48,          /* tokens that a group of panels is applied to at a time */
   BASE_COLUMNS = 512,      /* output features of one slice of the base product */
@@ -66,9 +66,10 @@ typedef struct {
   size_t used; /* of the workspace, while it is handed out */
 } call;
 
-/* Bytes of the workspace, summed with every overflow noticed. */
+/* Bytes of the workspace, with every overflow noticed: what lasts for the call, and the largest of the phases. */
 typedef struct {
   size_t bytes;
+  size_t phase;
   bool overflow;
 } budget;
 
@@ -82,6 +83,12 @@ static void reserve(budget *b, int64_t rows_, int64_t cols, int64_t size) {
     b->overflow = true;
   else
     b->bytes = total;
+}
+
+/* Phases come one after the other and share their part of the workspace: less to touch, so fewer page faults. */
+static void reserve_phase(budget *b, budget phase) {
+  if (phase.bytes > b->phase) b->phase = phase.bytes;
+  b->overflow |= phase.overflow;
 }
 
 static void *take(call *c, int64_t rows_, int64_t cols, int64_t size) {
@@ -120,7 +127,8 @@ static ml_status begin(call *c, const ml_routed_lora *p) {
 static void reserve_common(const call *c, budget *b) {
   int64_t N = c->p->n_experts;
   reserve(b, N + 1, 1, sizeof *c->offsets);
-  reserve(b, 2 * N, 1, sizeof *c->a);
+  reserve(b, N, 1, sizeof *c->a);
+  reserve(b, N, 1, sizeof *c->b);
   reserve(b, c->T, N, c->size);
   if (c->p->top_k) reserve(b, c->T, N, 1);
 }
@@ -128,7 +136,9 @@ static void reserve_common(const call *c, budget *b) {
 /* Allocates the workspace and fills in what stands in it for the whole call. */
 static ml_status allocate(call *c, budget b) {
   const ml_routed_lora *p = c->p;
-  if (b.overflow || ML_ADD_OVERFLOWS(b.bytes, (size_t)ALIGNMENT, &b.bytes)) return ML_ERR_OVERFLOW;
+  if (b.overflow || ML_ADD_OVERFLOWS(b.bytes, b.phase, &b.bytes) ||
+      ML_ADD_OVERFLOWS(b.bytes, (size_t)ALIGNMENT, &b.bytes))
+    return ML_ERR_OVERFLOW;
   c->workspace = malloc(b.bytes);
   if (!c->workspace) return ML_ERR_NO_MEMORY;
   c->used = (size_t)(-(intptr_t)c->workspace & (ALIGNMENT - 1));
@@ -221,17 +231,26 @@ typedef struct {
   const void **factor_row; /* [R], for dot products */
 } projection;
 
-static bool projects_by_dots(const call *c, factor m) {
-  if (c->T >= FEW_TOKENS) return false;
+/* Whether M's rows are dense, as those of A are. */
+static bool has_dense_rows(factor m) {
   for (int64_t e = 0; e < m.n_parts; e++)
     if (m.parts[e].col != 1 && m.d > 1) return false;
   return true;
 }
 
+/* Whether M's columns are dense within each expert, as those of B's transpose are. */
+static bool has_dense_columns(factor m) {
+  for (int64_t e = 0; e < m.n_parts; e++)
+    if (m.parts[e].row != 1 && m.offsets[e + 1] - m.offsets[e] > 1) return false;
+  return true;
+}
+
 /* R is given apart: while the budget is drawn up, a factor has no offsets yet. */
 static void reserve_projection(const call *c, budget *b, int64_t R, int64_t d) {
-  reserve(b, round_up(R, c->products->lanes), d, c->size);
-  reserve(b, R, 1, sizeof(void *));
+  budget phase = {0};
+  reserve(&phase, round_up(R, c->products->lanes), d, c->size);
+  reserve(&phase, R, 1, sizeof(void *));
+  reserve_phase(b, phase);
 }
 
 static void pack_projection(void *context, int64_t task, int thread) {
@@ -279,6 +298,16 @@ static void project_dots(void *context, int64_t task, int thread) {
   c->products->dots(c->T, n, j->m.d, j->x.data, j->x.row, j->factor_row + first, at(c, j->out.data, first), j->out.row);
 }
 
+/* B's columns summed in place, one expert a task. */
+static void project_sums(void *context, int64_t task, int thread) {
+  (void)thread;
+  const projection *j = context;
+  const call *c = j->c;
+  int64_t first = j->m.offsets[task];
+  c->products->short_sums(c->T, j->m.offsets[task + 1] - first, j->m.d, j->x.data, j->x.row, j->m.parts[task].data,
+                          j->m.parts[task].col, at(c, j->out.data, first), j->out.row);
+}
+
 /* Tokens of a task: enough tasks for 16 threads, at most 96 tokens so that a block of x stays in the cache. */
 static int64_t projection_block(int64_t T) { return min_(96, round_up(ceil_div(T, 16), 6)); }
 
@@ -286,7 +315,9 @@ static void project(call *c, factor m, rows x, rows out, bool add) {
   int64_t R = m.offsets[m.n_parts], work = c->T * R * m.d;
   size_t used = c->used;
   projection j = {.c = c, .m = m, .R = R, .x = x, .out = out, .add = add, .block = projection_block(c->T)};
-  if (!add && projects_by_dots(c, m)) {
+  if (!add && c->T < VERY_FEW_TOKENS && has_dense_columns(m)) {
+    ml_parallel_for(threads_for(c, work), m.n_parts, project_sums, &j);
+  } else if (!add && c->T < FEW_TOKENS && has_dense_rows(m)) {
     j.factor_row = take(c, R, 1, sizeof(void *));
     for (int64_t e = 0; e < m.n_parts; e++)
       for (int64_t r = m.offsets[e]; r < m.offsets[e + 1]; r++)
@@ -324,8 +355,10 @@ static int64_t spread_tasks(const call *c, int64_t d) {
 }
 
 static void reserve_spreading(const call *c, budget *b, int64_t d) {
-  reserve(b, c->R * c->products->panel_width * spread_group(c, d), ml_thread_bound(c->p->n_threads, spread_tasks(c, d)),
-          c->size);
+  budget phase = {0};
+  reserve(&phase, c->R * c->products->panel_width * spread_group(c, d),
+          ml_thread_bound(c->p->n_threads, spread_tasks(c, d)), c->size);
+  reserve_phase(b, phase);
 }
 
 static void spread_task(void *context, int64_t task, int thread) {
@@ -359,19 +392,13 @@ static void spread_task(void *context, int64_t task, int thread) {
     }
 }
 
-/* For a few tokens and M's columns dense, as those of B's transpose are: nothing is packed. */
-static bool spreads_by_dots(const call *c, factor m) {
-  if (c->T >= VERY_FEW_TOKENS) return false;
-  for (int64_t e = 0; e < m.n_parts; e++)
-    if (m.parts[e].row != 1 && m.offsets[e + 1] - m.offsets[e] > 1) return false;
-  return true;
-}
+/* The next two are for a few tokens, where packing would not pay. */
 
 static void spread_dots(void *context, int64_t task, int thread) {
   (void)thread;
   const spreading *s = context;
   const call *c = s->c;
-  int64_t d0 = task * SHORT_DOT_COLUMNS, cols = min_(SHORT_DOT_COLUMNS, s->m.d - d0);
+  int64_t d0 = task * IN_PLACE_COLUMNS, cols = min_(IN_PLACE_COLUMNS, s->m.d - d0);
   char *out = at(c, s->out.data, d0);
   if (s->init.data != s->out.data)
     c->elementwise->copy(c->T, cols, s->init.data ? at(c, s->init.data, d0) : NULL, s->init.row, 1, out, s->out.row, 1,
@@ -383,17 +410,42 @@ static void spread_dots(void *context, int64_t task, int thread) {
   }
 }
 
+/* A's own rows are a panel already, but for its last columns: a panel has whole vectors. */
+static void spread_in_place(void *context, int64_t task, int thread) {
+  const spreading *s = context;
+  const call *c = s->c;
+  const ml_products *k = c->products;
+  int64_t d0 = task * k->panel_width, cols = min_(k->panel_width, s->m.d - d0), width = round_up(cols, k->lanes);
+  rows init = {s->init.data ? at(c, s->init.data, d0) : NULL, s->init.row}, out = {at(c, s->out.data, d0), s->out.row};
+  for (int64_t e = 0; e < s->m.n_parts; e++) {
+    int64_t rank = s->m.offsets[e + 1] - s->m.offsets[e], panel_row = s->m.parts[e].row;
+    const char *panel = at(c, s->m.parts[e].data, d0);
+    if (cols < width) {
+      char *packed = at(c, s->packed, thread * c->R * k->panel_width);
+      memset(packed, 0, (size_t)(rank * width * c->size));
+      k->pack(packed, width, rank, cols, panel, panel_row, 1);
+      panel = packed;
+      panel_row = width;
+    }
+    k->product(c->T, cols, rank, at(c, s->h, s->m.offsets[e]), c->R, 1, panel, panel_row, out.data, out.row, init.data,
+               init.row);
+    init = out;
+  }
+}
+
 static void spread(call *c, factor m, const char *h, rows out, rows init) {
   size_t used = c->used;
   spreading s = {.c = c, .m = m, .h = h, .out = out, .init = init, .group = spread_group(c, m.d)};
-  s.groups = ceil_div(m.d, c->products->panel_width * s.group);
-  if (spreads_by_dots(c, m)) {
-    ml_parallel_for(threads_for(c, c->T * c->R * m.d), ceil_div(m.d, SHORT_DOT_COLUMNS), spread_dots, &s);
-    return;
-  }
-  int64_t tasks = spread_tasks(c, m.d);
+  int64_t panels = ceil_div(m.d, c->products->panel_width), tasks = spread_tasks(c, m.d);
+  int n_threads = threads_for(c, c->T * c->R * m.d);
+  s.groups = ceil_div(panels, s.group);
   s.packed = take(c, c->R * c->products->panel_width * s.group, ml_thread_bound(c->p->n_threads, tasks), c->size);
-  ml_parallel_for(threads_for(c, c->T * c->R * m.d), tasks, spread_task, &s);
+  if (c->T < VERY_FEW_TOKENS && has_dense_columns(m))
+    ml_parallel_for(n_threads, ceil_div(m.d, IN_PLACE_COLUMNS), spread_dots, &s);
+  else if (c->T < VERY_FEW_TOKENS && has_dense_rows(m))
+    ml_parallel_for(n_threads, panels, spread_in_place, &s);
+  else
+    ml_parallel_for(n_threads, tasks, spread_task, &s);
   c->used = used;
 }
 
@@ -411,8 +463,18 @@ typedef struct {
 static int64_t collect_scratch(const call *c) { return (DEPTH_BLOCK + c->R) * c->products->panel_width; }
 
 static void reserve_collection(const call *c, budget *b, int64_t d) {
-  reserve(b, c->p->n_experts, 1, sizeof(ml_matrix));
-  reserve(b, collect_scratch(c), ml_thread_bound(c->p->n_threads, ceil_div(d, c->products->panel_width)), c->size);
+  budget phase = {0};
+  reserve(&phase, collect_scratch(c), ml_thread_bound(c->p->n_threads, ceil_div(d, c->products->panel_width)), c->size);
+  reserve_phase(b, phase);
+}
+
+/* Brings sums [rank, cols] of one expert home. */
+static void store_grads(const call *c, const char *sums, int64_t width, int64_t rank, int64_t cols, ml_matrix to,
+                        bool add) {
+  if (c->T && to.row == 1 && !add) /* B: a transposition, which packing is */
+    c->products->pack(to.data, to.col, cols, rank, sums, 1, width);
+  else
+    c->elementwise->copy(rank, cols, c->T ? sums : NULL, width, 1, to.data, to.row, to.col, add);
 }
 
 static void collect_task(void *context, int64_t task, int thread) {
@@ -425,7 +487,7 @@ static void collect_task(void *context, int64_t task, int thread) {
   for (int64_t t0 = 0; t0 < c->T; t0 += DEPTH_BLOCK) {
     int64_t tokens = min_(DEPTH_BLOCK, c->T - t0);
     k->pack(panel, width, tokens, cols, at(c, g->x.data, t0 * g->x.row + d0), g->x.row, 1);
-    for (int64_t e = 0; e < g->grads.n_parts;) {
+    for (int64_t e = 0; e < g->grads.n_parts; e++) {
       int64_t first = e; /* neighbours that are wanted go into one product */
       while (e < g->grads.n_parts && g->grads.parts[e].data) e++;
       int64_t r0 = g->grads.offsets[first], r1 = g->grads.offsets[e];
@@ -433,16 +495,14 @@ static void collect_task(void *context, int64_t task, int thread) {
       if (r1 > r0)
         k->product(r1 - r0, cols, tokens, at(c, g->h, t0 * c->R + r0), 1, c->R, panel, width, out, width,
                    t0 ? out : NULL, width);
-      else
-        e++;
     }
   }
   for (int64_t e = 0; e < g->grads.n_parts; e++) {
     ml_matrix to = g->grads.parts[e];
     if (!to.data) continue;
     int64_t r0 = g->grads.offsets[e], rank = g->grads.offsets[e + 1] - r0;
-    c->elementwise->copy(rank, cols, c->T ? at(c, sums, r0 * width) : NULL, width, 1, at(c, to.data, d0 * to.col),
-                         to.row, to.col, g->add);
+    store_grads(c, at(c, sums, r0 * width), width, rank, cols, (ml_matrix){at(c, to.data, d0 * to.col), to.row, to.col},
+                g->add);
   }
 }
 
@@ -648,23 +708,14 @@ ml_status ml_routed_lora_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_
     if (p->weight.data) add_base(&c, g, p->d_out, p->weight, p->d_in, out);
     finish_rows(&c, out, grad_x, p->d_in);
   }
-  if (any_a) {
-    factor grads = factor_a(&c);
-    ml_matrix *parts = take(&c, p->n_experts, 1, sizeof *parts);
-    for (int64_t e = 0; e < p->n_experts; e++) parts[e] = p->experts[e].grad_a;
-    grads.parts = parts;
-    collect(&c, grads, w.p, input_rows(&c, p->x, p->d_in), (accumulate & ML_ACCUMULATE_A) != 0);
+  /* A and B have been read for the last time: their places in the factors now say where the gradients go. */
+  for (int64_t e = 0; e < p->n_experts; e++) {
+    ml_matrix grad_b = p->experts[e].grad_b;
+    c.a[e] = p->experts[e].grad_a;
+    c.b[e] = (ml_matrix){grad_b.data, grad_b.col, grad_b.row};
   }
-  if (any_b) {
-    factor grads = factor_b(&c);
-    ml_matrix *parts = take(&c, p->n_experts, 1, sizeof *parts);
-    for (int64_t e = 0; e < p->n_experts; e++) {
-      ml_matrix grad = p->experts[e].grad_b;
-      parts[e] = (ml_matrix){grad.data, grad.col, grad.row};
-    }
-    grads.parts = parts;
-    collect(&c, grads, w.weighted, g, (accumulate & ML_ACCUMULATE_B) != 0);
-  }
+  if (any_a) collect(&c, factor_a(&c), w.p, input_rows(&c, p->x, p->d_in), (accumulate & ML_ACCUMULATE_A) != 0);
+  if (any_b) collect(&c, factor_b(&c), w.weighted, g, (accumulate & ML_ACCUMULATE_B) != 0);
   if (grad_w.data)
     c.elementwise->sum_weight_grads(p->batch, p->seq, p->n_experts, w.token_grads, grad_w,
                                     (accumulate & ML_ACCUMULATE_W) != 0);

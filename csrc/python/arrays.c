@@ -83,7 +83,7 @@ bool has_shape(PyArrayObject *array, argument arg, int ndim, const npy_intp *dim
   if (right) {
     return true;
   }
-  char expected[128] = "[";
+  char expected[NPY_MAXDIMS * 24] = "["; /* an axis takes 22 at most */
   size_t length = 1;
   for (int i = 0; i < ndim; i++) {
     const char *comma = i == 0 ? "" : ", ";

@@ -90,6 +90,8 @@ static bool read_real(PyObject *obj, argument arg, double *value) {
   }
   if (is_complex || PyErr_ExceptionMatches(PyExc_TypeError)) {
     raise_for(PyExc_TypeError, arg, "must be a real number, got %s", Py_TYPE(obj)->tp_name);
+  } else if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
+    raise_for(PyExc_ValueError, arg, "must be finite, got an integer beyond every float");
   }
   return false;
 }

@@ -273,6 +273,18 @@ def _sequence(value: Any, name: str) -> Any:
     return value
 
 
+def _real(value: Any, name: str) -> float:
+    refusal = TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    if isinstance(value, str | bytes) or np.iscomplexobj(value):
+        raise refusal
+    try:
+        return float(value)
+    except TypeError:
+        raise refusal from None
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got an integer beyond every float") from None
+
+
 def _scalings(scaling: Any, n_experts: int, dtype: Any) -> list[float]:
     many = isinstance(scaling, Sequence) and not isinstance(scaling, str | bytes) or getattr(scaling, "ndim", 0) > 0
     given = list(scaling) if many else [scaling] * n_experts
@@ -280,9 +292,7 @@ def _scalings(scaling: Any, n_experts: int, dtype: Any) -> list[float]:
         raise ValueError(f"scaling must be a real number or {n_experts} of them, one per expert, got {len(given)}")
     numbers = []
     for e, value in enumerate(given):
-        if not hasattr(value, "__float__") and not hasattr(value, "__index__") or np.iscomplexobj(value):
-            raise TypeError(f"scaling must be a real number or {n_experts} of them, got {type(value).__name__}")
-        numbers.append(float(value))
+        numbers.append(_real(value, f"scaling[{e}]" if many else "scaling"))
         if not abs(numbers[e]) <= np.finfo(dtype).max:
             raise ValueError(f"scaling[{e}] must be finite in {dtype}, got {numbers[e]}")
     return numbers
@@ -308,9 +318,7 @@ def _check_routing(logits: Any, temperature: Any, mask: Any) -> tuple[Array, flo
     logits = _array(logits, "logits")
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape [..., N] with N > 0, got {logits.shape}")
-    if not hasattr(temperature, "__float__") and not hasattr(temperature, "__index__") or np.iscomplexobj(temperature):
-        raise TypeError(f"temperature must be a positive number, got {type(temperature).__name__}")
-    temperature = float(temperature)
+    temperature = _real(temperature, "temperature")
     if not 0 < temperature <= np.finfo(np.float64).max:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if mask is None:

@@ -32,6 +32,10 @@ typedef struct {
   /* out[t, j] += <h[t, :], rows[j, :]> over depth, the rows row_stride apart: dots for a depth of a few elements */
   void (*short_dots)(int64_t tokens, int64_t n, int64_t depth, const void *h, int64_t h_row, const void *rows,
                      int64_t row_stride, void *out, int64_t out_row);
+
+  /* out[t, j] = sum_k x[t, k] rows[k, j], the rows row_stride apart: product for a few tokens and columns, in place */
+  void (*short_sums)(int64_t tokens, int64_t n, int64_t depth, const void *x, int64_t x_row, const void *rows,
+                     int64_t row_stride, void *out, int64_t out_row);
 } ml_products;
 
 typedef struct {

@@ -223,6 +223,38 @@ static void NAME(short_dots)(int64_t tokens, int64_t n, int64_t depth, const voi
   }
 }
 
+/* Four chains of sums at a time, and two rows: enough to hide the latency of an addition. */
+ML_INLINE void NAME(short_sums_quads)(const int quads, int64_t depth, const REAL *x, const REAL *rows,
+                                      int64_t row_stride, REAL *out) {
+  NAME(quad) even[4] = {{0}}, odd[4] = {{0}};
+  int64_t k = 0;
+  for (; k + 2 <= depth; k += 2) ML_UNROLL for (int i = 0; i < quads; i++) {
+      even[i] += x[k] * *(const NAME(quad) *)(rows + k * row_stride + 4 * i);
+      odd[i] += x[k + 1] * *(const NAME(quad) *)(rows + (k + 1) * row_stride + 4 * i);
+    }
+  if (k < depth) ML_UNROLL for (int i = 0; i < quads; i++)
+      even[i] += x[k] * *(const NAME(quad) *)(rows + k * row_stride + 4 * i);
+  ML_UNROLL for (int i = 0; i < quads; i++) *(NAME(quad) *)(out + 4 * i) = even[i] + odd[i];
+}
+
+static void NAME(short_sums)(int64_t tokens, int64_t n, int64_t depth, const void *x_, int64_t x_row,
+                             const void *rows_, int64_t row_stride, void *out_, int64_t out_row) {
+  const REAL *rows = rows_;
+  for (int64_t t = 0; t < tokens; t++) {
+    const REAL *x = (const REAL *)x_ + t * x_row;
+    REAL *out = (REAL *)out_ + t * out_row;
+    int64_t j = 0;
+    for (; n - j >= 16; j += 16) NAME(short_sums_quads)(4, depth, x, rows + j, row_stride, out + j);
+    for (; n - j >= 8; j += 8) NAME(short_sums_quads)(2, depth, x, rows + j, row_stride, out + j);
+    for (; n - j >= 4; j += 4) NAME(short_sums_quads)(1, depth, x, rows + j, row_stride, out + j);
+    for (; j < n; j++) {
+      REAL total = 0;
+      for (int64_t k = 0; k < depth; k++) total += x[k] * rows[k * row_stride + j];
+      out[j] = total;
+    }
+  }
+}
+
 static const ml_products NAME(table) = {
     .lanes = NAME(lanes),
     .panel_width = TILE_VECTORS * NAME(lanes),
@@ -230,6 +262,7 @@ static const ml_products NAME(table) = {
     .pack = NAME(pack),
     .dots = NAME(dots),
     .short_dots = NAME(short_dots),
+    .short_sums = NAME(short_sums),
 };
 
 #undef REAL
