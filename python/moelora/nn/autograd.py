@@ -213,7 +213,7 @@ def _check(
     if not isinstance(x, Tensor) or x.dtype not in _FLOATS:
         raise _wrong("x", x, _FLOATS)
     kind = x.device.type
-    if x.dtype is not torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if x.dtype is not torch.float64 and _autocast_enabled(kind):
         to = torch.get_autocast_dtype(kind)
         x = x.to(to)
         base_output, weight, bias = (t.to(to) if isinstance(t, Tensor) else t for t in (base_output, weight, bias))
@@ -288,6 +288,10 @@ def _check(
     return _Call(x, lora_A, lora_B, routing_weights, scales, base_output, weight, bias, top_k, drops)
 
 
+def _autocast_enabled(kind: str) -> bool:
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # which raises for meta
+
+
 def _numbers(name: str, value: Any, n: int) -> tuple[float, ...]:
     """A finite real number, or n of them, as n floats."""
     values = (value,) if isinstance(value, Real) else value
@@ -317,7 +321,7 @@ def _formula(call: _Call) -> Tensor:
             if isinstance(t, Tensor) and t.device != x.device:
                 place = f"{name}[{e}]" if isinstance(value, tuple) else name
                 raise ValueError(f"{place} must be on {x.device} as x is, got {t.device}")
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):  # the dtypes are chosen by now
             return _formula(call)
     dtype, ranks, w = x.dtype, call.ranks, call.routing_weights
@@ -361,20 +365,19 @@ def _mix(
     else:
         w = torch.cat([w_e * s for w_e, s in zip(w.split(1, -1), scaling, strict=True)], -1)
 
-    if min(ranks) == max(ranks):
-        rows = hidden.unflatten(-1, (n, ranks[0]))
-        if kept is not None:
-            rows = rows.masked_fill(~kept.unsqueeze(-1), 0)
-        mixed: Tensor = (rows * w.unsqueeze(-1)).flatten(-2)
-        return mixed.to(hidden.dtype)
+    equal = min(ranks) == max(ranks)
 
-    def spread(t: Tensor) -> Tensor:  # [..., N] -> [..., R]
+    def spread(t: Tensor) -> Tensor:
+        """[..., N] -> [..., N, 1], or [..., R] where ranks differ."""
+        if equal:
+            return t.unsqueeze(-1)
         columns = zip(t.split(1, -1), ranks, strict=True)
         return torch.cat([column.expand(*t.shape[:-1], rank) for column, rank in columns], -1)
 
+    rows: Tensor = hidden.unflatten(-1, (n, ranks[0])) if equal else hidden
     if kept is not None:
-        hidden = hidden.masked_fill(~spread(kept), 0)
-    return (hidden * spread(w)).to(hidden.dtype)
+        rows = rows.masked_fill(~spread(kept), 0)
+    return (rows * spread(w)).to(hidden.dtype).reshape(hidden.shape)
 
 
 def _core_forward(call: _Call, *, keep_hidden: bool) -> tuple[Tensor, Tensor | None]:
@@ -430,20 +433,21 @@ class _RoutedLoRA(torch.autograd.Function):
         need_x, need_w, need_base, _, _, _, _, *need_adapters = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * (2 + len(need_adapters))
         if need_x or need_w or any(need_adapters):
-            if uses_core(grad_y):
-                grads = _core_backward(ctx, grad_y)
+            saved = ctx.saved_tensors  # once: checkpointing recomputes on every reading
+            if uses_core(grad_y, *(t for t in saved if t is not None)):
+                grads = _core_backward(ctx, saved, grad_y)
                 if torch.is_grad_enabled():  # create_graph
-                    grads = _refuse_twice(grads, [grad_y, *ctx.saved_tensors])
+                    grads = _refuse_twice(grads, [grad_y, *saved])
             elif torch.is_grad_enabled():
                 raise RuntimeError(_TWICE)
             else:
-                grads = _formula_backward(ctx, grad_y)
+                grads = _formula_backward(ctx, saved, grad_y)
         return (*grads[:2], grad_y if need_base else None, None, None, None, None, *grads[2:])
 
 
-def _core_backward(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
+def _core_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None]:
     """Gradients of x, the routing weights and the adapters, None where not needed."""
-    x, hidden, routing_weights, weight, *adapters = ctx.saved_tensors
+    x, hidden, routing_weights, weight, *adapters = saved
     need_x, need_w, _, _, _, _, _, *need_adapters = ctx.needs_input_grad
     dtype = _core_dtype(grad_y.dtype)
     n, axes = len(ctx.scaling), grad_y.dim()
@@ -478,12 +482,12 @@ def _core_backward(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
         0 if weight is None else _ACCUMULATE_X,
     )
     inputs = zip((grad_x, grad_w, *grad_adapters), (grad_y, routing_weights, *adapters), strict=True)
-    return [None if g is None else g.to(t.dtype) for g, t in inputs]
+    return [g if g is None or g.dtype is t.dtype else g.to(t.dtype) for g, t in inputs]
 
 
-def _formula_backward(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
+def _formula_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None]:
     """The same where the core can't read grad_y: batched by vmap (is_grads_batched), a subclass, traced."""
-    x, hidden, routing_weights, weight, *adapters = ctx.saved_tensors
+    x, hidden, routing_weights, weight, *adapters = saved
     n = len(ctx.scaling)
     lora_A, lora_B = adapters[:n], adapters[n:]
     ranks = [a.shape[0] for a in lora_A]
@@ -585,7 +589,11 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        return _Refuse.apply(*grad_outputs) if torch.is_grad_enabled() else grad_outputs  # type: ignore[no-untyped-call]
+        if not torch.is_grad_enabled():
+            return grad_outputs
+        if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in grad_outputs):
+            raise RuntimeError(_TWICE)  # is_grads_batched would lose the tie
+        return _Refuse.apply(*grad_outputs)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
