@@ -12,7 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moelora.runtime import get_isa, get_num_threads, set_isa, set_num_threads, show_config
+    from moelora.runtime import get_isa as get_isa
+    from moelora.runtime import get_num_threads as get_num_threads
+    from moelora.runtime import set_isa as set_isa
+    from moelora.runtime import set_num_threads as set_num_threads
+    from moelora.runtime import show_config as show_config
 
 __version__ = "0.1.0"
 

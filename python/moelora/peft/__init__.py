@@ -1,0 +1,138 @@
+"""Hosting in PEFT, and PEFT's own namespace around it.
+
+Every public name of ``peft`` is here under the same name. Those that make a `PeftModel` make an adopted one; the others
+are PEFT's objects themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft as _peft
+from torch import nn
+
+from moelora.peft.config import MoELoraConfig
+from moelora.peft.layers import Linear, LoraLayer
+from moelora.peft.model import LoraModel, activate_all_experts, adopt, release
+
+__all__ = [
+    "Linear",
+    "LoraLayer",
+    "LoraModel",
+    "MoELoraConfig",
+    "activate_all_experts",
+    "adopt",
+    "get_peft_model",
+    "release",
+]
+__all__ += _peft.__all__
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: Any,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """`peft.get_peft_model`, adopted; with a `MoELoraConfig`, a whole mixture.
+
+    Parameters
+    ----------
+    model, peft_config, mixed, autocast_adapter_dtype, revision, low_cpu_mem_usage
+        As in PEFT.
+    adapter_name : str
+        Left at its default, a `MoELoraConfig` gives adapters ``expert_0`` .. ``expert_{N-1}``, all of them active and
+        trainable, and the router that ``router_type`` names. Any other name gives that adapter alone and no router.
+
+    Returns
+    -------
+    peft.PeftModel or peft.PeftMixedModel
+        Adopted, see `adopt`.
+    """
+
+    def stock(config: Any, name: str) -> Any:
+        return _peft.get_peft_model(
+            model,
+            config,
+            adapter_name=name,
+            mixed=mixed,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            revision=revision,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
+
+    if not isinstance(peft_config, MoELoraConfig) or not peft_config.use_moe_routing or adapter_name != "default":
+        return adopt(stock(peft_config, adapter_name))
+    if mixed:
+        raise ValueError("mixed=True can't be routed: a mixture of experts needs one type of adapter")
+
+    names = [f"expert_{i}" for i in range(peft_config.num_experts)]
+    routed = adopt(stock(peft_config, names[0]))
+    for name in names[1:]:
+        routed.add_adapter(
+            name,
+            copy.deepcopy(peft_config),
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+    activate_all_experts(routed)
+    routed.base_model.attach_router(routed.base_model.make_router(peft_config), peft_config)
+    return routed
+
+
+class _Adopting(type):
+    """Metaclass of the faces of PEFT's model classes: calling one makes an adopted object of PEFT's own class.
+
+    A face stands for its class in isinstance and issubclass checks; what is derived from a face is a class of its own.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        stock = cls.__dict__.get("_stands_for")
+        return adopt(super().__call__(*args, **kwargs) if stock is None else stock(*args, **kwargs))
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        stock = cls.__dict__.get("_stands_for")
+        return super().__instancecheck__(instance) if stock is None else isinstance(instance, stock)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        stock = cls.__dict__.get("_stands_for")
+        return super().__subclasscheck__(subclass) if stock is None else issubclass(subclass, stock)
+
+
+def _face(stock: Any) -> Any:
+    """The class that stands for a model class of PEFT here: the same, but what it makes is adopted."""
+
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        made = stock if "_stands_for" in cls.__dict__ else cls
+        return adopt(stock.from_pretrained.__func__(made, *args, **kwargs))
+
+    from_pretrained.__doc__ = stock.from_pretrained.__doc__
+    members = {"__module__": __name__, "__doc__": stock.__doc__, "_stands_for": stock}
+    return _Adopting(stock.__name__, (stock,), members | {"from_pretrained": classmethod(from_pretrained)})
+
+
+_faces: dict[str, Any] = {}
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _faces:
+        return _faces[name]
+    try:
+        value = getattr(_peft, name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    if isinstance(value, type) and (
+        issubclass(value, (_peft.PeftModel, _peft.PeftMixedModel)) or hasattr(value, "_target_peft_class")
+    ):
+        value = _faces[name] = _face(value)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(_peft)})
