@@ -28,7 +28,7 @@ enum {
   BASE_COLUMNS = 512,      /* output features of one slice of the base product */
   BASE_TOKENS = 256,       /* tokens of the same */
   ELEMENTWISE_TOKENS = 64, /* tokens of one element-wise task */
-  SMALL_WORK = 1 << 16     /* multiply-adds below which starting threads costs more than it saves */
+  SMALL_WORK = 1 << 18     /* multiply-adds below which starting threads costs more than it saves */
 };
 
 static int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }

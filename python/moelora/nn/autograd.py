@@ -294,13 +294,15 @@ def _autocast_enabled(kind: str) -> bool:
 
 def _numbers(name: str, value: Any, n: int) -> tuple[float, ...]:
     """A finite real number, or n of them, as n floats."""
-    values = (value,) if isinstance(value, Real) else value
-    if isinstance(values, Tensor) or not hasattr(values, "__iter__") or not all(isinstance(v, Real) for v in values):
+    single = type(value) is float or isinstance(value, Real)  # isinstance asks an abstract class, which is slow
+    many = not single and not isinstance(value, Tensor) and hasattr(value, "__iter__")
+    values = (value,) if not many else tuple(value)
+    if not all(type(v) is float or isinstance(v, Real) for v in values):
         raise TypeError(f"{name} must be a real number or a sequence of {n} of them, got {value!r}")
     numbers = tuple(map(float, values))
     if not all(-math.inf < v < math.inf for v in numbers):  # math.isfinite would break the graph of torch.compile
         raise ValueError(f"{name} must be finite, got {value!r}")
-    if isinstance(value, Real):
+    if single:
         return numbers * n
     if len(numbers) != n:
         raise ValueError(f"{name} must be a real number or a sequence of {n} of them, got {len(numbers)}")
