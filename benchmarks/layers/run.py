@@ -2,9 +2,10 @@
 
     python benchmarks/layers/run.py --out benchmarks/results/layers_cpu_f32.csv
 
-All but `base` and `moelora_weight` add a mixture to a base output that is there already; `stacked` is torch with A and B
-concatenated beforehand, `stacked_medium` the same under ``torch.set_float32_matmul_precision("medium")``; `one_lora` has
-one expert of rank r; `moelora_weight` computes the base product too. Columns *_over_moelora: a peer's median over moelora's.
+All but `base` and `moelora_weight` add a mixture to a base output that is there already; `stacked` is torch with A and
+B concatenated beforehand, `stacked_medium` the same under ``torch.set_float32_matmul_precision("medium")``; `one_lora`
+has one expert of rank r; `moelora_weight` computes the base product too. Columns *_over_moelora: a peer's median over
+moelora's.
 """
 
 from __future__ import annotations

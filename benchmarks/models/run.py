@@ -21,6 +21,7 @@ import copy
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,7 @@ def measure(base: nn.Module, cells: list[tuple[int, int, int, int]], rounds: int
         torch.manual_seed(0)
         ids = torch.randint(base.config.vocab_size, (batch, seq))
         of = peers(base, n, r, ids)
-        calls = {
-            name: peer.forward if what == "forward" else lambda peer=peer: peer.train(ids) for name, peer in of.items()
-        }
+        calls = {name: peer.forward if what == "forward" else partial(peer.train, ids) for name, peer in of.items()}
         times = interleave(calls, rounds)
         median = {name: quartiles(seconds)[1] for name, seconds in times.items()}
         peaks = {name: peak_bytes(call) for name, call in calls.items()}
