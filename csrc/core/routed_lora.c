@@ -19,16 +19,15 @@
 #include "threads.h"
 
 enum {
-  DEPTH_BLOCK = 256,       /* of a sum; each block starts from zero, which also keeps the rounding error small */
-  FEW_TOKENS = 48,         /* below, project takes dot products in place: packing would not pay */
-  VERY_FEW_TOKENS = 9,     /* the same for spread and for B in project */
-  IN_PLACE_COLUMNS = 64,   /* outputs of one task of it */
-  SPREAD_TOKENS = 512,     /* tokens that share one packing of a panel in spread */
-  ROW_BLOCK = 48,          /* tokens that a group of panels is applied to at a time */
-  BASE_COLUMNS = 512,      /* output features of one slice of the base product */
-  BASE_TOKENS = 256,       /* tokens of the same */
-  ELEMENTWISE_TOKENS = 64, /* tokens of one element-wise task */
-  SMALL_WORK = 1 << 18     /* multiply-adds below which starting threads costs more than it saves */
+  DEPTH_BLOCK = 256,     /* of a sum; each block starts from zero, which also keeps the rounding error small */
+  FEW_TOKENS = 48,       /* below, project takes dot products in place: packing would not pay */
+  VERY_FEW_TOKENS = 9,   /* the same for spread and for B in project */
+  IN_PLACE_COLUMNS = 64, /* outputs of one task of it */
+  SPREAD_TOKENS = 512,   /* tokens that share one packing of a panel in spread */
+  ROW_BLOCK = 48,        /* tokens that a group of panels is applied to at a time */
+  BASE_COLUMNS = 512,    /* output features of one slice of the base product */
+  BASE_TOKENS = 256,     /* tokens of the same */
+  SMALL_WORK = 1 << 18   /* multiply-adds below which starting threads costs more than it saves */
 };
 
 static int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -219,6 +218,9 @@ static bool is_dense_hidden(const call *c, ml_tokens v) {
 
 /* ---- project: out [T, R] = x M^T, or added to what is there ---- */
 
+/* What happens to tokens first .. last - 1 of a projection's result, while they are in the cache. */
+typedef void epilogue(const void *context, int64_t first, int64_t last);
+
 typedef struct {
   const call *c;
   factor m;
@@ -226,6 +228,8 @@ typedef struct {
   rows x;
   rows out;
   bool add;
+  epilogue *then; /* NULL: nothing */
+  const void *context;
   int64_t block;           /* tokens of a task */
   char *packed;            /* [panels][d][width]; NULL: dot products */
   const void **factor_row; /* [R], for dot products */
@@ -286,6 +290,7 @@ static void project_packed(void *context, int64_t task, int thread) {
                            1, at(c, j->packed, first * j->m.d + k0 * width), width, out, j->out.row,
                            k0 || j->add ? out : NULL, j->out.row);
     }
+  if (j->then) j->then(j->context, t0, t0 + tokens);
 }
 
 enum { DOT_ROWS = 8 };
@@ -311,18 +316,21 @@ static void project_sums(void *context, int64_t task, int thread) {
 /* Tokens of a task: enough tasks for 16 threads, at most 96 tokens so that a block of x stays in the cache. */
 static int64_t projection_block(int64_t T) { return min_(96, round_up(ceil_div(T, 16), 6)); }
 
-static void project(call *c, factor m, rows x, rows out, bool add) {
+static void project(call *c, factor m, rows x, rows out, bool add, epilogue *then, const void *context) {
   int64_t R = m.offsets[m.n_parts], work = c->T * R * m.d;
   size_t used = c->used;
-  projection j = {.c = c, .m = m, .R = R, .x = x, .out = out, .add = add, .block = projection_block(c->T)};
+  projection j = {.c = c, .m = m, .R = R, .x = x, .out = out, .add = add, .then = then, .context = context};
+  j.block = projection_block(c->T);
   if (!add && c->T < VERY_FEW_TOKENS && has_dense_columns(m)) {
     ml_parallel_for(threads_for(c, work), m.n_parts, project_sums, &j);
+    if (then) then(context, 0, c->T);
   } else if (!add && c->T < FEW_TOKENS && has_dense_rows(m)) {
     j.factor_row = take(c, R, 1, sizeof(void *));
     for (int64_t e = 0; e < m.n_parts; e++)
       for (int64_t r = m.offsets[e]; r < m.offsets[e + 1]; r++)
         j.factor_row[r] = at(c, m.parts[e].data, (r - m.offsets[e]) * m.parts[e].row);
     ml_parallel_for(threads_for(c, work), ceil_div(R, DOT_ROWS), project_dots, &j);
+    if (then) then(context, 0, c->T);
   } else {
     j.packed = take(c, round_up(R, c->products->lanes), m.d, c->size);
     int64_t panels = ceil_div(R, c->products->panel_width);
@@ -553,7 +561,7 @@ static void add_base(call *c, rows left, int64_t k, ml_matrix right, int64_t n, 
   for (int64_t j0 = 0; j0 < n; j0 += BASE_COLUMNS) { /* as a projection, slice by slice */
     int64_t offsets[2] = {0, min_(BASE_COLUMNS, n - j0)};
     ml_matrix part = {at(c, right.data, j0 * right.col), right.col, right.row};
-    project(c, (factor){k, 1, offsets, &part}, left, (rows){at(c, out.data, j0), out.row}, true);
+    project(c, (factor){k, 1, offsets, &part}, left, (rows){at(c, out.data, j0), out.row}, true, NULL, NULL);
   }
 }
 
@@ -565,12 +573,10 @@ typedef struct {
   char *weighted; /* [T, R]: s w * H */
 } weighing;
 
-static void weigh_task(void *context, int64_t task, int thread) {
-  (void)thread;
+static void weigh(const void *context, int64_t first, int64_t last) {
   const weighing *w = context;
   const call *c = w->c;
   const ml_routed_lora *p = c->p;
-  int64_t first = task * ELEMENTWISE_TOKENS, last = min_(first + ELEMENTWISE_TOKENS, c->T);
   c->elementwise->factors(first, last, p->seq, p->n_experts, p->routing_weights, p->experts, p->top_k, c->factors,
                           c->keep);
   if (p->top_k) c->elementwise->drop(first, last, p->n_experts, c->offsets, c->keep, w->h);
@@ -612,8 +618,7 @@ ml_status ml_routed_lora_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens
     init = out;
   }
 
-  project(&c, factor_a(&c), x, (rows){h, c.R}, false);
-  ml_parallel_for(threads_for(&c, c.T * c.R), ceil_div(c.T, ELEMENTWISE_TOKENS), weigh_task, &w);
+  project(&c, factor_a(&c), x, (rows){h, c.R}, false, weigh, &w);
   spread(&c, factor_b(&c), w.weighted, out, init);
   if (p->weight.data)
     add_base(&c, x, p->d_in, (ml_matrix){p->weight.data, p->weight.col, p->weight.row}, p->d_out, out);
@@ -635,13 +640,12 @@ typedef struct {
   char *token_grads; /* [T, N]: gradient of each token's weights; NULL: not needed */
 } gradient_weighing;
 
-static void gradient_weigh_task(void *context, int64_t task, int thread) {
-  (void)thread;
+static void weigh_gradients(const void *context, int64_t first, int64_t last) {
   const gradient_weighing *w = context;
   const call *c = w->c;
   const ml_routed_lora *p = c->p;
   const ml_elementwise *f = c->elementwise;
-  int64_t N = p->n_experts, first = task * ELEMENTWISE_TOKENS, last = min_(first + ELEMENTWISE_TOKENS, c->T);
+  int64_t N = p->n_experts;
   f->factors(first, last, p->seq, N, p->routing_weights, p->experts, p->top_k, c->factors, c->keep);
   if (w->token_grads) f->weight_grads(first, last, N, c->offsets, p->experts, c->keep, w->p, w->h, w->token_grads);
   if (w->p) {
@@ -693,9 +697,10 @@ ml_status ml_routed_lora_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_
   if (any_b) w.weighted = take(&c, c.T, c.R, c.size);
   if (grad_w.data) w.token_grads = take(&c, c.T, p->n_experts, c.size);
 
-  if (need_p && c.T) project(&c, factor_b(&c), g, (rows){w.p, c.R}, false);
-  if (need_p || any_b)
-    ml_parallel_for(threads_for(&c, c.T * c.R), ceil_div(c.T, ELEMENTWISE_TOKENS), gradient_weigh_task, &w);
+  if (need_p && c.T)
+    project(&c, factor_b(&c), g, (rows){w.p, c.R}, false, weigh_gradients, &w);
+  else
+    weigh_gradients(&w, 0, c.T);
 
   if (grad_x.data && c.T) {
     rows out = output_rows(&c, grad_x, p->d_in);
