@@ -313,8 +313,8 @@ static void project_sums(void *context, int64_t task, int thread) {
                           j->m.parts[task].col, at(c, j->out.data, first), j->out.row);
 }
 
-/* Tokens of a task: enough tasks for 16 threads, at most 96 tokens so that a block of x stays in the cache. */
-static int64_t projection_block(int64_t T) { return min_(96, round_up(ceil_div(T, 16), 6)); }
+/* Tokens of a task: enough tasks to keep threads busy to the end, at most 96 tokens so that a block of x stays in the cache. */
+static int64_t projection_block(int64_t T) { return min_(96, round_up(ceil_div(T, 24), 6)); }
 
 static void project(call *c, factor m, rows x, rows out, bool add, epilogue *then, const void *context) {
   int64_t R = m.offsets[m.n_parts], work = c->T * R * m.d;

@@ -1,7 +1,7 @@
 """`routed_lora` for torch: the C core under autograd on CPU, a stacked formula in torch operations everywhere else."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -282,7 +282,7 @@ def _check(
             raise ValueError(f"top_k must lie in [1, {n}], the number of experts, got {top_k}")
         top_k = int(top_k) if top_k < n else None
     scales = _numbers("scaling", scaling, n)
-    drops = _numbers("dropout_p", dropout_p, n)
+    drops = (0.0,) if type(dropout_p) is float and not dropout_p else _numbers("dropout_p", dropout_p, n)
     if min(drops) < 0 or max(drops) > 1:
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p!r}")
     return _Call(x, lora_A, lora_B, routing_weights, scales, base_output, weight, bias, top_k, drops)
@@ -388,13 +388,13 @@ def _core_forward(call: _Call, *, keep_hidden: bool) -> tuple[Tensor, Tensor | N
     n, ranks, d_out = len(call.scaling), call.ranks, call.lora_B[0].shape[0]
     dtype = _core_dtype(x.dtype)
     if call.weight is None:
-        y = x.new_empty((*x.shape[:-1], d_out), dtype=dtype)
+        y = torch.empty((*x.shape[:-1], d_out), dtype=dtype, device="cpu")
     else:
-        y = base = F.linear(x, call.weight, call.bias).to(dtype)
-    hidden = x.new_empty((*x.shape[:-1], sum(ranks)), dtype=dtype) if keep_hidden else None
+        y = base = _as(dtype, F.linear(x, call.weight, call.bias))
+    hidden = torch.empty((*x.shape[:-1], sum(ranks)), dtype=dtype, device="cpu") if keep_hidden else None
     # Converted copies live in these names until the core returns.
-    c_x, c_w, *c_adapters = _in_dtype(dtype, (x, call.routing_weights, *call.lora_A, *call.lora_B))
-    c_base = None if base is None else base.to(dtype)
+    c_x, c_w, *c_adapters = [_as(dtype, t) for t in (x, call.routing_weights, *call.lora_A, *call.lora_B)]
+    c_base = None if base is None else _as(dtype, base)
     views = [_matrix(t) for t in c_adapters]
     _core.forward_raw(
         int(dtype is torch.float64),
@@ -411,7 +411,7 @@ def _core_forward(call: _Call, *, keep_hidden: bool) -> tuple[Tensor, Tensor | N
         call.top_k or 0,
         runtime.get_num_threads(),
     )
-    return y.to(x.dtype), hidden
+    return _as(x.dtype, y), hidden
 
 
 class _RoutedLoRA(torch.autograd.Function):
@@ -460,8 +460,8 @@ def _core_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tenso
         # Under autocast the product may come in another dtype.
         grad_x = grad_y.new_empty(ctx.x_shape, dtype=dtype) if weight is None else (grad_y @ weight).to(dtype)
     # Converted copies live in these names until the core returns.
-    c_grad_y, c_w, *c_adapters = _in_dtype(dtype, (grad_y, routing_weights, *adapters))
-    c_x = None if x is None else x.to(dtype)
+    c_grad_y, c_w, *c_adapters = [_as(dtype, t) for t in (grad_y, routing_weights, *adapters)]
+    c_x = None if x is None else _as(dtype, x)
     views = [_matrix(t) for t in c_adapters]
     grad_views = [None if t is None else _matrix(t) for t in grad_adapters]
     _core.backward_raw(
@@ -484,7 +484,7 @@ def _core_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tenso
         0 if weight is None else _ACCUMULATE_X,
     )
     inputs = zip((grad_x, grad_w, *grad_adapters), (grad_y, routing_weights, *adapters), strict=True)
-    return [g if g is None or g.dtype is t.dtype else g.to(t.dtype) for g, t in inputs]
+    return [None if g is None else _as(t.dtype, g) for g, t in inputs]
 
 
 def _formula_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None]:
@@ -507,15 +507,15 @@ def _formula_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Te
     if x is not None:
         grad_A = (grad_hidden.reshape(-1, sum(ranks)).mT @ x.reshape(-1, x.shape[-1]).to(dtype)).split(ranks)
     inputs = zip((grad_x, grad_w, *grad_A, *grad_B), (grad_y, routing_weights, *adapters), strict=True)
-    return [None if g is None else g.to(t.dtype) for g, t in inputs]
+    return [None if g is None else _as(t.dtype, g) for g, t in inputs]
 
 
 def _core_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _in_dtype(dtype: torch.dtype, tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [t if t.dtype is dtype else t.to(dtype) for t in tensors]
+def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
+    return t if t.dtype is dtype else t.to(dtype)  # .to alone takes a microsecond to find that there is nothing to do
 
 
 def _batch_and_seq(t: Tensor) -> tuple[int, int]:
