@@ -40,7 +40,11 @@ static bool read_int64(PyObject *obj, const char *name, int64_t *value) {
   if (!PyLong_Check(obj)) {
     return raise_for(PyExc_TypeError, ARG(name), "must be an int, got %s", Py_TYPE(obj)->tp_name);
   }
-  *value = PyLong_AsLongLong(obj);
+  int overflow = 0;
+  *value = PyLong_AsLongLongAndOverflow(obj, &overflow);
+  if (overflow != 0) {
+    return raise_for(PyExc_ValueError, ARG(name), "must fit into 64 bits, got %S", obj);
+  }
   return *value != -1 || !PyErr_Occurred();
 }
 
@@ -554,6 +558,15 @@ static bool is_items(PyObject *obj, const char *name, Py_ssize_t n) {
   return true;
 }
 
+/* No other number: a __float__ could change the very lists that are being read. */
+static bool read_float(PyObject *obj, argument arg, double *value) {
+  if (!PyFloat_Check(obj)) {
+    return raise_for(PyExc_TypeError, arg, "must be a float, got %s", Py_TYPE(obj)->tp_name);
+  }
+  *value = PyFloat_AS_DOUBLE(obj);
+  return true;
+}
+
 typedef struct {
   ml_routed_lora core;
   ml_expert few[FEW_EXPERTS], *experts;
@@ -592,7 +605,7 @@ static bool read_raw_mixture(raw_mixture *m, PyObject *const *args, PyObject *to
     if (!read_matrix(PySequence_Fast_GET_ITEM(lora_A, e), "lora_A", &expert->a) ||
         !read_matrix(PySequence_Fast_GET_ITEM(lora_B, e), "lora_B", &expert->b) ||
         !read_int64(PySequence_Fast_GET_ITEM(ranks, e), "ranks", &expert->rank) ||
-        !read_real(PySequence_Fast_GET_ITEM(scaling, e), (argument){"scaling", e}, &expert->scaling)) {
+        !read_float(PySequence_Fast_GET_ITEM(scaling, e), (argument){"scaling", e}, &expert->scaling)) {
       return false;
     }
   }
@@ -634,6 +647,10 @@ static PyObject *backward_raw(PyObject *module, PyObject *const *args, Py_ssize_
       !read_tokens(args[8], "grad_y", &grad_y) || !read_optional_tokens(args[9], "hidden", &hidden) ||
       !read_optional_tokens(args[10], "grad_x", &grad_x) || !read_optional_tokens(args[13], "grad_w", &grad_w) ||
       !read_int64(args[16], "accumulate", &accumulate)) {
+    goto done;
+  }
+  if (accumulate & ~(int64_t)(ML_ACCUMULATE_X | ML_ACCUMULATE_A | ML_ACCUMULATE_B | ML_ACCUMULATE_W)) {
+    raise_for(PyExc_ValueError, ARG("accumulate"), "has unknown bits, got %S", args[16]);
     goto done;
   }
   PyObject *grad_A = args[11], *grad_B = args[12];

@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 
 from moelora.reference import Array
 
-__file__: str
-
 # (pointer, strides in elements)
 _Tokens: TypeAlias = tuple[int, int, int, int]  # (pointer, batch, seq, col)
 _Matrix: TypeAlias = tuple[int, int, int]  # (pointer, row, col)

@@ -285,6 +285,12 @@ def test_ranks_that_overflow_are_refused(call):
         call.forward(functional)
 
 
+@pytest.mark.parametrize("n", [10**30, -(10**30)])
+def test_integers_beyond_64_bits_are_refused_by_name(n):
+    with pytest.raises(ValueError, match="n_threads must fit into 64 bits, got"):
+        functional._core.set_num_threads(n)
+
+
 def test_too_few_arguments_are_refused():
     with pytest.raises(TypeError, match="routed_lora_forward takes 10 arguments, got 0"):
         functional._core.routed_lora_forward()

@@ -155,3 +155,25 @@ def test_the_extension_can_be_required():
     result = run(WITHOUT_EXTENSION, MOELORA_REQUIRE_EXT="1")
     assert result.returncode != 0
     assert "ModuleNotFoundError" in result.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("first", ["numpy", "torch"])
+def test_a_forked_child_computes_the_same_bits_alone(first):
+    """The threads of the parent, of either layer, don't exist in its children."""
+    program = f"""
+import multiprocessing, {first}, numpy, moelora
+from moelora.functional import routed_lora_forward
+moelora.set_num_threads(2)
+x, w, weight = numpy.ones((512, 256)), numpy.ones(2), numpy.ones((256, 256))
+lora_A, lora_B = [numpy.ones((8, 256))] * 2, [numpy.ones((256, 8))] * 2
+def compute(_=None):
+    return routed_lora_forward(x, lora_A, lora_B, w, 1.0, weight=weight)[0].tobytes()
+expected = compute()
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    print(pool.map(compute, range(2)) == [expected] * 2, compute() == expected)
+"""
+    if first == "torch":
+        pytest.importorskip("torch")
+    result = run(program)
+    assert result.stdout == "True True\n", result.stderr

@@ -246,3 +246,18 @@ def test_raw_counts_must_agree(make_mixture):
     m.scaling = [1.0, math.inf]
     with pytest.raises(ValueError):
         forward_raw(m, np.zeros((2, 3, 5)))
+
+
+def test_raw_scaling_is_read_without_running_python(make_mixture):
+    """A number whose __float__ changes the list under the reader's hands."""
+    m = make_mixture((2, 3), 4, 5, (1, 2))
+
+    class Emptying:
+        def __float__(self):
+            m.scaling.clear()
+            return 1.0
+
+    m.scaling = [Emptying(), 1.0]
+    with pytest.raises(TypeError, match=r"scaling\[0\] must be a float, got Emptying"):
+        forward_raw(m, np.zeros((2, 3, 5)))
+    assert len(m.scaling) == 2

@@ -19,7 +19,7 @@ def call(request, make_mixture):
             return request.param(**arguments)
         finally:
             for name, value in before.items():
-                assert value.is_meta or torch.equal(arguments[name], value)
+                assert value.is_meta or value.is_sparse or torch.equal(arguments[name], value)
 
     return call
 
@@ -65,6 +65,9 @@ def test_what_the_others_start_from_is_valid(call):
         ("top_k", 1.5, "top_k must be an integer or None, got float"),
         ("top_k", True, "top_k must be an integer or None, got bool"),
         ("dropout_p", "0.1", "dropout_p must be a real number"),
+        ("x", tensor(2, 5, 7).to_sparse(), "x must be a dense tensor, got torch.sparse_coo"),
+        ("lora_A", [A[0], A[1].to_sparse(), A[2]], r"lora_A\[1\] must be a dense tensor"),
+        ("routing_weights", tensor(3).to_sparse(), "routing_weights must be a dense tensor"),
     ],
 )
 def test_wrong_types(call, name, value, names):
@@ -96,6 +99,7 @@ def test_wrong_types(call, name, value, names):
         ("routing_weights", tensor(2, 5, 1, 3), r"routing_weights must have shape .*got \(2, 5, 1, 3\)"),
         ("scaling", [1.0, 2.0], "scaling must be .*3 of them, got 2"),
         ("scaling", math.nan, "scaling must be finite, got nan"),
+        ("scaling", 10**400, "scaling must be finite, got an integer beyond every float"),
         ("scaling", [1.0, math.inf, 1.0], "scaling must be finite"),
         ("base_output", tensor(2, 5, 7), r"base_output must have shape \(2, 5, 6\), got \(2, 5, 7\)"),
         ("base_output", tensor(6), r"base_output must have shape \(2, 5, 6\), got \(6,\)"),

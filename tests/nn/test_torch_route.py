@@ -268,6 +268,7 @@ def test_export_holds_operations_alone():
         ({"logits": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "logits"),
         ({"logits": torch.tensor(1.0)}, ValueError, "logits"),
         ({"logits": torch.ones(2, 0)}, ValueError, "logits"),
+        ({"logits": torch.ones(2, 3).to_sparse()}, TypeError, "logits must be a dense tensor"),
         ({"top_k": 0}, ValueError, "top_k"),
         ({"top_k": 4}, ValueError, "top_k"),
         ({"top_k": 1.0}, TypeError, "top_k"),

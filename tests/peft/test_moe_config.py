@@ -58,6 +58,21 @@ def test_a_count_must_be_an_integer(name):
 
 
 @pytest.mark.parametrize(
+    "name", ["router_temperature", "router_aux_loss_coef", "expert_capacity_factor", "expert_dropout"]
+)
+def test_a_number_must_be_real_and_finite(name):
+    with pytest.raises(TypeError, match=f"{name} must be a real number, got '1'"):
+        MoELoraConfig(**{name: "1"})
+    with pytest.raises(ValueError, match=f"{name} must be finite, got inf"):
+        MoELoraConfig(**{name: float("inf")})
+
+
+def test_the_width_of_the_router_must_be_an_integer():
+    with pytest.raises(TypeError, match="router_hidden_size must be an int, got '64'"):
+        MoELoraConfig(router_hidden_size="64")
+
+
+@pytest.mark.parametrize(
     "values",
     [
         {"top_k_experts": 1},

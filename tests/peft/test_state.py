@@ -53,6 +53,22 @@ class TestAnException:
         assert slot() is None
         assert torch.equal(model(ids).logits, plain)
 
+    def test_that_torch_tells_no_hook_of_does_not_route_the_next_forward(self, model, ids):
+        """A KeyboardInterrupt in the model inside, whose hooks are all that knows of the call."""
+        plain = model(ids).logits
+        model.base_model.attach_router(FixedRouter(NAMES, [1, 0, 0]))
+
+        def interrupt(*args):
+            raise KeyboardInterrupt
+
+        hook = model.get_base_model().model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.get_base_model()(ids)
+        hook.remove()
+        model.base_model.detach_router()
+        assert torch.equal(model.get_base_model()(ids).logits, plain)
+        assert slot() is None
+
     @pytest.mark.parametrize("reentrant", [True, False])
     def test_in_a_recomputation_leaves_no_frame(self, model, ids, weights, reentrant):
         model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -147,3 +163,14 @@ def test_optimizer_steps_are_seen_by_the_next_forward(model, ids, weights):
 def test_data_parallel_on_the_cpu_is_the_model_itself(model, ids, weights):
     expected = model(ids, routing_weights=weights).logits
     assert torch.equal(nn.DataParallel(model)(ids, routing_weights=weights).logits, expected)
+
+
+def test_a_compiled_model_routes_as_it_does_uncompiled(model, ids, weights):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(ids, routing_weights=weights).logits, model(ids, routing_weights=weights).logits
+    )
+    model.base_model.attach_router(PerLayerRouter(NAMES, 32, num_layers=3, top_k=2))
+    torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+    assert slot() is None

@@ -243,6 +243,9 @@ def test_a_head_sees_the_weights_of_the_positions_whose_logits_are_kept(make_lor
     torch.testing.assert_close(last, expected[:, -2:], **CLOSE)
     some = model(ids, routing_weights=weights, logits_to_keep=torch.tensor([0, 4, 5])).logits
     torch.testing.assert_close(some, expected[:, [0, 4, 5]], **CLOSE)
+    backwards = torch.arange(7).flip(0)  # as many as there are tokens
+    turned = model(ids, routing_weights=weights, logits_to_keep=backwards).logits
+    torch.testing.assert_close(turned, expected[:, backwards], **CLOSE)
     per_sequence = model(ids, routing_weights=weights[:, 0], logits_to_keep=1).logits
     per_token = model(ids, routing_weights=weights[:, :1].expand(2, 7, 3), logits_to_keep=1).logits
     torch.testing.assert_close(per_sequence, per_token, **CLOSE)
@@ -371,6 +374,8 @@ class TestALayerOnItsOwn:
         (torch.ones(2, 6, 3), ValueError, "is for 6 tokens, the input has 7"),
         (torch.ones(2, 8, 3), ValueError, "is for 8 tokens, the input has 7"),
         (torch.ones(2, 7, 2, 3), ValueError, "needs L = 3"),
+        (torch.ones(3).to_sparse(), TypeError, "must be a dense tensor"),
+        (torch.ones(3, device="meta"), ValueError, "got a meta tensor"),
     ],
 )
 def test_weights_that_do_not_fit_the_model_are_refused(make_lora, ids, w, error, message):

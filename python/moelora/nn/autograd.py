@@ -299,7 +299,10 @@ def _numbers(name: str, value: Any, n: int) -> tuple[float, ...]:
     values = (value,) if not many else tuple(value)
     if not all(type(v) is float or isinstance(v, Real) for v in values):
         raise TypeError(f"{name} must be a real number or a sequence of {n} of them, got {value!r}")
-    numbers = tuple(map(float, values))
+    try:
+        numbers = tuple(map(float, values))
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got an integer beyond every float") from None
     if not all(-math.inf < v < math.inf for v in numbers):  # math.isfinite would break the graph of torch.compile
         raise ValueError(f"{name} must be finite, got {value!r}")
     if single:
@@ -320,9 +323,12 @@ def _formula(call: _Call) -> Tensor:
     x, kind = call.x, call.x.device.type
     for name, value in zip(call._fields, call, strict=True):
         for e, t in enumerate(value if isinstance(value, tuple) else (value,)):
-            if isinstance(t, Tensor) and t.device != x.device:
-                place = f"{name}[{e}]" if isinstance(value, tuple) else name
+            if not isinstance(t, Tensor) or (t.device == x.device and t.layout is torch.strided):
+                continue
+            place = f"{name}[{e}]" if isinstance(value, tuple) else name
+            if t.device != x.device:
                 raise ValueError(f"{place} must be on {x.device} as x is, got {t.device}")
+            raise TypeError(f"{place} must be a dense tensor, got {t.layout}")
     if _autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):  # the dtypes are chosen by now
             return _formula(call)

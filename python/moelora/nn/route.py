@@ -80,6 +80,8 @@ def route(
         raise TypeError(f"logits must be a floating-point tensor, got {got}")
     if not logits.dim() or not logits.shape[-1]:
         raise ValueError(f"logits must have shape [..., N] with N > 0, got {tuple(logits.shape)}")
+    if logits.layout is not torch.strided:
+        raise TypeError(f"logits must be a dense tensor, got {logits.layout}")
     n = logits.shape[-1]
     if top_k is not None:
         if not isinstance(top_k, Integral) or isinstance(top_k, bool):

@@ -6,7 +6,7 @@ A router says what it reads (`Router.reads`) and which expert each column of its
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -110,10 +110,11 @@ class Router(nn.Module):
         names = [expert_names] if isinstance(expert_names, str) else list(expert_names)
         if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
             raise ValueError(f"expert_names must be one or more different names, got {expert_names!r}")
+        _check_kind(Real, temperature=temperature, expert_dropout=expert_dropout)
+        _check_kind(Real, optional=True, capacity_factor=capacity_factor)
+        _check_kind(Integral, optional=True, input_size=input_size, top_k=top_k)
         if input_size is not None and input_size < 1:
             raise ValueError(f"input_size must be positive, got {input_size}")
-        if top_k is not None and (not isinstance(top_k, Integral) or isinstance(top_k, bool)):
-            raise TypeError(f"top_k must be an integer or None, got {type(top_k).__name__}")
         if top_k is not None and not 1 <= top_k <= len(names):
             raise ValueError(f"top_k must lie in [1, {len(names)}], the number of experts, got {top_k}")
         if not 0 < temperature < math.inf:
@@ -306,6 +307,7 @@ class LearnedRouter(Router):
         self, expert_names: Iterable[str], input_size: int, *, mlp_dim: int | None = None, **options: Any
     ) -> None:
         super().__init__(expert_names, input_size=input_size, **options)
+        _check_kind(Integral, optional=True, mlp_dim=mlp_dim)
         if mlp_dim is not None and mlp_dim < 1:
             raise ValueError(f"mlp_dim must be positive or None, got {mlp_dim}")
         self.mlp_dim = mlp_dim
@@ -325,6 +327,7 @@ class LearnedRouter(Router):
 
     def mark_mature(self, name: str, value: float = 1.0) -> None:
         """Set the maturity of an expert, in (0, 1]."""
+        _check_kind(Real, value=value)
         if not 0 < value <= 1:
             raise ValueError(f"value must lie in (0, 1], got {value}")
         self.maturity[self.column(name)] = value
@@ -421,6 +424,7 @@ class HiddenStateRouter(LearnedRouter):
 
     def __init__(self, expert_names: Iterable[str], input_size: int, *, layer: int, **options: Any) -> None:
         super().__init__(expert_names, input_size, **options)
+        _check_kind(Integral, layer=layer)
         if layer < 0:
             raise ValueError(f"layer must not be negative, got {layer}")
         self.layer = layer
@@ -446,6 +450,7 @@ class PerLayerRouter(LearnedRouter):
 
     def __init__(self, expert_names: Iterable[str], input_size: int, *, num_layers: int, **options: Any) -> None:
         super().__init__(expert_names, input_size, **options)
+        _check_kind(Integral, num_layers=num_layers)
         if num_layers < 1:
             raise ValueError(f"num_layers must be positive, got {num_layers}")
         self.num_layers = num_layers
@@ -529,6 +534,15 @@ def build_router(config: RouterConfig, *, hidden_size: int, num_layers: int, exp
         capacity_factor=config.expert_capacity_factor,
         expert_dropout=config.expert_dropout,
     )
+
+
+def _check_kind(kind: type, *, optional: bool = False, **arguments: Any) -> None:
+    """Raise for an argument that is no number of this kind, nor None where that is allowed."""
+    for name, value in arguments.items():
+        if (value is None and optional) or (isinstance(value, kind) and not isinstance(value, bool)):
+            continue
+        what = ("an integer" if kind is Integral else "a real number") + (" or None" if optional else "")
+        raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
 
 
 def _as_mask(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:

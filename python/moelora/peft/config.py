@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import warnings
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +96,16 @@ class MoELoraConfig(LoraConfig):
             warnings.warn(f"use_moe_routing is False, so {', '.join(changed)} will be ignored", stacklevel=3)
 
     def _check_mixture(self) -> None:
-        for name in ("num_experts", "top_k_experts"):
-            if not isinstance(getattr(self, name), int):
-                raise TypeError(f"{name} must be an int, got {getattr(self, name)!r}")
+        for name in ("num_experts", "top_k_experts", "router_hidden_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (name == "router_hidden_size" and value is None):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+        for name in ("router_temperature", "router_aux_loss_coef", "expert_capacity_factor", "expert_dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, Real):
+                raise TypeError(f"{name} must be a real number, got {value!r}")
+            if value == math.inf:
+                raise ValueError(f"{name} must be finite, got {value}")
         if self.num_experts < 2:
             raise ValueError(f"num_experts must be at least 2, got {self.num_experts}")
         if not 1 <= self.top_k_experts <= self.num_experts:

@@ -154,6 +154,8 @@ class Frame:
 
     def _fit(self, given: Tensor, call: Call) -> None:
         if call.device is not None:
+            if given.is_meta and call.device.type != "meta":
+                raise ValueError(f"routing_weights must hold values for inputs on {call.device}, got a meta tensor")
             given = given.to(call.device)  # once, not in every layer
         if given.dim() == 4 and given.shape[:2] == (1, 1):  # a static mixture for each layer
             self.layers = given[0, 0].unbind(0)
@@ -262,12 +264,14 @@ class Frame:
             if len(rows) == 1 and rows[0] == tokens:
                 return weights.repeat_interleave(tokens // call.batch if call.batch else 0, 0)
             return weights if len(rows) < 3 and rows[0] == call.batch else None
+        if site.head:  # the positions kept may be as many as there are tokens, in another order
+            kept = call.kept(weights)
+            if rows == kept.shape[:2]:
+                return kept
         if rows == weights.shape[:2]:
             return weights
         if len(rows) == 1 and rows[0] == tokens:
             return weights.flatten(0, 1)
-        if site.head and rows == (kept := call.kept(weights)).shape[:2]:
-            return kept
         return None
 
     def inside(self, index: int | None, weights: Sequence[Tensor]) -> Frame:
@@ -353,6 +357,8 @@ def as_weights(weights: Any) -> Tensor:
         raise TypeError(f"routing_weights must be a torch.Tensor, got {type(weights).__name__}")
     if weights.is_complex():
         raise TypeError(f"routing_weights must be real, got {weights.dtype}")
+    if weights.layout is not torch.strided:
+        raise TypeError(f"routing_weights must be a dense tensor, got {weights.layout}")
     if type(weights).__name__ == "DTensor":
         raise TypeError("routing_weights must not be a DTensor: pass weights.full_tensor()")
     if not 1 <= weights.dim() <= 4:

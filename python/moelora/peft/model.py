@@ -458,6 +458,9 @@ class LoraModel(lora.LoraModel):
                     "the model inside it"
                 )
         frame = current(host)
+        if frame is not None and frame.of_hook:  # left by a KeyboardInterrupt, for which torch runs no hook
+            put(frame.around)
+            frame = None
         made_here = frame is None
         if frame is None:
             frame = self._frame()

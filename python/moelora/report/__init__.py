@@ -1,0 +1,1 @@
+"""What is made of a demo's ``report.json``: the table in the terminal, and pictures."""
