@@ -98,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--widths", type=int, nargs="+", default=[768, 2048, 4096], help="d_in = d_out")
     parser.add_argument("--smoke", action="store_true", help="two small cells, three rounds: does it run?")
     args = parser.parse_args()
     if args.smoke:
@@ -105,7 +106,7 @@ def main() -> None:
     else:
         write_csv(
             args.out,
-            measure([1, 16, 256, 1024, 2048], [768, 2048, 4096], [(4, 8), (8, 8), (4, 16), (8, 16)], args.rounds),
+            measure([1, 16, 256, 1024, 2048], args.widths, [(4, 8), (8, 8), (4, 16), (8, 16)], args.rounds),
         )
 
 

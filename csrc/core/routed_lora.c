@@ -597,7 +597,7 @@ ml_status ml_routed_lora_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens
   reserve_rows(&c, &need, p->x, p->d_in);
   reserve_rows(&c, &need, y, p->d_out);
   if (own_hidden) reserve(&need, c.T, c.R, c.size);
-  reserve(&need, c.T, c.R, c.size);
+  if (hidden.data) reserve(&need, c.T, c.R, c.size);
   if (bias) reserve(&need, 1, p->d_out, c.size);
   reserve_projection(&c, &need, c.R, p->d_in);
   reserve_spreading(&c, &need, p->d_out);
@@ -608,7 +608,7 @@ ml_status ml_routed_lora_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens
   rows x = input_rows(&c, p->x, p->d_in);
   rows out = output_rows(&c, y, p->d_out);
   char *h = own_hidden ? take(&c, c.T, c.R, c.size) : hidden.data;
-  weighing w = {.c = &c, .h = h, .weighted = take(&c, c.T, c.R, c.size)};
+  weighing w = {.c = &c, .h = h, .weighted = hidden.data ? take(&c, c.T, c.R, c.size) : h};
   rows init = {NULL, 0};
   if (bias) {
     init = (rows){take(&c, 1, p->d_out, c.size), 0};

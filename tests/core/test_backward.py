@@ -231,3 +231,12 @@ def test_raw_backward_needs_hidden_only_for_b_and_the_weights(make_mixture, isa)
     np.testing.assert_array_equal(A[1], fresh.lora_A[1])
     with pytest.raises(ValueError):
         backward_raw(m, None, None, None, np.empty_like(m.routing_weights))
+
+
+@pytest.mark.parametrize("accumulate", [16, -1])
+def test_raw_backward_refuses_unknown_bits(make_mixture, accumulate):
+    m = make_mixture((2, 3), 4, 5, (1, 2))
+    x = np.full_like(m.x, np.nan)
+    with pytest.raises(ValueError, match=f"accumulate has unknown bits, got {accumulate}"):
+        backward_raw(m, x, None, None, None, accumulate)
+    assert np.isnan(x).all()

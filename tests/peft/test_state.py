@@ -174,3 +174,10 @@ def test_a_compiled_model_routes_as_it_does_uncompiled(model, ids, weights):
     model.base_model.attach_router(PerLayerRouter(NAMES, 32, num_layers=3, top_k=2))
     torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
     assert slot() is None
+
+
+def test_an_exported_model_takes_weights(model, ids, weights):
+    keywords = {"routing_weights": weights, "use_cache": False}
+    program = torch.export.export(model, (ids,), keywords, strict=False)
+    keywords["routing_weights"] = weights.flip(0)
+    torch.testing.assert_close(program.module()(ids, **keywords).logits, model(ids, **keywords).logits)

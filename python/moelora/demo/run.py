@@ -39,9 +39,7 @@ COST_BATCH = (2, 256)
 RANK = 4
 SCALING = 4  # of every adapter: lora_alpha = SCALING * r
 LEARNING_RATE = 1e-2
-ROUTER_LEARNING_RATE = 5e-4  # a router as fast as the adapters keeps moving tokens from expert to expert
-ROUTER_TEMPERATURE = 1.0
-BALANCE = 0.1  # router_aux_loss_coef
+ROUTER_LEARNING_RATE = 3e-4  # a router as fast as the adapters keeps moving tokens from expert to expert
 BASE_LEARNING_RATE = 5e-3
 
 
@@ -137,8 +135,6 @@ def run(settings: Settings) -> dict[str, Any]:
             "scaling": SCALING,
             "learning_rate": LEARNING_RATE,
             "router_learning_rate": ROUTER_LEARNING_RATE,
-            "router_temperature": ROUTER_TEMPERATURE,
-            "router_aux_loss_coef": BALANCE,
             "batch": list(next(data).shape),
             "base_parameters": count(base.parameters()),
             "cost_parameters": count(cost_base.parameters()),
@@ -168,8 +164,6 @@ def mixture_config(settings: Settings) -> MoELoraConfig:
         target_modules=list(TARGETS),
         num_experts=settings.experts,
         top_k_experts=settings.top_k,
-        router_temperature=ROUTER_TEMPERATURE,
-        router_aux_loss_coef=BALANCE,
         expert_capacity_factor=settings.experts / settings.top_k,
     )
 
