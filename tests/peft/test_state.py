@@ -160,6 +160,7 @@ def test_optimizer_steps_are_seen_by_the_next_forward(model, ids, weights):
     assert len(set(losses)) == 3
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there are GPUs, DataParallel wants the model on one")
 def test_data_parallel_on_the_cpu_is_the_model_itself(model, ids, weights):
     expected = model(ids, routing_weights=weights).logits
     assert torch.equal(nn.DataParallel(model)(ids, routing_weights=weights).logits, expected)
