@@ -21,7 +21,7 @@
 #include "threads.h"
 
 /* Tokens are cut into tasks by the shape alone, so that sums do not depend on the threads. A task below this many
- * logits (some 40 us) is not worth another thread, and a task for each thread is all that can run at once. */
+ * logits is not worth another thread, and a task for each thread is all that can run at once. */
 enum { MIN_TASK_LOGITS = 8192, MAX_TASKS = ML_MAX_THREADS };
 
 typedef struct {

@@ -231,7 +231,7 @@ typedef struct {
   epilogue *then; /* NULL: nothing */
   const void *context;
   int64_t block;           /* tokens of a task */
-  char *packed;            /* [panels][d][width]; NULL: dot products */
+  char *packed;            /* [panels][d][width]; NULL: M in place */
   const void **factor_row; /* [R], for dot products */
 } projection;
 
@@ -313,7 +313,7 @@ static void project_sums(void *context, int64_t task, int thread) {
                           j->m.parts[task].col, at(c, j->out.data, first), j->out.row);
 }
 
-/* Tokens of a task: enough tasks to keep threads busy to the end, at most 96 tokens so that a block of x stays in the cache. */
+/* Tokens of a task: enough tasks to keep threads busy to the end, few enough tokens for x to stay in the cache. */
 static int64_t projection_block(int64_t T) { return min_(96, round_up(ceil_div(T, 24), 6)); }
 
 static void project(call *c, factor m, rows x, rows out, bool add, epilogue *then, const void *context) {

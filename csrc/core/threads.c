@@ -1,7 +1,6 @@
 /* Three ways to run a parallel loop, the first that applies:
  *
  *   torch's libgomp   when libtorch_cpu is loaded: a second runtime's threads fight with torch's for the cores
- *                     (a routed layer between two linear ones costs 2.6x its parts with another libgomp at T = 16)
  *   an own pool       workers spin briefly, then sleep; one loop at a time, a second caller meanwhile runs alone
  *   the caller alone  in a forked child, where neither of the above has its threads any more
  */
@@ -116,7 +115,7 @@ static gomp_parallel *find_torch_gomp(void) {
 
 /* ---- the own pool ---- */
 
-enum { SPINS = 2000 }; /* about 40 us: longer than the gap between two loops of one call */
+enum { SPINS = 2000 }; /* longer than the gap between two loops of one call */
 
 static struct {
   pthread_mutex_t in_use; /* held by the caller whose loop runs */

@@ -521,7 +521,7 @@ def _core_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
-    return t if t.dtype is dtype else t.to(dtype)  # .to alone takes a microsecond to find that there is nothing to do
+    return t if t.dtype is dtype else t.to(dtype)  # .to takes its time to find that there is nothing to do
 
 
 def _batch_and_seq(t: Tensor) -> tuple[int, int]:
