@@ -50,6 +50,7 @@ typedef struct {
   ml_matrix grad_a, grad_b; /* backward only; data == NULL: not wanted */
   int64_t rank;
   double scaling;
+  double dropout; /* probability, in [0, 1], that the expert does not see an element of x; 0: none */
 } ml_expert;
 
 /* What forward and backward have in common. */
@@ -63,6 +64,7 @@ typedef struct {
   int64_t top_k;             /* 0: dense; k: each token's k largest weights, ties to the lower index */
   ml_matrix weight;          /* the frozen base [d_out, d_in]; data == NULL: the mixture alone */
   int n_threads;             /* 0: ml_get_num_threads() */
+  uint64_t dropout_seed;     /* with dropout: forward and backward of one call take the same */
 } ml_routed_lora;
 
 /* y = base or x W^T + bias or 0, plus sum_e (s_e w_e * (x A_e^T)) B_e^T.

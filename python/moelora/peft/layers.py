@@ -17,13 +17,13 @@ from torch.nn.modules import module as nn_module
 from moelora.nn import routed_lora
 from moelora.peft.frame import Site, as_weights, current
 
-__all__ = ["Linear", "LoraLayer"]
+__all__ = ["ROUTED", "Linear", "LoraLayer", "Routed"]
 
 _linear_forward = nn.Linear.forward
 
 
-class Linear(lora.Linear):
-    """`peft.tuners.lora.Linear` that takes routing weights; the base may be `nn.Linear` or GPT-2's `Conv1D`."""
+class Routed(nn.Module, LoraLayer):
+    """What every routed layer adds to the stock layer that it is derived from; comes before it among the bases."""
 
     _site: Site | None = None
 
@@ -159,8 +159,12 @@ class Linear(lora.Linear):
             )
 
 
+class Linear(Routed, lora.Linear):
+    """`peft.tuners.lora.Linear` that takes routing weights; the base may be `nn.Linear` or GPT-2's `Conv1D`."""
+
+
 # Stock class -> the routed class that takes its place. Everything else is refused when weights arrive.
-ROUTED: dict[type[LoraLayer], type[Linear]] = {lora.Linear: Linear}
+ROUTED: dict[type[LoraLayer], type[Routed]] = {lora.Linear: Linear}
 
 
 def _drop_probability(dropout: nn.Module) -> float:

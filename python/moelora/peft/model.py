@@ -37,7 +37,7 @@ from moelora.peft.frame import (
     current,
     put,
 )
-from moelora.peft.layers import ROUTED, Linear
+from moelora.peft.layers import ROUTED, Routed
 
 KEYWORDS = frozenset({"routing_weights", "mixture", "routing_tail"})
 
@@ -190,14 +190,14 @@ class LoraModel(lora.LoraModel):
             id(m) in inside for m in top.modules() if isinstance(m, GradientCheckpointingLayer)
         )
         head = top.get_output_embeddings() if host.transformer else None
-        self._routed: list[Linear] = []
+        self._routed: list[Routed] = []
         self._unroutable: list[tuple[str, lora.LoraLayer]] = []
         index_of = {id(layer): i for i, layer in enumerate(self._decoder_layers)}
         self._checkpointing = [(m, index_of.get(id(m))) for m in top.modules() if hasattr(m, "gradient_checkpointing")]
         for name, module in top.named_modules():
             if type(module) in ROUTED:
                 module.__class__ = ROUTED[type(module)]
-            if isinstance(module, Linear):
+            if isinstance(module, Routed):
                 aligned = alone or id(module) in inside or module is head
                 module._site = Site(host, name, layer_of.get(id(module)), aligned, module is head)
                 self._routed.append(module)
