@@ -1,8 +1,9 @@
-"""A whole small language model on a CPU: moelora against the old N passes, the two-pass loop and one stock LoRA.
+"""Whole small language models on a CPU: moelora against the old N passes, the two-pass loop and one stock LoRA.
 
     python benchmarks/models/run.py --out benchmarks/results/models_cpu_f32.csv
 
-A Llama of some 34 million random parameters, all linear layers adapted with rank r, float32, batches of B x S tokens.
+A Llama and a GPT-2 of random parameters (`small.py`), all linear layers adapted with rank r, float32, batches of B x S
+tokens.
 
     one_lora         stock PEFT, one adapter of rank r
     n_passes         the whole model once for each expert, logits mixed by given weights [B, S, N]
@@ -20,7 +21,7 @@ import argparse
 import copy
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from harness import interleave, peak_bytes, quartiles, write_csv  # noqa: E402
+from small import NAMES, build  # noqa: E402
 
 import moelora  # noqa: E402
 from moelora.demo.baselines import AdapterLoop, add_experts, n_passes, two_passes  # noqa: E402
@@ -92,8 +93,11 @@ def peers(base: nn.Module, n: int, r: int, ids: Tensor) -> dict[str, Peer]:
     }
 
 
-def measure(base: nn.Module, cells: list[tuple[int, int, int, int]], rounds: int) -> Iterator[dict[str, Any]]:
-    for (batch, seq, n, r), what in itertools.product(cells, ("forward", "train step")):
+def measure(
+    models: Iterable[str], cells: list[tuple[int, int, int, int]], rounds: int, *, smoke: bool
+) -> Iterator[dict[str, Any]]:
+    for model, (batch, seq, n, r), what in itertools.product(models, cells, ("forward", "train step")):
+        base = build(model, smoke=smoke)
         torch.manual_seed(0)
         ids = torch.randint(base.config.vocab_size, (batch, seq))
         of = peers(base, n, r, ids)
@@ -104,6 +108,7 @@ def measure(base: nn.Module, cells: list[tuple[int, int, int, int]], rounds: int
         for name, seconds in times.items():
             q1, _, q3 = quartiles(seconds)
             yield {
+                "model": model,
                 "B": batch,
                 "S": seq,
                 "N": n,
@@ -123,22 +128,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--experts", type=int, nargs="+", default=(4, 8), help="N")
     parser.add_argument("--smoke", action="store_true", help="a very small model, two rounds: does it run?")
     args = parser.parse_args()
-    size = (64, 176, 2, 256) if args.smoke else (512, 1376, 8, 8192)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=size[0],
-        intermediate_size=size[1],
-        num_hidden_layers=size[2],
-        num_attention_heads=size[0] // 64,
-        vocab_size=size[3],
-    )
-    base = LlamaForCausalLM(config)
-    if args.smoke:
-        write_csv(args.out, measure(base, [(1, 16, 2, 4)], 2))
-    else:
-        write_csv(args.out, measure(base, [(2, 256, 4, 16), (2, 256, 8, 16)], args.rounds))
+    cells = [(1, 16, 2, 4)] if args.smoke else [(2, 256, n, 16) for n in args.experts]
+    write_csv(args.out, measure(args.models, cells, 2 if args.smoke else args.rounds, smoke=args.smoke))
 
 
 if __name__ == "__main__":

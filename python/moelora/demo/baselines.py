@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a causal language model, wrapped by PEFT or not."""
-    stacks = (getattr(module, "layers", None) for module in model.modules())
+    stacks = (getattr(module, name, None) for module in model.modules() for name in ("layers", "h"))
     return next(stack for stack in stacks if isinstance(stack, nn.ModuleList))
 
 
