@@ -19,23 +19,47 @@ ROUTED: dict[type[LoraLayer], type[Routed]] = {}
 
 
 class Quantized(Routed):
-    """What the routed layers over quantised bases add: some kernels of theirs have no gradient, and don't say so."""
+    """What the routed layers over quantised bases add: some of those kernels have no gradient, and don't say so."""
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = super()._base_output(x, *args, **kwargs)
-        if torch.is_grad_enabled() and x.requires_grad and (reason := self._no_gradient(y)):
-            name = "this layer" if self._site is None else self._site.name
-            y = _NoGradient.apply(x, y.detach(), f"{name} ({type(self).__name__}) {reason}")  # type: ignore[no-untyped-call]
-        return y
-
-    def _no_gradient(self, y: Tensor) -> str | None:
-        """Why the base can't pass a gradient from its output y on to its input, and the way out; None if it can."""
+        if not x.requires_grad or not torch.is_grad_enabled():
+            return super()._base_output(x, *args, **kwargs)
+        repacked = self._is_repacked()
+        with torch.set_grad_enabled(not repacked):
+            y = super()._base_output(x, *args, **kwargs)
         if y.requires_grad:
-            return None
-        return (
-            "has a base whose kernel gives no gradient for its input: quantise weights only, not activations, "
-            "or evaluate under torch.no_grad()"
-        )
+            return y
+        name = "this layer" if self._site is None else self._site.name
+        message = f"{name} ({type(self).__name__}) {_REPACKED if repacked else _NO_GRADIENT}"
+        refusing: Tensor = _NoGradient.apply(x, y, message)  # type: ignore[no-untyped-call]
+        return refusing
+
+    def _is_repacked(self) -> bool:
+        """Whether the base's weights are in a form that has a forward kernel alone."""
+        return False
+
+
+_NO_GRADIENT = (
+    "has a base whose kernel gives no gradient for its input, so what is below it can't train: quantise the weights "
+    "alone, not activations"
+)
+_REPACKED = (
+    "has 4-bit weights that bitsandbytes has repacked for evaluation on this CPU, in a form without gradients: load "
+    "the model anew, and to evaluate between training steps, set support_avx512bf16_for_cpu = False on its base layers"
+)
+
+
+class _NoGradient(torch.autograd.Function):
+    """Identity on y, of which autograd does not know that it comes from x: an error where x's gradient would miss."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, message: str) -> Tensor:
+        ctx.message = message
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> None:
+        raise RuntimeError(ctx.message)
 
 
 class TorchaoLoraLinear(Quantized, torchao.TorchaoLoraLinear):
@@ -53,15 +77,9 @@ if is_bnb_4bit_available():
     class Linear4bit(Quantized, bnb.Linear4bit):
         """`peft.tuners.lora.bnb.Linear4bit` that takes routing weights (QLoRA)."""
 
-        def _no_gradient(self, y: Tensor) -> str | None:
+        def _is_repacked(self) -> bool:
             layer: Any = self.get_base_layer()
-            if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-                return super()._no_gradient(y)
-            return (
-                "has 4-bit weights that bitsandbytes has repacked in an evaluation, for a kernel without gradients: "
-                "load the model anew, and set support_avx512bf16_for_cpu = False on its bitsandbytes layers to train "
-                "and evaluate in turn on this CPU"
-            )
+            return getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
 
     ROUTED |= {bnb.Linear8bitLt: Linear8bitLt, bnb.Linear4bit: Linear4bit}
 
@@ -72,16 +90,3 @@ if is_hqq_available():
         """`peft.tuners.lora.hqq.HqqLoraLinear` that takes routing weights."""
 
     ROUTED[hqq.HqqLoraLinear] = HqqLoraLinear
-
-
-class _NoGradient(torch.autograd.Function):
-    """A base layer's output, whose backward is an error instead of a gradient that is missing."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, message: str) -> Tensor:
-        ctx.message = message
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> None:
-        raise RuntimeError(ctx.message)
