@@ -89,8 +89,7 @@ class Routed(nn.Module, LoraLayer):
             weights = weights[..., [i for i, name in enumerate(experts) if name in all_A]]
         layer = modules["base_layer"]
         if not present:
-            base: Tensor = layer(x, *args, **kwargs)
-            return base
+            return self._base_output(x, *args, **kwargs)
 
         lora_A = [all_A[name].weight for name in present]
         lora_B = [all_B[name].weight for name in present]
@@ -108,18 +107,24 @@ class Routed(nn.Module, LoraLayer):
             )
             dtype = y.dtype
         else:
-            y = layer(x, *args, **kwargs)
+            y = self._base_output(x, *args, **kwargs)
             dtype = y.dtype
             inner = lora_A[0].dtype
             if inner is not torch.float32:
                 x = self._cast_input_dtype(x, inner)
-            if x.dtype is dtype:
+            # Under autocast a base that stays in float32 would be rounded on its way through routed_lora.
+            if x.dtype is dtype and not (dtype is torch.float32 and _is_autocast(x)):
                 y = routed_lora(x, lora_A, lora_B, weights, scaling, base_output=y, dropout_p=dropout_p)
             else:
                 y = y + routed_lora(x, lora_A, lora_B, weights, scaling, dropout_p=dropout_p)
         if True in self.lora_bias.values():
             y = y + self._mixed_bias(x, weights, present)
         return y if y.dtype is dtype else y.to(dtype)
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self._modules["base_layer"]
+        y: Tensor = layer(x, *args, **kwargs)
+        return y
 
     def _mixed_bias(self, x: Tensor, weights: Tensor, present: list[str]) -> Tensor:
         """sum_e s_e w_e bias_e for lora_bias=True: [d_out], or broadcasting over x's rows."""
@@ -182,4 +187,8 @@ def _is_plain(layer: nn.Module, x: Tensor) -> bool:
         return False
     if bias is not None and (bias.requires_grad or bias.dtype is not x.dtype):
         return False
-    return not nn_module._has_any_global_hook() and not torch.is_autocast_enabled(x.device.type)
+    return not nn_module._has_any_global_hook() and not _is_autocast(x)
+
+
+def _is_autocast(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which raises for meta

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moelora.nn.losses import router_aux_loss
 from moelora.nn.routers import Router, build_router
-from moelora.peft import logits
+from moelora.peft import layers, logits, quantized
 from moelora.peft.balance import Balance
 from moelora.peft.config import MoELoraConfig
 from moelora.peft.frame import (
@@ -37,7 +37,10 @@ from moelora.peft.frame import (
     current,
     put,
 )
-from moelora.peft.layers import ROUTED, Routed
+from moelora.peft.layers import Routed
+
+# Stock class -> the routed class that takes its place. Everything else is refused when weights arrive.
+ROUTED = layers.ROUTED | quantized.ROUTED
 
 KEYWORDS = frozenset({"routing_weights", "mixture", "routing_tail"})
 
