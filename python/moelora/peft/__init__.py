@@ -1,7 +1,8 @@
 """Hosting in PEFT, and PEFT's own namespace around it.
 
-Every public name of ``peft`` is here under the same name. Those that make a `PeftModel` make an adopted one; the others
-are PEFT's objects themselves.
+Every name of ``peft`` is here under the same name, and every module of it (`moelora.peft.mirror`). What makes a
+`PeftModel` makes an adopted one, `LoraModel` and `Linear` are the routed classes; the rest are PEFT's objects
+themselves.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import copy
 from typing import Any
 
 import peft as _peft
+from peft.tuners import lora as _lora
 from torch import nn
 
+from moelora.peft import mirror as _mirror
 from moelora.peft.config import MoELoraConfig
 from moelora.peft.layers import Linear, LoraLayer
 from moelora.peft.model import LoraModel, activate_all_experts, adopt, release
+from moelora.peft.patch import patch_peft, stock_get_peft_model
 
 __all__ = [
     "Linear",
@@ -24,6 +28,7 @@ __all__ = [
     "activate_all_experts",
     "adopt",
     "get_peft_model",
+    "patch_peft",
     "release",
 ]
 __all__ += _peft.__all__
@@ -55,7 +60,7 @@ def get_peft_model(
     """
 
     def stock(config: Any, name: str) -> Any:
-        return _peft.get_peft_model(
+        return stock_get_peft_model(
             model,
             config,
             adapter_name=name,
@@ -115,24 +120,20 @@ def _face(stock: Any) -> Any:
     return _Adopting(stock.__name__, (stock,), members | {"from_pretrained": classmethod(from_pretrained)})
 
 
-_faces: dict[str, Any] = {}
+for _value in list(vars(_peft).values()):
+    if isinstance(_value, type) and (
+        issubclass(_value, (_peft.PeftModel, _peft.PeftMixedModel)) or hasattr(_value, "_target_peft_class")
+    ):
+        _mirror.stand_in(_value, _face(_value))
+_mirror.stand_in(_peft.get_peft_model, get_peft_model)
+_mirror.stand_in(_lora.LoraModel, LoraModel)
+_mirror.stand_in(_lora.Linear, Linear)
+_mirror.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _faces:
-        return _faces[name]
-    try:
-        value = getattr(_peft, name)
-    except AttributeError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    if isinstance(value, type) and (
-        issubclass(value, (_peft.PeftModel, _peft.PeftMixedModel)) or hasattr(value, "_target_peft_class")
-    ):
-        value = _faces[name] = _face(value)
-    return value
+    return _mirror.lookup(__name__, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *dir(_peft)})
+    return _mirror.names(__name__)
