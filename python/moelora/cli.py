@@ -55,16 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     run.add_argument("-m", dest="as_module", action="store_true", help="run a module, as python -m does")
     run.add_argument("program", metavar="SCRIPT", help="file to run, or with -m the name of a module")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the program")
-    options = parser.parse_args(arguments)
-    return _run(run, options) if options.command == "run" else _demo(demo, options)
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    own = len(given)
+    if given[:1] == ["run"]:  # what follows the program is not for argparse
+        own = 3 if given[1:2] == ["-m"] else 2
+    options = parser.parse_args(given[:own])
+    return _run(run, options, given[own:]) if options.command == "run" else _demo(demo, options)
 
 
-def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from moelora.launch import run_module, run_script
 
     try:
-        (run_module if options.as_module else run_script)(options.program, options.arguments)
+        (run_module if options.as_module else run_script)(options.program, arguments)
     except (OSError, ImportError) as error:
         parser.error(str(error))
     return 0

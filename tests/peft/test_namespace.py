@@ -109,18 +109,17 @@ class TestModules:
         assert out.stdout.split() == [name, "True"]
 
     def test_imports_are_written_as_with_peft(self):
+        import moelora.peft.tuners.lora as by_path
         from moelora.peft.auto import AutoPeftModelForCausalLM
+        from moelora.peft.config import MoELoraConfig as Ours
+        from moelora.peft.config import PeftConfigMixin
         from moelora.peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
         from moelora.peft.mapping_func import get_peft_model as make
         from moelora.peft.peft_model import PeftModel, PeftModelForCausalLM
+        from moelora.peft.tuners import lora as by_name
         from moelora.peft.tuners.lora.layer import Embedding, Linear, LoraLayer
         from moelora.peft.tuners.lora.model import LoraModel
         from moelora.peft.utils import _get_submodules, save_and_load, set_peft_model_state_dict
-
-        import moelora.peft.tuners.lora as by_path
-        from moelora.peft.config import MoELoraConfig as Ours
-        from moelora.peft.config import PeftConfigMixin
-        from moelora.peft.tuners import lora as by_name
 
         assert by_path is by_name
         assert (make, PeftModel, LoraModel, Linear) == (

@@ -17,8 +17,6 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig
 
-from moelora.peft import mirror as _mirror
-
 FILE_NAME = "moe_lora.json"
 FORMAT_VERSION = 1
 ROUTER_TYPES = ("learned_with_maturity", "learned", "fixed")
@@ -185,7 +183,3 @@ def _read_mixture(source: str, subfolder: str | None, kwargs: dict[str, Any]) ->
     if unknown:
         raise ValueError(f"{path} holds unknown fields {unknown}")
     return mixture
-
-
-def __getattr__(name: str) -> Any:  # PEFT has a module of this name, too
-    return _mirror.lookup(__name__, name)

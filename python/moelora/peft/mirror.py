@@ -2,7 +2,7 @@
 
 A module of PEFT runs once, as PEFT's own. One that holds nothing replaced here is the same object under both names; for
 the others, and for packages, there is a mirror: a module that looks every name up in PEFT's, and gives the routed one
-where there is one. Files of this package come before PEFT's of the same name.
+where there is one. A file of this package that has the name of one of PEFT's has its own names and then PEFT's.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Let ``import moelora.peft.<module of PEFT>`` find it; once."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+    """Let ``import moelora.peft.<module of PEFT>`` find it, and our modules of the same name give PEFT's names, too."""
+    sys.meta_path.append(_Finder())
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"{_HERE}.") and not hasattr(module, "__getattr__") and find_spec(stock_name(name)):
+            module.__dict__["__getattr__"] = partial(lookup, name)
