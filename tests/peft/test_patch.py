@@ -1,6 +1,7 @@
 """`patch_peft`: what stock PEFT makes is routed while it is in force, and PEFT is stock again afterwards."""
 
 import copy
+import inspect
 import threading
 
 import peft
@@ -69,6 +70,16 @@ def test_names_imported_under_it_are_the_same_ones(make_base, ids):
         exec("from peft import MoELoraConfig")
     model = names["get_peft_model"](make_base("llama"), config())
     assert type(model.base_model) is lora.LoraModel
+
+
+def test_the_function_keeps_its_signature():
+    stock = inspect.signature(get_peft_model).parameters
+    with patch_peft():
+        assert inspect.signature(peft.get_peft_model).parameters == stock
+    assert list(inspect.signature(moelora.get_peft_model).parameters) == list(stock)
+    assert [p.default for p in inspect.signature(moelora.get_peft_model).parameters.values()] == [
+        p.default for p in stock.values()
+    ]
 
 
 def test_a_model_has_the_bits_of_a_stock_one(make_base, ids):
