@@ -222,6 +222,13 @@ class TestGetPeftModel:
         model = get_peft_model(net, MoELoraConfig(target_modules=["0"], router_type="fixed", init_lora_weights=False))
         assert model(torch.ones(2, 4)).shape == (2, 4)
 
+    @pytest.mark.parametrize("options", [{"task_type": "SEQ_CLS"}, {"modules_to_save": ["lm_head"]}])
+    def test_refuses_modules_that_each_expert_would_have_for_itself(self, make_base, options):
+        base = make_base("llama")
+        with pytest.raises(ValueError, match="only one can be active: use task_type=None without modules_to_save"):
+            get_peft_model(base, MoELoraConfig(target_modules=["q_proj"], **options))
+        assert not any(isinstance(module, lora.LoraLayer) for module in base.modules())
+
     def test_gives_each_expert_a_config_of_its_own(self, make_base):
         model = get_peft_model(make_base("llama"), MoELoraConfig(target_modules=["q_proj"]))
         assert len({id(config) for config in model.peft_config.values()}) == 4

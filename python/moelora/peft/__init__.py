@@ -34,6 +34,10 @@ __all__ = [
 __all__ += _peft.__all__
 
 
+# Task types whose head PEFT saves with each adapter.
+_WITH_A_HEAD = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
+
+
 def get_peft_model(
     model: nn.Module,
     peft_config: Any,
@@ -57,6 +61,12 @@ def get_peft_model(
     -------
     peft.PeftModel or peft.PeftMixedModel
         Adopted, see `adopt`.
+
+    Raises
+    ------
+    ValueError
+        If a mixture has ``mixed=True``, or modules that PEFT keeps for each adapter (``modules_to_save``, or the head
+        that it saves for some task types), or if the model does not suit the router.
     """
 
     def stock(config: Any, name: str) -> Any:
@@ -74,6 +84,12 @@ def get_peft_model(
         return adopt(stock(peft_config, adapter_name))
     if mixed:
         raise ValueError("mixed=True can't be routed: a mixture of experts needs one type of adapter")
+    if peft_config.modules_to_save or peft_config.task_type in _WITH_A_HEAD:
+        raise ValueError(
+            f"modules_to_save={peft_config.modules_to_save} with task_type={peft_config.task_type!r}: PEFT would give "
+            "each expert its own copy of the saved modules, of which only one can be active: use task_type=None "
+            "without modules_to_save and train the shared modules themselves (requires_grad_)"
+        )
 
     names = [f"expert_{i}" for i in range(peft_config.num_experts)]
     routed = adopt(stock(peft_config, names[0]))
