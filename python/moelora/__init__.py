@@ -31,6 +31,7 @@ _HOSTING = (
     "activate_all_experts",
     "adopt",
     "get_peft_model",
+    "patch_peft",
     "release",
 )
 

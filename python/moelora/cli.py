@@ -15,6 +15,13 @@ Takes one to two minutes on two CPU cores and needs no network.
 """
 
 
+RUN = """\
+Run a Python program as "python script.py arguments" or "python -m module arguments" does, with moelora.patch_peft() in
+force: the models that it makes with PEFT are routed. So are those of the processes that it starts through
+multiprocessing. What follows the name of the script or module is the program's own.
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -27,9 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     -------
     int
         Exit status: 0, or 1 if a package is missing. Wrong arguments leave through ``SystemExit(2)``, as argparse
-        has it.
+        has it, and a program that ``moelora run`` has run may leave through a ``SystemExit`` of its own.
     """
-    started = time.perf_counter()
     parser = argparse.ArgumentParser(prog="moelora", description="A mixture of LoRA experts in one pass.")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="train and measure a small mixture on this machine", description=DEMO)
@@ -41,8 +47,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     demo.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: %(default)s)")
     demo.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    run = commands.add_parser(
+        "run",
+        help="run a program with PEFT patched",
+        description=RUN,
+        usage="moelora run [-h] (SCRIPT | -m MODULE) [arguments ...]",
+    )
+    run.add_argument("-m", dest="as_module", action="store_true", help="run a module, as python -m does")
+    run.add_argument("program", metavar="SCRIPT", help="file to run, or with -m the name of a module")
 
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    own = len(given)
+    if given[:1] == ["run"]:  # what follows the program is not for argparse
+        own = 3 if given[1:2] == ["-m"] else 2
+    options = parser.parse_args(given[:own])
+    return _run(run, options, given[own:]) if options.command == "run" else _demo(demo, options)
+
+
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from moelora.launch import run_module, run_script
+
+    try:
+        (run_module if options.as_module else run_script)(options.program, arguments)
+    except (OSError, ImportError) as error:
+        parser.error(str(error))
+    return 0
+
+
+def _demo(demo: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    started = time.perf_counter()
     if options.experts < 2:
         demo.error(f"argument --experts: must be at least 2, got {options.experts}")
     if not 1 <= options.top_k <= options.experts:

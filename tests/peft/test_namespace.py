@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 from types import ModuleType
@@ -69,6 +70,94 @@ def test_the_mirror_of_the_lora_module_has_the_routed_classes():
     assert tuners.IA3Model is peft.IA3Model
 
 
+class TestModules:
+    """Every module of PEFT is there under our name too, and runs once."""
+
+    STOCK = [module.name for module in pkgutil.walk_packages(peft.__path__, "peft.")]
+    ROUTED = {id(getattr(peft, name)): name for name in ("get_peft_model", "LoraModel", *MAKERS)} | {
+        id(lora.Linear): "Linear"
+    }
+
+    @pytest.mark.parametrize("name", STOCK)
+    def test_a_module_gives_what_pefts_gives(self, name):
+        try:
+            stock = importlib.import_module(name)
+        except ImportError as error:  # of a package that is not installed
+            with pytest.raises(type(error)):
+                importlib.import_module(f"moelora.{name}")
+            return
+        ours = importlib.import_module(f"moelora.{name}")
+        assert stock.__spec__.name == name
+        assert sys.modules[name] is stock
+        if ours is stock:
+            assert not {id(value) for value in vars(stock).values()} & self.ROUTED.keys()
+            return
+        for key, value in vars(stock).items():
+            if key.startswith("__"):
+                continue
+            if isinstance(value, ModuleType) and value.__name__.startswith("peft."):
+                assert getattr(ours, key) is importlib.import_module(f"moelora.{value.__name__}"), key
+            else:
+                routed = self.ROUTED.get(id(value))
+                assert getattr(ours, key) is (value if routed is None else getattr(moelora, routed)), key
+
+    @pytest.mark.parametrize("first", ["moelora.peft.utils.save_and_load", "moelora.peft.tuners.lora.layer"])
+    def test_the_first_import_may_go_deep(self, first):
+        code = f"import {first} as m, sys; import peft; print(m.__name__, {first[8:]!r} in sys.modules)"
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+        name = first[8:] if "utils" in first else first  # PEFT's own module where nothing in it is routed
+        assert out.stdout.split() == [name, "True"]
+
+    def test_imports_are_written_as_with_peft(self):
+        import moelora.peft.tuners.lora as by_path
+        from moelora.peft.auto import AutoPeftModelForCausalLM
+        from moelora.peft.config import MoELoraConfig as Ours
+        from moelora.peft.config import PeftConfigMixin
+        from moelora.peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+        from moelora.peft.mapping_func import get_peft_model as make
+        from moelora.peft.peft_model import PeftModel, PeftModelForCausalLM
+        from moelora.peft.tuners import lora as by_name
+        from moelora.peft.tuners.lora.layer import Embedding, Linear, LoraLayer
+        from moelora.peft.tuners.lora.model import LoraModel
+        from moelora.peft.utils import _get_submodules, save_and_load, set_peft_model_state_dict
+
+        assert by_path is by_name
+        assert (make, PeftModel, LoraModel, Linear) == (
+            get_peft_model,
+            moelora.PeftModel,
+            moelora.LoraModel,
+            moelora.Linear,
+        )
+        assert (PeftModelForCausalLM, AutoPeftModelForCausalLM) == (
+            moelora.PeftModelForCausalLM,
+            moelora.AutoPeftModelForCausalLM,
+        )
+        assert (Embedding, LoraLayer) == (lora.Embedding, lora.LoraLayer)
+        assert save_and_load is importlib.import_module("peft.utils.save_and_load")
+        assert save_and_load.set_peft_model_state_dict is set_peft_model_state_dict is peft.set_peft_model_state_dict
+        assert _get_submodules is peft.utils._get_submodules
+        assert PEFT_TYPE_TO_TUNER_MAPPING is peft.PEFT_TYPE_TO_TUNER_MAPPING
+        assert Ours is MoELoraConfig
+        assert PeftConfigMixin is peft.config.PeftConfigMixin
+
+    def test_a_star_import_of_a_module_without_all_gives_its_public_names(self):
+        names = {}
+        exec("from moelora.peft.mapping_func import *", names)
+        assert names["get_peft_model"] is get_peft_model
+
+    def test_what_peft_does_not_have_is_not_found(self):
+        with pytest.raises(ModuleNotFoundError, match="moelora.peft.flowers"):
+            importlib.import_module("moelora.peft.flowers")
+        with pytest.raises(ModuleNotFoundError, match="moelora.peft.tuners.lora.flower"):
+            importlib.import_module("moelora.peft.tuners.lora.flower")
+        with pytest.raises(ImportError, match="cannot import name 'Rose' from 'moelora.peft.peft_model'"):
+            exec("from moelora.peft.peft_model import Rose")
+
+    def test_the_version_is_pefts(self):
+        assert moelora.peft.__version__ == peft.__version__
+        assert moelora.__version__ != peft.__version__
+
+
 def test_importing_the_package_imports_neither_torch_nor_peft():
     code = (
         "import sys, moelora; moelora.__version__; dir(moelora); print({'torch', 'peft', 'numpy'} & set(sys.modules))"
@@ -132,6 +221,13 @@ class TestGetPeftModel:
         net = torch.nn.Sequential(torch.nn.Linear(4, 4))
         model = get_peft_model(net, MoELoraConfig(target_modules=["0"], router_type="fixed", init_lora_weights=False))
         assert model(torch.ones(2, 4)).shape == (2, 4)
+
+    @pytest.mark.parametrize("options", [{"task_type": "SEQ_CLS"}, {"modules_to_save": ["lm_head"]}])
+    def test_refuses_modules_that_each_expert_would_have_for_itself(self, make_base, options):
+        base = make_base("llama")
+        with pytest.raises(ValueError, match="only one can be active: use task_type=None without modules_to_save"):
+            get_peft_model(base, MoELoraConfig(target_modules=["q_proj"], **options))
+        assert not any(isinstance(module, lora.LoraLayer) for module in base.modules())
 
     def test_gives_each_expert_a_config_of_its_own(self, make_base):
         model = get_peft_model(make_base("llama"), MoELoraConfig(target_modules=["q_proj"]))

@@ -1,7 +1,8 @@
 """Hosting in PEFT, and PEFT's own namespace around it.
 
-Every public name of ``peft`` is here under the same name. Those that make a `PeftModel` make an adopted one; the others
-are PEFT's objects themselves.
+Every name of ``peft`` is here under the same name, and every module of it (`moelora.peft.mirror`). What makes a
+`PeftModel` makes an adopted one, `LoraModel` and `Linear` are the routed classes; the rest are PEFT's objects
+themselves.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import copy
 from typing import Any
 
 import peft as _peft
+from peft.tuners import lora as _lora
 from torch import nn
 
+from moelora.peft import mirror as _mirror
 from moelora.peft.config import MoELoraConfig
 from moelora.peft.layers import Linear, LoraLayer
 from moelora.peft.model import LoraModel, activate_all_experts, adopt, release
+from moelora.peft.patch import patch_peft, stock_get_peft_model
 
 __all__ = [
     "Linear",
@@ -24,9 +28,14 @@ __all__ = [
     "activate_all_experts",
     "adopt",
     "get_peft_model",
+    "patch_peft",
     "release",
 ]
 __all__ += _peft.__all__
+
+
+# Task types whose head PEFT saves with each adapter.
+_WITH_A_HEAD = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
 
 
 def get_peft_model(
@@ -52,10 +61,16 @@ def get_peft_model(
     -------
     peft.PeftModel or peft.PeftMixedModel
         Adopted, see `adopt`.
+
+    Raises
+    ------
+    ValueError
+        If a mixture has ``mixed=True``, or modules that PEFT keeps for each adapter (``modules_to_save``, or the head
+        that it saves for some task types), or if the model does not suit the router.
     """
 
     def stock(config: Any, name: str) -> Any:
-        return _peft.get_peft_model(
+        return stock_get_peft_model(
             model,
             config,
             adapter_name=name,
@@ -69,6 +84,12 @@ def get_peft_model(
         return adopt(stock(peft_config, adapter_name))
     if mixed:
         raise ValueError("mixed=True can't be routed: a mixture of experts needs one type of adapter")
+    if peft_config.modules_to_save or peft_config.task_type in _WITH_A_HEAD:
+        raise ValueError(
+            f"modules_to_save={peft_config.modules_to_save} with task_type={peft_config.task_type!r}: PEFT would give "
+            "each expert its own copy of the saved modules, of which only one can be active: use task_type=None "
+            "without modules_to_save and train the shared modules themselves (requires_grad_)"
+        )
 
     names = [f"expert_{i}" for i in range(peft_config.num_experts)]
     routed = adopt(stock(peft_config, names[0]))
@@ -115,24 +136,20 @@ def _face(stock: Any) -> Any:
     return _Adopting(stock.__name__, (stock,), members | {"from_pretrained": classmethod(from_pretrained)})
 
 
-_faces: dict[str, Any] = {}
+for _value in list(vars(_peft).values()):
+    if isinstance(_value, type) and (
+        issubclass(_value, (_peft.PeftModel, _peft.PeftMixedModel)) or hasattr(_value, "_target_peft_class")
+    ):
+        _mirror.stand_in(_value, _face(_value))
+_mirror.stand_in(_peft.get_peft_model, get_peft_model)
+_mirror.stand_in(_lora.LoraModel, LoraModel)
+_mirror.stand_in(_lora.Linear, Linear)
+_mirror.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _faces:
-        return _faces[name]
-    try:
-        value = getattr(_peft, name)
-    except AttributeError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    if isinstance(value, type) and (
-        issubclass(value, (_peft.PeftModel, _peft.PeftMixedModel)) or hasattr(value, "_target_peft_class")
-    ):
-        value = _faces[name] = _face(value)
-    return value
+    return _mirror.lookup(__name__, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *dir(_peft)})
+    return _mirror.names(__name__)

@@ -1,17 +1,17 @@
-"""`peft.tuners`, with the routed classes in `moelora.peft.tuners.lora`."""
+"""`peft.tuners`, with the routed classes in place of the stock ones."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import peft.tuners as _tuners
-
+from moelora.peft import mirror as _mirror
+from moelora.peft.model import LoraModel as LoraModel
 from moelora.peft.tuners import lora as lora
 
 
 def __getattr__(name: str) -> Any:
-    return getattr(lora if hasattr(lora, name) else _tuners, name)
+    return _mirror.lookup(__name__, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *dir(_tuners)})
+    return _mirror.names(__name__)

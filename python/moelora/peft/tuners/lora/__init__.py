@@ -6,19 +6,18 @@ from typing import Any
 
 import peft.tuners.lora as _lora
 
+from moelora.peft import mirror as _mirror
 from moelora.peft.config import MoELoraConfig
 from moelora.peft.layers import Linear, LoraLayer
 from moelora.peft.model import LoraModel
 
 __all__ = ["Linear", "LoraLayer", "LoraModel", "MoELoraConfig"]
+__all__ += [name for name in _lora.__all__ if name not in __all__]
 
 
 def __getattr__(name: str) -> Any:
-    try:
-        return getattr(_lora, name)
-    except AttributeError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    return _mirror.lookup(__name__, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *dir(_lora)})
+    return _mirror.names(__name__)
