@@ -7,6 +7,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from moelora import adopt
 from moelora.nn.routers import FixedRouter, PerLayerRouter
@@ -27,7 +28,9 @@ def base(family):
     if family == "t5":
         sizes = {"d_model": 24, "d_kv": 12, "d_ff": 40, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
         config = transformers.T5Config(vocab_size=VOCAB, decoder_start_token_id=0, **sizes)
-        return transformers.T5ForConditionalGeneration(config)
+        model = transformers.T5ForConditionalGeneration(config)
+        model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))  # tied, it repeats the input
+        return model
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     if family == "bart":
         heads = {f"{stack}_attention_heads": 2 for stack in ("encoder", "decoder")}
@@ -90,10 +93,21 @@ def mixture(*shape, seed):
 SHAPES = {"static": ((), ()), "sequence": ((2,), (2,)), "token": ((2, 7), (2, 5)), "both": ((2, 7), ())}
 
 
-@pytest.fixture(params=list(SHAPES))
-def weights(request):
-    encoder, decoder = SHAPES[request.param]
-    return {"encoder": mixture(*encoder, seed=1), "decoder": mixture(*decoder, seed=2)}
+def cases(shapes):
+    """All shapes on one family, all families with one shape."""
+    pairs = [("t5", shape) for shape in shapes] + [("bart", "token"), ("t5gemma", "token")]
+    return [pytest.param((family, *shapes[shape]), id=f"{family}-{shape}") for family, shape in pairs]
+
+
+def of_case(request):
+    family, encoder, decoder = request.param
+    return family, {"encoder": mixture(*encoder, seed=1), "decoder": mixture(*decoder, seed=2)}
+
+
+@pytest.fixture(params=cases(SHAPES))
+def case(request):
+    """A family of models, and weights for its stacks."""
+    return of_case(request)
 
 
 def reference(loop, family, weights):
@@ -102,7 +116,8 @@ def reference(loop, family, weights):
 
 
 class TestForward:
-    def test_each_layer_mixes_by_the_weights_of_its_tokens(self, loop, family, weights, source, labels):
+    def test_each_layer_mixes_by_the_weights_of_its_tokens(self, loop, case, source, labels):
+        family, weights = case
         model = adopt(stock(family))
         got = model(input_ids=source, labels=labels, routing_weights=weights).logits
         expected = reference(loop, family, weights)(input_ids=source, labels=labels).logits
@@ -134,10 +149,11 @@ class TestForward:
             got = model(input_ids=source, labels=labels, routing_weights=given).logits
             torch.testing.assert_close(got, torch.cat(expected), rtol=2e-4, atol=2e-4)
 
-    def test_the_encoder_may_have_run_before(self, family, weights, source, labels):
+    def test_the_encoder_may_have_run_before(self, case, source, labels):
+        family, weights = case
         model = adopt(stock(family))
         expected = model(input_ids=source, labels=labels, routing_weights=weights)
-        outputs = (expected.encoder_last_hidden_state,)
+        outputs = BaseModelOutput(expected.encoder_last_hidden_state)
         got = model(encoder_outputs=outputs, labels=labels, routing_weights=weights).logits
         torch.testing.assert_close(got, expected.logits, rtol=2e-5, atol=2e-5)
 
@@ -148,7 +164,7 @@ class TestForward:
             first = weights | {"decoder": weights["decoder"][:, :3]}
             begun = model(input_ids=source, decoder_input_ids=labels[:, :3], routing_weights=first, use_cache=True)
             got = model(
-                encoder_outputs=(begun.encoder_last_hidden_state,),
+                encoder_outputs=BaseModelOutput(begun.encoder_last_hidden_state),
                 decoder_input_ids=labels[:, 3:],
                 past_key_values=begun.past_key_values,
                 routing_weights=weights | {"decoder": rest},
@@ -171,7 +187,8 @@ class TestTraining:
         adapters = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return adapters | {stack: w.grad for stack, w in given.items()}
 
-    def test_gradients_of_both_weights_are_those_of_the_loop(self, loop, family, weights, source, labels):
+    def test_gradients_of_both_weights_are_those_of_the_loop(self, loop, case, source, labels):
+        family, weights = case
         model, given, inputs = self.gradients(adopt(stock(family)), weights, source, labels)
         model(**inputs, routing_weights=given).loss.backward()
         got = self.collect(model, given)
@@ -186,14 +203,15 @@ class TestTraining:
 
     @pytest.mark.parametrize("reentrant", [True, False])
     @pytest.mark.parametrize("encoded", [True, False], ids=["encoded", "whole"])
-    def test_checkpointing_changes_no_gradient(self, family, weights, source, labels, reentrant, encoded):
+    def test_checkpointing_changes_no_gradient(self, case, source, labels, reentrant, encoded):
+        family, weights = case
         grads = []
         for mode in (None, reentrant):
             model, given, inputs = self.gradients(adopt(stock(family)), weights, source, labels, mode)
             if encoded:  # no encoder runs in this call
                 width = model.config.get_text_config().hidden_size
                 states = torch.randn(2, 7, width, generator=torch.Generator().manual_seed(3), requires_grad=True)
-                inputs = {"encoder_outputs": (states,)} | {"labels": labels, "use_cache": False}
+                inputs = {"encoder_outputs": BaseModelOutput(states)} | {"labels": labels, "use_cache": False}
             elif mode:
                 model.enable_input_require_grads()
             model(**inputs, routing_weights=given).loss.backward()
@@ -203,7 +221,7 @@ class TestTraining:
         assert expected["encoder"].abs().sum() > 0
         assert expected["decoder"].abs().sum() > 0
         for name in expected:
-            torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-5)
 
     def test_checkpointing_keeps_stacks_of_equal_length_apart(self, loop, family, source):
         weights = {"encoder": mixture(2, 7, seed=1), "decoder": mixture(2, 7, seed=2)}
@@ -255,13 +273,13 @@ GENERATED = SHAPES | {"token": ((2, 7), (2, 1)), "all": ((2, 7), (2, NEW + 3))}
 
 
 class TestGenerate:
-    @pytest.fixture(params=list(GENERATED))
-    def weights(self, request):
-        encoder, decoder = GENERATED[request.param]
-        return {"encoder": mixture(*encoder, seed=1), "decoder": mixture(*decoder, seed=2)}
+    @pytest.fixture(params=cases(GENERATED))
+    def case(self, request):
+        return of_case(request)
 
     @pytest.mark.parametrize("use_cache", [True, False])
-    def test_greedily_as_the_loop(self, loop, family, weights, source, use_cache):
+    def test_greedily_as_the_loop(self, loop, case, source, use_cache):
+        family, weights = case
         model = adopt(stock(family))
         tokens = generated(model, source, routing_weights=weights, use_cache=use_cache)
         assert torch.equal(tokens, decoded(loop, family, source, weights))
@@ -270,7 +288,8 @@ class TestGenerate:
             assert not torch.equal(tokens, generated(model, source, routing_weights=other))
 
     @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
-    def test_beams_take_the_weights_of_their_sequence(self, family, weights, source, options):
+    def test_beams_take_the_weights_of_their_sequence(self, case, source, options):
+        family, weights = case
         model = adopt(stock(family))
         k = options.get("num_return_sequences", 1)
         whole = generated(model, source, routing_weights=weights, **options)
@@ -313,8 +332,9 @@ class TestGenerate:
             generated(model, source, routing_weights=weights, routing_tail="error", **options)
 
     @pytest.mark.parametrize("routed", [True, False], ids=["routed", "stock"])
-    def test_assisted(self, weights, source, routed):
+    def test_assisted(self, source, routed):
         model, source = adopt(stock("t5")), source[:1]
+        weights = {"encoder": mixture(2, 7, seed=1), "decoder": mixture(2, 2, seed=2)}
         weights = {stack: w if w.dim() == 1 else w[:1] for stack, w in weights.items()}
         expected = generated(model, source, routing_weights=weights)
         assistant = base("t5").eval()
@@ -324,8 +344,8 @@ class TestGenerate:
         tokens = generated(model, source, routing_weights=weights, assistant_model=assistant)
         assert torch.equal(tokens, expected)
 
-    def test_a_static_cache(self, weights, source):
-        model = adopt(stock("t5"))
+    def test_a_static_cache(self, source):
+        model, weights = adopt(stock("t5")), {"encoder": mixture(2, 7, seed=1), "decoder": mixture(2, 2, seed=2)}
         expected = generated(model, source, routing_weights=weights)
         options = {"cache_implementation": "static", "disable_compile": True}
         assert torch.equal(generated(model, source, routing_weights=weights, **options), expected)
