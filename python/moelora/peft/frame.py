@@ -158,6 +158,22 @@ class Frame:
                 f"shape {tuple(given.shape)}"
             )
 
+    def check_batch(self, prompt: Tensor | None) -> None:
+        """Raise if generate is asked to continue more or fewer sequences than there are given weights for.
+
+        Later, where it has repeated the prompt for beams and return sequences, that can't be told any more.
+        """
+        for frame in (self, self.encoder):
+            given = None if frame is None else frame.given
+            if prompt is None or given is None or given.dim() < 2 or given.dim() == 4 and given.shape[:2] == (1, 1):
+                continue
+            if len(given) != len(prompt):
+                raise frame._wrong_batch(given, len(prompt))
+
+    def _wrong_batch(self, given: Tensor, batch: int) -> ValueError:
+        shape = tuple(given.shape)
+        return ValueError(f"{self.title} of shape {shape} is for {len(given)} sequences, the batch has {batch}")
+
     def begin(self, call: Call, balance: Balance | None = None) -> None:
         """Start one forward of the model: fit the given weights to its tokens."""
         # The model runs once for a forward, so a second time in one frame means that generate drives it.
@@ -215,7 +231,7 @@ class Frame:
             return given
         if self.generating and have and batch % have == 0:  # beams and return sequences are repeated side by side
             return given.repeat_interleave(batch // have, 0)
-        raise ValueError(f"{self.title} of shape {tuple(given.shape)} is for {have} sequences, the batch has {batch}")
+        raise self._wrong_batch(given, batch)
 
     def _fit_tokens(self, given: Tensor, call: Call) -> Tensor:
         have, seq, past = given.shape[1], call.seq or 0, call.past

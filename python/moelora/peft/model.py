@@ -39,6 +39,9 @@ from moelora.peft.frame import (
 )
 from moelora.peft.layers import ROUTED, Routed
 
+# The arguments of generate whose first axis is the batch, as many sequences as there are weights for.
+_PROMPTS = ("inputs", "inputs_embeds", "input_ids", "input_features", "input_values", "pixel_values")
+
 KEYWORDS = frozenset({"routing_weights", "mixture", "routing_tail"})
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -427,8 +430,17 @@ class LoraModel(lora.LoraModel):
             frame = self._frame(routing_weights, mixture, routing_tail)
         if frame is not None:
             frame.generating = True
+            if frame.given is not None and kwargs.get("cache_implementation") == "paged":
+                raise _continuous()
+            prompt = next((kwargs[name] for name in _PROMPTS if isinstance(kwargs.get(name), Tensor)), None)
+            frame.check_batch(args[0] if args and isinstance(args[0], Tensor) else prompt)
         with Entered(frame):
             return self.model.generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        if KEYWORDS & kwargs.keys():  # transformers would ignore them
+            raise _continuous()
+        return self.model.generate_batch(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -438,6 +450,8 @@ class LoraModel(lora.LoraModel):
         tail = kwargs.pop("routing_tail", "hold")
         if kwargs.get("adapter_names") is not None and (weights is not None or isinstance(self.router, Router)):
             raise ValueError("adapter_names can't be used together with routing weights or a router: use one of them")
+        if weights is not None and kwargs.get("cache_implementation") == "paged":
+            raise _continuous()
         with super()._enable_peft_forward_hooks(*args, **kwargs), Entered(self._frame(weights, mixture, tail)):
             yield
 
@@ -609,6 +623,13 @@ def _decoder(top: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
             layers.append(module)
             inner.update(id(m) for m in module.modules())
     return stack, layers
+
+
+def _continuous() -> ValueError:
+    return ValueError(
+        "continuous batching packs the tokens of all requests into one row, on a thread of its own, where "
+        "routing_weights can't follow: attach a router, or call generate without cache_implementation='paged'"
+    )
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:
