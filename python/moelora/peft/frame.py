@@ -158,6 +158,12 @@ class Frame:
                 f"shape {tuple(given.shape)}"
             )
 
+    @property
+    def per_token(self) -> bool:
+        """Whether weights were given that differ between the tokens of a sequence."""
+        given = self.given
+        return given is not None and given.dim() > 2 and (given.dim() == 3 or given.shape[:2] != (1, 1))
+
     def check_batch(self, prompt: Tensor | None) -> None:
         """Raise if generate is asked to continue more or fewer sequences than there are given weights for.
 
@@ -165,7 +171,7 @@ class Frame:
         """
         for frame in (self, self.encoder):
             given = None if frame is None else frame.given
-            if prompt is None or given is None or given.dim() < 2 or given.dim() == 4 and given.shape[:2] == (1, 1):
+            if prompt is None or given is None or given.dim() < 2 or (given.dim() == 4 and given.shape[:2] == (1, 1)):
                 continue
             if len(given) != len(prompt):
                 raise frame._wrong_batch(given, len(prompt))

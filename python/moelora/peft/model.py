@@ -16,6 +16,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moelora.nn.losses import router_aux_loss
@@ -213,7 +214,7 @@ class LoraModel(lora.LoraModel):
         """Hook the two stacks of an encoder-decoder model, and the attention of one to the other."""
         top: Any = self.model
         encoder, decoder = top.get_encoder(), top.get_decoder()
-        for stack in (encoder, decoder):
+        for stack in {encoder, decoder} - {top}:
             before = partial(self._before_stack, _parameters(stack), stack is encoder)
             self._routing_hooks += [
                 stack.register_forward_pre_hook(before, with_kwargs=True),
@@ -430,10 +431,8 @@ class LoraModel(lora.LoraModel):
             frame = self._frame(routing_weights, mixture, routing_tail)
         if frame is not None:
             frame.generating = True
-            if frame.given is not None and kwargs.get("cache_implementation") == "paged":
-                raise _continuous()
-            prompt = next((kwargs[name] for name in _PROMPTS if isinstance(kwargs.get(name), Tensor)), None)
-            frame.check_batch(args[0] if args and isinstance(args[0], Tensor) else prompt)
+            if frame.given is not None:
+                _check_generate(frame, self.model, args, kwargs)
         with Entered(frame):
             return self.model.generate(*args, **kwargs)
 
@@ -494,8 +493,8 @@ class LoraModel(lora.LoraModel):
         if frame is None:
             return None
         arguments = dict(zip(host.parameters, args, strict=False)) | kwargs
-        per_token = frame.given is not None and frame.given.dim() > 2 and not host.encoder_decoder
-        call = _read_call(host, arguments, per_token=per_token, of_text=not host.encoder_decoder)
+        alone = not host.encoder_decoder
+        call = _read_call(host, arguments, per_token=alone and frame.per_token, of_text=alone)
         balance = None
         if frame.router is not None and module.training and arguments.get("labels") is not None:
             config = self.moe_config or MoELoraConfig()
@@ -563,8 +562,7 @@ class LoraModel(lora.LoraModel):
                 return
             frame.entered_by, frame.around = module, put(frame)
         arguments = dict(zip(parameters, args, strict=False)) | kwargs
-        per_token = frame.given is not None and frame.given.dim() > 2
-        frame.begin_stack(_read_call(self._host, arguments, per_token=per_token), encoding=encoding)
+        frame.begin_stack(_read_call(self._host, arguments, per_token=frame.per_token), encoding=encoding)
         if not encoding and arguments.get("encoder_hidden_states") is not None:
             frame.see_encoded(arguments["encoder_hidden_states"])
 
@@ -625,6 +623,21 @@ def _decoder(top: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     return stack, layers
 
 
+def _check_generate(frame: Frame, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse, before generate begins, what given weights can't follow."""
+    if kwargs.get("cache_implementation") == "paged":
+        raise _continuous()
+    prompt = next((kwargs[name] for name in _PROMPTS if isinstance(kwargs.get(name), Tensor)), None)
+    frame.check_batch(args[0] if args and isinstance(args[0], Tensor) else prompt)
+    config = kwargs.get("generation_config") or model.generation_config
+    guidance = kwargs.get("guidance_scale", config.guidance_scale)
+    if frame.per_token and guidance not in (None, 1):
+        raise ValueError(
+            f"guidance_scale={guidance} runs the model on another prompt, for whose tokens there are no "
+            "routing_weights: pass [N] or [B, N], or attach a router"
+        )
+
+
 def _continuous() -> ValueError:
     return ValueError(
         "continuous batching packs the tokens of all requests into one row, on a thread of its own, where "
@@ -653,6 +666,20 @@ def _check_consumed(module: nn.Module, kwargs: dict[str, Any]) -> None:
             )
 
 
+def _cached(arguments: dict[str, Any]) -> int:
+    """How many tokens of the text the cache holds."""
+    cache = next((arguments[name] for name in ALL_CACHE_NAMES if arguments.get(name) is not None), None)
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):
+        raise ValueError(
+            f"{type(cache).__name__} does not know how many tokens it holds, so routing_weights per token can't be "
+            "matched: pass use_cache=False, weights [N] or [B, N], or attach a router"
+        ) from None
+
+
 def _read_call(host: Host, arguments: dict[str, Any], *, per_token: bool, of_text: bool = True) -> Call:
     """What this forward is about, from its arguments by name.
 
@@ -667,8 +694,7 @@ def _read_call(host: Host, arguments: dict[str, Any], *, per_token: bool, of_tex
     if not host.transformer or first is None:
         return Call(None, None, 0, None, None, device)
     seq = tokens.shape[1] if tokens is not None and of_text else None
-    cache = arguments.get("past_key_values")
-    past = int(cache.get_seq_length()) if per_token and cache is not None else 0
+    past = _cached(arguments) if per_token else 0
     keep = arguments.get("logits_to_keep")
     mask = arguments.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or seq is None or mask.shape[1] < seq:
