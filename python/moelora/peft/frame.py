@@ -170,11 +170,11 @@ class Frame:
         Later, where it has repeated the prompt for beams and return sequences, that can't be told any more.
         """
         for frame in (self, self.encoder):
-            given = None if frame is None else frame.given
-            if prompt is None or given is None or given.dim() < 2 or (given.dim() == 4 and given.shape[:2] == (1, 1)):
+            if prompt is None or frame is None or frame.given is None or frame.given.dim() < 2:
                 continue
-            if len(given) != len(prompt):
-                raise frame._wrong_batch(given, len(prompt))
+            static = frame.given.dim() == 4 and not frame.per_token
+            if not static and len(frame.given) != len(prompt):
+                raise frame._wrong_batch(frame.given, len(prompt))
 
     def _wrong_batch(self, given: Tensor, batch: int) -> ValueError:
         shape = tuple(given.shape)
