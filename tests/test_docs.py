@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PAGES = ("getting-started", "migration", "generation")
 
 
-@pytest.mark.parametrize("page", ["docs/getting-started.md", "docs/migration.md"])
+@pytest.mark.parametrize("page", [f"docs/{name}.md" for name in PAGES])
 def test_code_blocks_of_a_page_are_one_program_that_runs(page, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks

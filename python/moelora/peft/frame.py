@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moelora.nn.routers import Router, RoutingOutput
 from moelora.peft.balance import Balance
 
 MIXTURES = ("layer", "logits")
 TAILS = ("hold", "uniform", "error")
+STACKS = ("encoder", "decoder")
 
 _slot = threading.local()
 
@@ -79,14 +80,17 @@ class Frame:
         Of the model that is called.
     experts : list of str
         The active adapters: what the columns of the weights mean.
-    given : Tensor, optional
-        Explicit weights [N], [B, N], [B, S, N] or [B, S, L, N].
+    given : Tensor or dict of Tensor, optional
+        Explicit weights [N], [B, N], [B, S, N] or [B, S, L, N]; on an encoder-decoder model also [N], [B, N] or
+        [B, S, N] for each of its two stacks, by name.
     router : Router, optional
         Makes the weights when none are given.
     mixture : {"layer", "logits"}
         What is mixed.
     tail : {"hold", "uniform", "error"}
         Weights of positions past the given ones, in generate.
+    stack : {"encoder", "decoder"}, optional
+        Whose tokens `given` is for, where each stack has weights of its own.
     """
 
     def __init__(
@@ -94,13 +98,23 @@ class Frame:
         host: Host,
         experts: list[str],
         *,
-        given: Tensor | None = None,
+        given: Tensor | dict[str, Tensor] | None = None,
         router: Router | None = None,
         mixture: str = "layer",
         tail: str = "hold",
+        stack: str | None = None,
     ) -> None:
         self.host = host
         self.experts = experts
+        self.encoder: Frame | None = None  # weights of the encoder's tokens, where they were given apart
+        self.encoding = False  # the encoder is running
+        self.memory: Tensor | None = None  # what the attention that runs now reads of the encoder
+        if isinstance(given, dict):
+            _check_stacks(given, host)
+            self.encoder = Frame(host, experts, given=given["encoder"], stack="encoder")
+            given, stack = given["decoder"], "decoder"
+        self.stack = stack
+        self.title = "routing_weights" if stack is None else f"routing_weights[{stack!r}]"
         self.given = given
         self.router = router
         self.mixture = mixture
@@ -116,7 +130,7 @@ class Frame:
         self.balance: Balance | None = None
         self.outputs: list[RoutingOutput] = []
         self.loss: dict[str, Any] = {}  # mixture="logits": labels and what else the loss takes
-        self.of_hook = False  # entered by the hooks of the model, as no call of ours is around it
+        self.entered_by: nn.Module | None = None  # whose hook entered it, where no call of ours is around
         self.around: Frame | None = None  # then: what it has to give way to again
         if given is not None:
             self._check_given(given)
@@ -128,13 +142,15 @@ class Frame:
     def _check_given(self, given: Tensor) -> None:
         if given.shape[-1] != len(self.experts):
             raise ValueError(
-                f"routing_weights must have one column for each active adapter {self.experts}, got shape "
+                f"{self.title} must have one column for each active adapter {self.experts}, got shape "
                 f"{tuple(given.shape)}"
             )
-        if given.dim() > 2 and self.host.encoder_decoder:
+        if self.stack is not None and given.dim() > 3:
+            raise ValueError(f"{self.title} must have shape [N], [B, N] or [B, S, N], got {tuple(given.shape)}")
+        if self.stack is None and self.host.encoder_decoder and given.dim() > 2:
             raise ValueError(
                 f"routing_weights of shape {tuple(given.shape)} can't tell the encoder's tokens from the decoder's: an "
-                "encoder-decoder model takes [N] or [B, N]"
+                "encoder-decoder model takes [N] or [B, N], or {'encoder': weights, 'decoder': weights}"
             )
         if given.dim() == 4 and given.shape[2] != self.host.num_layers:
             raise ValueError(
@@ -142,20 +158,66 @@ class Frame:
                 f"shape {tuple(given.shape)}"
             )
 
+    @property
+    def per_token(self) -> bool:
+        """Whether weights were given that differ between the tokens of a sequence."""
+        given = self.given
+        return given is not None and given.dim() > 2 and (given.dim() == 3 or given.shape[:2] != (1, 1))
+
+    def check_batch(self, prompt: Tensor | None) -> None:
+        """Raise if generate is asked to continue more or fewer sequences than there are given weights for.
+
+        Later, where it has repeated the prompt for beams and return sequences, that can't be told any more.
+        """
+        for frame in (self, self.encoder):
+            if prompt is None or frame is None or frame.given is None or frame.given.dim() < 2:
+                continue
+            static = frame.given.dim() == 4 and not frame.per_token
+            if not static and len(frame.given) != len(prompt):
+                raise frame._wrong_batch(frame.given, len(prompt))
+
+    def _wrong_batch(self, given: Tensor, batch: int) -> ValueError:
+        shape = tuple(given.shape)
+        return ValueError(f"{self.title} of shape {shape} is for {len(given)} sequences, the batch has {batch}")
+
     def begin(self, call: Call, balance: Balance | None = None) -> None:
         """Start one forward of the model: fit the given weights to its tokens."""
         # The model runs once for a forward, so a second time in one frame means that generate drives it.
         self.generating = self.generating or self.call is not None
         self.call, self.balance, self.outputs, self.reached = call, balance, [], None
         if self.given is not None:
-            self._fit(self.given, call)
+            if self.stack is None:
+                self._fit(self.given, call)
         elif self.router is not None and self.router.reads != "nothing":
             self.now = torch.full((len(self.experts),), 1 / len(self.experts), device=call.device)
+
+    def begin_stack(self, call: Call, *, encoding: bool) -> None:
+        """Start the encoder or the decoder: fit the weights that are given for its tokens."""
+        self.encoding = encoding
+        if self.encoder is None:
+            return
+        if encoding:
+            self.encoder._begin_tokens(call, self.generating)
+        else:
+            self._begin_tokens(call if self.call is None else call._replace(keep=self.call.keep), self.generating)
+
+    def _begin_tokens(self, call: Call, generating: bool) -> None:
+        assert self.given is not None
+        self.call, self.generating = call, generating
+        self._fit(self.given, call)
+
+    def see_encoded(self, states: Tensor) -> None:
+        """The decoder is about to read the encoder's output [B, S, H], of more sequences than the encoder ran for where
+        generate has repeated them, or made in another call."""
+        encoder = self.encoder
+        if encoder is not None and (encoder.call is None or encoder.call[:2] != states.shape[:2]):
+            batch, seq = states.shape[:2]
+            encoder._begin_tokens(Call(batch, seq, 0, None, None, states.device), self.generating)
 
     def _fit(self, given: Tensor, call: Call) -> None:
         if call.device is not None:
             if given.is_meta and call.device.type != "meta":
-                raise ValueError(f"routing_weights must hold values for inputs on {call.device}, got a meta tensor")
+                raise ValueError(f"{self.title} must hold values for inputs on {call.device}, got a meta tensor")
             given = given.to(call.device)  # once, not in every layer
         if given.dim() == 4 and given.shape[:2] == (1, 1):  # a static mixture for each layer
             self.layers = given[0, 0].unbind(0)
@@ -175,27 +237,25 @@ class Frame:
             return given
         if self.generating and have and batch % have == 0:  # beams and return sequences are repeated side by side
             return given.repeat_interleave(batch // have, 0)
-        raise ValueError(
-            f"routing_weights of shape {tuple(given.shape)} is for {have} sequences, the batch has {batch}"
-        )
+        raise self._wrong_batch(given, batch)
 
     def _fit_tokens(self, given: Tensor, call: Call) -> Tensor:
         have, seq, past = given.shape[1], call.seq or 0, call.past
-        if not self.generating:
+        if not self.generating or self.stack == "encoder":
             if have == seq:
                 return given
             if have == past + seq:
                 return given[:, past:]
             cached = f" after {past} in the cache" if past else ""
             raise ValueError(
-                f"routing_weights of shape {tuple(given.shape)} is for {have} tokens, the input has {seq}{cached}"
+                f"{self.title} of shape {tuple(given.shape)} is for {have} tokens, the input has {seq}{cached}"
             )
         end = past + seq
         if end <= have:
             return given[:, past:end]
         if self.tail == "error":
             raise ValueError(
-                f"routing_weights covers {have} positions and generation reached {end}: pass weights for all of them, "
+                f"{self.title} covers {have} positions and generation reached {end}: pass weights for all of them, "
                 "or routing_tail='hold' or 'uniform'"
             )
         missing = end - max(past, have)
@@ -230,6 +290,8 @@ class Frame:
 
     def weights_for(self, site: Site, x: Tensor) -> Tensor:
         """The weights of a layer's input x [..., d_in]: [N], [B, N] or x.shape[:-1] + (N,)."""
+        if self.encoder is not None and (self.encoding or x is self.memory):
+            return self.encoder.weights_for(site, x)
         weights = self.now
         if self.layers is not None:
             if site.layer is None:
@@ -274,14 +336,23 @@ class Frame:
             return weights.flatten(0, 1)
         return None
 
+    def carried(self, index: int | None) -> tuple[Tensor | None, ...]:
+        """What decoder layer `index`, or a region around all of them, takes of the weights, for `inside`."""
+        if self.layers is not None:
+            return tuple(self.layers) if index is None else (self.layers[index],)
+        return (self.now,) if self.encoder is None else (self.now, self.encoder.now)
+
     def inside(self, index: int | None, weights: Sequence[Tensor]) -> Frame:
         """This frame as it is in a checkpointed region whose arguments are `weights`, see `Recompute`."""
         frame = copy.copy(self)
         frame.frozen = True
         if self.layers is not None and index is None:
             frame.layers = weights
-        else:
-            frame.layers, frame.now = None, weights[0] if weights else None
+            return frame
+        frame.layers, frame.now = None, weights[0]
+        if self.encoder is not None:
+            frame.encoder = copy.copy(self.encoder)
+            frame.encoder.now = weights[1]
         return frame
 
 
@@ -330,10 +401,7 @@ class Recompute:
             # transformers before 5.18 checkpoints the module call, so its pre-hooks run inside the region.
             frame.reach(self.index, args[0] if args else None)
         frame.reached = None
-        if frame.layers is not None:
-            weights = tuple(frame.layers) if self.index is None else (frame.layers[self.index],)
-        else:
-            weights = () if frame.now is None else (frame.now,)
+        weights = frame.carried(self.index)
         count, index, around = len(weights), self.index, copy.copy(frame)
 
         def region(*inputs: Any) -> Any:
@@ -351,18 +419,33 @@ def columns(router: Router, experts: list[str]) -> list[int]:
     return [router.expert_names.index(name) for name in experts]
 
 
-def as_weights(weights: Any) -> Tensor:
+def as_given(weights: Any) -> Tensor | dict[str, Tensor]:
+    """Check explicit routing weights of a model: `as_weights`, or one of them for each stack of an encoder-decoder."""
+    if isinstance(weights, Mapping):
+        return {stack: as_weights(part, f"routing_weights[{stack!r}]") for stack, part in weights.items()}
+    return as_weights(weights)
+
+
+def as_weights(weights: Any, title: str = "routing_weights") -> Tensor:
     """Check explicit routing weights; integers and bool become float32 and get no gradient."""
     if not isinstance(weights, Tensor):
-        raise TypeError(f"routing_weights must be a torch.Tensor, got {type(weights).__name__}")
+        raise TypeError(f"{title} must be a torch.Tensor, got {type(weights).__name__}")
     if weights.is_complex():
-        raise TypeError(f"routing_weights must be real, got {weights.dtype}")
+        raise TypeError(f"{title} must be real, got {weights.dtype}")
     if weights.layout is not torch.strided:
-        raise TypeError(f"routing_weights must be a dense tensor, got {weights.layout}")
+        raise TypeError(f"{title} must be a dense tensor, got {weights.layout}")
     if type(weights).__name__ == "DTensor":
-        raise TypeError("routing_weights must not be a DTensor: pass weights.full_tensor()")
+        raise TypeError(f"{title} must not be a DTensor: pass weights.full_tensor()")
     if not 1 <= weights.dim() <= 4:
-        raise ValueError(
-            f"routing_weights must have shape [N], [B, N], [B, S, N] or [B, S, L, N], got {tuple(weights.shape)}"
-        )
+        raise ValueError(f"{title} must have shape [N], [B, N], [B, S, N] or [B, S, L, N], got {tuple(weights.shape)}")
     return weights if weights.is_floating_point() else weights.float()
+
+
+def _check_stacks(given: dict[str, Tensor], host: Host) -> None:
+    if not host.encoder_decoder:
+        raise ValueError(
+            f"routing_weights for the stacks {list(given)} needs an encoder-decoder model, and this one has one stack: "
+            "pass a tensor"
+        )
+    if set(given) != set(STACKS):
+        raise ValueError(f"routing_weights must have exactly the keys {list(STACKS)}, got {list(given)}")

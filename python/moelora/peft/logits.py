@@ -83,6 +83,8 @@ def check(frame: Frame, model: nn.Module, call: Call, arguments: dict[str, Any])
         raise ValueError(
             "mixture='logits' can't generate: call the model on the whole sequence, or use mixture='layer'"
         )
+    if frame.encoder is not None:
+        raise ValueError("mixture='logits' mixes once, so it takes no weights for each stack: pass [N] or [B, N]")
     if frame.given is not None and frame.given.dim() == 4:
         raise ValueError("mixture='logits' mixes once, so it takes no routing_weights [B, S, L, N]: pass [B, S, N]")
     if frame.router is not None and frame.router.reads not in ("nothing", "embeddings"):

@@ -16,6 +16,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moelora.nn.losses import router_aux_loss
@@ -32,7 +33,7 @@ from moelora.peft.frame import (
     Host,
     Recompute,
     Site,
-    as_weights,
+    as_given,
     columns,
     current,
     put,
@@ -41,6 +42,9 @@ from moelora.peft.layers import Routed
 
 # Stock class -> the routed class that takes its place. Everything else is refused when weights arrive.
 ROUTED = layers.ROUTED | quantized.ROUTED
+
+# The arguments of generate whose first axis is the batch, as many sequences as there are weights for.
+_PROMPTS = ("inputs", "inputs_embeds", "input_ids", "input_features", "input_values", "pixel_values")
 
 KEYWORDS = frozenset({"routing_weights", "mixture", "routing_tail"})
 
@@ -180,10 +184,12 @@ class LoraModel(lora.LoraModel):
                 top.register_forward_pre_hook(self._before_model, with_kwargs=True),
                 top.register_forward_hook(self._after_model, with_kwargs=True, always_call=True),
             ]
+            if getattr(getattr(top, "config", None), "is_encoder_decoder", False):
+                self._watch_stacks()
         host = self._host
         host.transformer = isinstance(top, PreTrainedModel)
         host.encoder_decoder = bool(getattr(getattr(top, "config", None), "is_encoder_decoder", False))
-        host.parameters = tuple(inspect.signature(type(top).forward).parameters)[1:]
+        host.parameters = _parameters(top)
         stack, self._decoder_layers = _decoder(top)
         host.num_layers = len(self._decoder_layers)
         layer_of = {id(m): i for i, layer in enumerate(self._decoder_layers) for m in layer.modules()}
@@ -206,6 +212,22 @@ class LoraModel(lora.LoraModel):
                 self._routed.append(module)
             elif isinstance(module, lora.LoraLayer):
                 self._unroutable.append((name, module))
+
+    def _watch_stacks(self) -> None:
+        """Hook the two stacks of an encoder-decoder model, and the attention of one to the other."""
+        top: Any = self.model
+        encoder, decoder = top.get_encoder(), top.get_decoder()
+        for stack in {encoder, decoder} - {top}:
+            before = partial(self._before_stack, _parameters(stack), stack is encoder)
+            self._routing_hooks += [
+                stack.register_forward_pre_hook(before, with_kwargs=True),
+                stack.register_forward_hook(self._after_stack, always_call=True),
+            ]
+        reading = {module: name for module in decoder.modules() if (name := _reads_encoder(module))}
+        for module, name in reading.items():
+            if not any(inner in reading for inner in module.modules() if inner is not module):
+                before = partial(self._before_attention, _parameters(module).index(name), name)
+                self._routing_hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
 
     def _leave_model(self) -> None:
         """Take the router and the hooks off the model, and the classes off its layers."""
@@ -412,8 +434,15 @@ class LoraModel(lora.LoraModel):
             frame = self._frame(routing_weights, mixture, routing_tail)
         if frame is not None:
             frame.generating = True
+            if frame.given is not None:
+                _check_generate(frame, self.model, args, kwargs)
         with Entered(frame):
             return self.model.generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        if KEYWORDS & kwargs.keys():  # transformers would ignore them
+            raise _continuous()
+        return self.model.generate_batch(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -423,6 +452,8 @@ class LoraModel(lora.LoraModel):
         tail = kwargs.pop("routing_tail", "hold")
         if kwargs.get("adapter_names") is not None and (weights is not None or isinstance(self.router, Router)):
             raise ValueError("adapter_names can't be used together with routing weights or a router: use one of them")
+        if weights is not None and kwargs.get("cache_implementation") == "paged":
+            raise _continuous()
         with super()._enable_peft_forward_hooks(*args, **kwargs), Entered(self._frame(weights, mixture, tail)):
             yield
 
@@ -447,22 +478,17 @@ class LoraModel(lora.LoraModel):
                     f"{name} ({type(layer).__name__}) can't be routed: leave it out of target_modules, or call without "
                     "routing weights and router"
                 )
-        given = None if weights is None else as_weights(weights)
+        given = None if weights is None else as_given(weights)
         return Frame(self._host, experts, given=given, router=router, mixture=mixture or self._host.mixture, tail=tail)
 
     # Hooks.
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         host = self._host
-        for name in ("routing_weights", "mixture"):
-            if name in kwargs:
-                raise TypeError(
-                    f"{name} reached {type(module).__name__}, which would ignore it: call the adopted PeftModel, not "
-                    "the model inside it"
-                )
+        _check_consumed(module, kwargs)
         frame = current(host)
-        if frame is not None and frame.of_hook:  # left by a KeyboardInterrupt, for which torch runs no hook
-            put(frame.around)
+        if frame is not None and frame.entered_by is not None:
+            put(frame.around)  # left by a KeyboardInterrupt, for which torch runs no hook
             frame = None
         made_here = frame is None
         if frame is None:
@@ -470,7 +496,8 @@ class LoraModel(lora.LoraModel):
         if frame is None:
             return None
         arguments = dict(zip(host.parameters, args, strict=False)) | kwargs
-        call = _read_call(host, arguments, per_token=frame.given is not None and frame.given.dim() > 2)
+        alone = not host.encoder_decoder
+        call = _read_call(host, arguments, per_token=alone and frame.per_token, of_text=alone)
         balance = None
         if frame.router is not None and module.training and arguments.get("labels") is not None:
             config = self.moe_config or MoELoraConfig()
@@ -486,7 +513,7 @@ class LoraModel(lora.LoraModel):
         if torch.is_grad_enabled():
             self._carry_into_checkpoints()
         if made_here:
-            frame.of_hook, frame.around = True, put(frame)
+            frame.entered_by, frame.around = module, put(frame)
         embeddings = arguments.get("inputs_embeds")
         if embeddings is not None and frame.router is not None and frame.router.reads == "embeddings":
             frame.see_embeddings(embeddings if changed is None else repeated["inputs_embeds"])
@@ -503,7 +530,7 @@ class LoraModel(lora.LoraModel):
                 output = logits.mix(frame, module, output, frame.loss)
             return self._with_balance(frame, output) if frame.outputs else output
         finally:
-            if frame.of_hook:
+            if frame.entered_by is module:
                 put(frame.around)
 
     def _with_balance(self, frame: Frame, output: Any) -> Any:
@@ -517,6 +544,42 @@ class LoraModel(lora.LoraModel):
         if balance is not None and getattr(output, "loss", None) is not None:
             output.loss = output.loss + balance.term(loss)
         return output
+
+    def _before_stack(
+        self,
+        parameters: tuple[str, ...],
+        encoding: bool,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """The encoder or the decoder is about to run, within the model or, as generate does it, on its own."""
+        _check_consumed(module, kwargs)
+        frame = current(self._host)
+        if frame is not None and frame.entered_by is module:
+            put(frame.around)
+            frame = None
+        if frame is None:
+            frame = self._frame()
+            if frame is None:
+                return
+            frame.entered_by, frame.around = module, put(frame)
+        arguments = dict(zip(parameters, args, strict=False)) | kwargs
+        frame.begin_stack(_read_call(self._host, arguments, per_token=frame.per_token), encoding=encoding)
+        if not encoding and arguments.get("encoder_hidden_states") is not None:
+            frame.see_encoded(arguments["encoder_hidden_states"])
+
+    def _after_stack(self, module: nn.Module, args: Any, output: Any) -> None:
+        frame = current(self._host)
+        if frame is not None and frame.entered_by is module:
+            put(frame.around)
+
+    def _before_attention(
+        self, position: int, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        frame = current(self._host)
+        if frame is not None:
+            frame.memory = args[position] if position < len(args) else kwargs.get(name)
 
     def _after_embeddings(self, module: nn.Module, args: Any, output: Tensor) -> None:
         frame = current(self._host)
@@ -563,8 +626,68 @@ def _decoder(top: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     return stack, layers
 
 
-def _read_call(host: Host, arguments: dict[str, Any], *, per_token: bool) -> Call:
-    """What this forward is about, from its arguments by name; the cache matters to weights per token alone."""
+def _check_generate(frame: Frame, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse, before generate begins, what given weights can't follow."""
+    if kwargs.get("cache_implementation") == "paged":
+        raise _continuous()
+    prompt = next((kwargs[name] for name in _PROMPTS if isinstance(kwargs.get(name), Tensor)), None)
+    frame.check_batch(args[0] if args and isinstance(args[0], Tensor) else prompt)
+    config = kwargs.get("generation_config") or model.generation_config
+    guidance = kwargs.get("guidance_scale", config.guidance_scale)
+    if frame.per_token and guidance not in (None, 1):
+        raise ValueError(
+            f"guidance_scale={guidance} runs the model on another prompt, for whose tokens there are no "
+            "routing_weights: pass [N] or [B, N], or attach a router"
+        )
+
+
+def _continuous() -> ValueError:
+    return ValueError(
+        "continuous batching packs the tokens of all requests into one row, on a thread of its own, where "
+        "routing_weights can't follow: attach a router, or call generate without cache_implementation='paged'"
+    )
+
+
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward, in order."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _reads_encoder(module: nn.Module) -> str | None:
+    """The argument in which a module of a decoder gets the encoder's output."""
+    names = _parameters(module)
+    return next((name for name in ("key_value_states", "encoder_hidden_states") if name in names), None)
+
+
+def _check_consumed(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise where our keywords have come so far that a model would swallow them in its own keywords."""
+    for name in ("routing_weights", "mixture"):
+        if name in kwargs:
+            raise TypeError(
+                f"{name} reached {type(module).__name__}, which would ignore it: call the adopted PeftModel, not the "
+                "model inside it"
+            )
+
+
+def _cached(arguments: dict[str, Any]) -> int:
+    """How many tokens of the text the cache holds."""
+    cache = next((arguments[name] for name in ALL_CACHE_NAMES if arguments.get(name) is not None), None)
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):
+        raise ValueError(
+            f"{type(cache).__name__} does not know how many tokens it holds, so routing_weights per token can't be "
+            "matched: pass use_cache=False, weights [N] or [B, N], or attach a router"
+        ) from None
+
+
+def _read_call(host: Host, arguments: dict[str, Any], *, per_token: bool, of_text: bool = True) -> Call:
+    """What this forward is about, from its arguments by name.
+
+    The cache matters to weights per token alone; `of_text`: the input is the one text that the model, or stack, reads.
+    """
     tokens = arguments.get("inputs_embeds")
     if tokens is None:
         tokens = arguments.get("input_ids")
@@ -573,9 +696,8 @@ def _read_call(host: Host, arguments: dict[str, Any], *, per_token: bool) -> Cal
     device = None if first is None else first.device
     if not host.transformer or first is None:
         return Call(None, None, 0, None, None, device)
-    seq = tokens.shape[1] if tokens is not None and not host.encoder_decoder else None
-    cache = arguments.get("past_key_values")
-    past = int(cache.get_seq_length()) if per_token and cache is not None else 0
+    seq = tokens.shape[1] if tokens is not None and of_text else None
+    past = _cached(arguments) if per_token else 0
     keep = arguments.get("logits_to_keep")
     mask = arguments.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or seq is None or mask.shape[1] < seq:
