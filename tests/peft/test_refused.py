@@ -40,10 +40,6 @@ def test_a_variant_that_is_not_active_is_no_obstacle(make_lora, make_base, ids):
         model(ids, routing_weights=torch.ones(2))
 
 
-def test_embeddings(make_lora, ids):
-    check(make_lora("gpt2", target_modules=["wte", "c_attn"]), ids, r"wte \(Embedding\) can't be routed: leave it out")
-
-
 def test_parameters(make_base, ids):
     config = peft.LoraConfig(target_modules=[], target_parameters=["q_proj.weight"], task_type="CAUSAL_LM")
     check(peft.get_peft_model(make_base("llama"), config, "a"), ids, r"q_proj \(ParamWrapper\) can't be routed")

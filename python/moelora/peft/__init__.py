@@ -13,10 +13,12 @@ import peft as _peft
 from torch import nn
 
 from moelora.peft.config import MoELoraConfig
+from moelora.peft.embedding import Embedding
 from moelora.peft.layers import Linear, LoraLayer
 from moelora.peft.model import LoraModel, activate_all_experts, adopt, release
 
 __all__ = [
+    "Embedding",
     "Linear",
     "LoraLayer",
     "LoraModel",

@@ -51,6 +51,7 @@ class Site:
     layer: int | None  # index of the decoder layer it is part of
     aligned: bool  # its rows are the tokens of the text
     head: bool  # the output embeddings: sees only the positions of logits_to_keep
+    ids: bool  # an embedding: its input has no axis of features
 
 
 class Call(NamedTuple):
@@ -229,7 +230,7 @@ class Frame:
         return output.weights if self.balance is None else self.balance.watch(output)
 
     def weights_for(self, site: Site, x: Tensor) -> Tensor:
-        """The weights of a layer's input x [..., d_in]: [N], [B, N] or x.shape[:-1] + (N,)."""
+        """The weights of a layer's input x [..., d_in], or ids [...]: [N], [B, N] or one row for each of its rows."""
         weights = self.now
         if self.layers is not None:
             if site.layer is None:
@@ -254,7 +255,7 @@ class Frame:
         return matched
 
     def _match(self, weights: Tensor, site: Site, x: Tensor) -> Tensor | None:
-        call, rows = self.call, x.shape[:-1]
+        call, rows = self.call, x.shape if site.ids else x.shape[:-1]
         if call is None or call.batch is None:  # no hook has seen tokens: as in a call of the layer on its own
             return weights if rows[: weights.dim() - 1] == weights.shape[:-1] else None
         if not site.aligned:

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from moelora.nn.routers import Router, build_router
 from moelora.peft import logits
 from moelora.peft.balance import Balance
 from moelora.peft.config import MoELoraConfig
+from moelora.peft.embedding import Embedding
 from moelora.peft.frame import (
     MIXTURES,
     TAILS,
@@ -164,6 +165,8 @@ class LoraModel(lora.LoraModel):
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(*args, **kwargs)
         self._route_layers()  # modules that had no adapter until now are stock layers
+        if isinstance(self.router, Router):
+            self._watch_for(self.router)  # the embeddings may be a LoRA layer now
 
     def _route_layers(self) -> None:
         """Give every LoRA layer its routed class and its place in the model; watch the model's forward."""
@@ -190,6 +193,7 @@ class LoraModel(lora.LoraModel):
             id(m) in inside for m in top.modules() if isinstance(m, GradientCheckpointingLayer)
         )
         head = top.get_output_embeddings() if host.transformer else None
+        embeddings = _token_embeddings(top, stack) if host.transformer else set()
         self._routed: list[Routed] = []
         self._unroutable: list[tuple[str, lora.LoraLayer]] = []
         index_of = {id(layer): i for i, layer in enumerate(self._decoder_layers)}
@@ -198,8 +202,9 @@ class LoraModel(lora.LoraModel):
             if type(module) in ROUTED:
                 module.__class__ = ROUTED[type(module)]
             if isinstance(module, Routed):
-                aligned = alone or id(module) in inside or module is head
-                module._site = Site(host, name, layer_of.get(id(module)), aligned, module is head)
+                ids = isinstance(module, Embedding)
+                aligned = id(module) in embeddings if ids else alone or id(module) in inside or module is head
+                module._site = Site(host, name, layer_of.get(id(module)), aligned, module is head, ids)
                 self._routed.append(module)
             elif isinstance(module, lora.LoraLayer):
                 self._unroutable.append((name, module))
@@ -322,7 +327,9 @@ class LoraModel(lora.LoraModel):
         return size
 
     def _watch_for(self, router: Router) -> None:
-        """Hook what the router reads."""
+        """Hook what the router reads, and nothing else."""
+        for hook in self._router_hooks:
+            hook.remove()
         layers = list(enumerate(self._decoder_layers))
         if router.reads == "embeddings":
             self._router_hooks = [self.model.get_input_embeddings().register_forward_hook(self._after_embeddings)]
@@ -558,6 +565,19 @@ def _decoder(top: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
             layers.append(module)
             inner.update(id(m) for m in module.modules())
     return stack, layers
+
+
+def _token_embeddings(top: nn.Module, decoder: nn.Module) -> set[int]:
+    """By id, the embeddings that look up the tokens of the text; others look up positions, token types, ..."""
+    model: Any = top
+    stacks = [model, decoder]
+    if getattr(model.config, "is_encoder_decoder", False):
+        stacks.append(model.get_encoder())
+    found = set()
+    for stack in stacks:
+        with suppress(AttributeError, NotImplementedError):  # a stack that reads no text
+            found.add(id(stack.get_input_embeddings()))
+    return found
 
 
 def _read_call(host: Host, arguments: dict[str, Any], *, per_token: bool) -> Call:

@@ -7,10 +7,11 @@ from typing import Any
 import peft.tuners.lora as _lora
 
 from moelora.peft.config import MoELoraConfig
+from moelora.peft.embedding import Embedding
 from moelora.peft.layers import Linear, LoraLayer
 from moelora.peft.model import LoraModel
 
-__all__ = ["Linear", "LoraLayer", "LoraModel", "MoELoraConfig"]
+__all__ = ["Embedding", "Linear", "LoraLayer", "LoraModel", "MoELoraConfig"]
 
 
 def __getattr__(name: str) -> Any:
