@@ -31,7 +31,7 @@ class Embedding(Routed, lora.Embedding):
         kwargs.pop("alora_offsets", None)
         all_A, all_B = self.lora_embedding_A, self.lora_embedding_B
         present = [(i, name) for i, name in enumerate(experts) if name in all_A]
-        self._refuse_sharded([factor for _, name in present for factor in (all_A[name], all_B[name])])
+        self._refuse_unreadable([factor for _, name in present for factor in (all_A[name], all_B[name])], x)
         weights = _for_ids(x, weights).to(x.device)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if not present:

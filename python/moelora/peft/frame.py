@@ -11,9 +11,11 @@ of tokens, cache length, logits_to_keep) and by where the layer sits, never by s
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -107,6 +109,7 @@ class Frame:
         self.mixture = mixture
         self.tail = tail
         self.active = None if router is None else columns(router, experts)
+        self.gates = None if router is None else next(router.parameters(), None)
         self.generating = False
         self.frozen = False  # inside a checkpointed region: the weights came in as its arguments
         self.call: Call | None = None
@@ -117,8 +120,10 @@ class Frame:
         self.balance: Balance | None = None
         self.outputs: list[RoutingOutput] = []
         self.loss: dict[str, Any] = {}  # mixture="logits": labels and what else the loss takes
+        self.depth = 0  # forwards of the model under way
         self.of_hook = False  # entered by the hooks of the model, as no call of ours is around it
         self.around: Frame | None = None  # then: what it has to give way to again
+        self.caller: FrameType | None = None  # and the Python frame that runs those hooks
         if given is not None:
             self._check_given(given)
             if given.dim() < 3:
@@ -205,6 +210,15 @@ class Frame:
             rest = torch.full_like(rest, 1 / len(self.experts))
         return torch.cat([given[:, past:], rest], 1)
 
+    def is_left_over(self) -> bool:
+        """Whether the forward that entered this frame is gone: torch runs no hook after a KeyboardInterrupt."""
+        if self.caller is None:
+            return False
+        running: FrameType | None = sys._getframe()
+        while running is not None and running is not self.caller:
+            running = running.f_back
+        return running is None
+
     def see_embeddings(self, embeddings: Tensor) -> None:
         """The token embeddings [B, S, H]: what a router that reads "embeddings" waits for."""
         if self.mixture == "logits":  # the batch is there once for each expert
@@ -225,6 +239,8 @@ class Frame:
 
     def _route(self, hidden_states: Tensor | None, layer: int | None) -> Tensor:
         assert self.router is not None and self.call is not None
+        if hidden_states is not None and self.gates is not None:
+            hidden_states = hidden_states.to(self.gates.device)  # of a model that is spread over several
         output = self.router.route(hidden_states, self.call.mask, layer=layer, active=self.active)
         self.outputs.append(output)
         return output.weights if self.balance is None else self.balance.watch(output)
@@ -300,7 +316,10 @@ class Entered:
         self.frame = frame
 
     def __enter__(self) -> None:
-        self.around = put(self.frame)
+        around = put(self.frame)
+        while around is not None and around.is_left_over():
+            around = around.around
+        self.around = around
 
     def __exit__(self, *error: object) -> None:
         put(self.around)
@@ -336,6 +355,7 @@ class Recompute:
         else:
             weights = () if frame.now is None else (frame.now,)
         count, index, around = len(weights), self.index, copy.copy(frame)
+        around.caller = None  # whose locals must not live until the backward
 
         def region(*inputs: Any) -> Any:
             with Entered(around.inside(index, inputs[:count])):

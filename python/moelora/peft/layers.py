@@ -96,8 +96,8 @@ class Routed(nn.Module, LoraLayer):
         lora_B = [all_B[name].weight for name in present]
         scaling = [self.scaling[name] for name in present]
         dropout_p = [_drop_probability(self.lora_dropout[name]) for name in present] if self.training else 0.0
-        if not all(type(factor) is nn.Parameter for factor in (*lora_A, *lora_B)):
-            self._refuse_sharded([*lora_A, *lora_B])
+        if not all(type(factor) is nn.Parameter and not factor.is_meta for factor in (*lora_A, *lora_B)):
+            self._refuse_unreadable([*lora_A, *lora_B], x)
         if weights.device != x.device:
             weights = weights.to(x.device)
 
@@ -150,12 +150,18 @@ class Routed(nn.Module, LoraLayer):
         if adapter_names is not None:
             raise ValueError(f"{name} got adapter_names together with routing weights: pass one of them")
 
-    def _refuse_sharded(self, factors: list[Tensor]) -> None:
+    def _refuse_unreadable(self, factors: list[Tensor], x: Tensor) -> None:
+        """Raise for adapters whose values are not here: a routed layer reads them without calling their modules."""
+        name = "this layer" if self._site is None else self._site.name
         if any(type(factor).__name__ == "DTensor" for factor in factors):
-            name = "this layer" if self._site is None else self._site.name
             raise ValueError(
                 f"{name} has sharded adapters (DTensor), which can't be routed: shard whole decoder layers, not lora_A "
                 "and lora_B one by one"
+            )
+        if any(factor.is_meta for factor in factors) and not x.is_meta:
+            raise ValueError(
+                f"{name} has offloaded adapters (meta tensors), which can't be routed: keep {name} in memory in the "
+                "device_map, or leave it out of target_modules"
             )
 
 
@@ -182,4 +188,5 @@ def _is_plain(layer: nn.Module, x: Tensor) -> bool:
         return False
     if bias is not None and (bias.requires_grad or bias.dtype is not x.dtype):
         return False
-    return not nn_module._has_any_global_hook() and not torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    return not nn_module._has_any_global_hook() and (kind == "meta" or not torch.is_autocast_enabled(kind))

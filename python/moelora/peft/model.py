@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -398,9 +399,10 @@ class LoraModel(lora.LoraModel):
     def forward(
         self, *args: Any, routing_weights: Tensor | None = None, mixture: str | None = None, **kwargs: Any
     ) -> Any:
-        if routing_weights is None and mixture is None:
-            return self.model(*args, **kwargs)
-        with Entered(self._frame(routing_weights, mixture)):
+        frame = current(self._host)
+        if frame is None or frame.depth or routing_weights is not None or mixture is not None:
+            frame = self._frame(routing_weights, mixture)
+        with Entered(frame):  # else it is the frame of PeftModel.forward, which has taken the keywords
             return self.model(*args, **kwargs)
 
     def generate(
@@ -442,6 +444,8 @@ class LoraModel(lora.LoraModel):
             if mixture == "logits" and router is None:
                 raise ValueError("mixture='logits' needs routing_weights or an attached moelora Router")
             return None
+        if "_is_replica" in vars(self):
+            raise RuntimeError(_REPLICA)
         experts = list(self.active_adapters)
         if not self._routed and not self._unroutable:
             raise ValueError("there is no LoRA layer to route: the adapters were unloaded or merged")
@@ -458,21 +462,30 @@ class LoraModel(lora.LoraModel):
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         host = self._host
+        frame = current(host)
+        if frame is not None and frame.of_hook and frame.is_left_over():
+            put(frame.around)
+            frame = None
+        if frame is not None:
+            frame.depth += 1
+            if frame.depth > 1:
+                raise RuntimeError(
+                    f"{type(module).__name__} was called while a routed call of it is under way, whose weights it "
+                    "would take: call the adopted PeftModel, which keeps the two apart"
+                )
         for name in ("routing_weights", "mixture"):
             if name in kwargs:
                 raise TypeError(
                     f"{name} reached {type(module).__name__}, which would ignore it: call the adopted PeftModel, not "
                     "the model inside it"
                 )
-        frame = current(host)
-        if frame is not None and frame.of_hook:  # left by a KeyboardInterrupt, for which torch runs no hook
-            put(frame.around)
-            frame = None
         made_here = frame is None
         if frame is None:
             frame = self._frame()
         if frame is None:
             return None
+        if "_is_replica" in vars(module):
+            raise RuntimeError(_REPLICA)
         arguments = dict(zip(host.parameters, args, strict=False)) | kwargs
         call = _read_call(host, arguments, per_token=frame.given is not None and frame.given.dim() > 2)
         balance = None
@@ -490,7 +503,9 @@ class LoraModel(lora.LoraModel):
         if torch.is_grad_enabled():
             self._carry_into_checkpoints()
         if made_here:
-            frame.of_hook, frame.around = True, put(frame)
+            frame.of_hook, frame.around, frame.depth = True, put(frame), 1
+            if not torch.compiler.is_compiling():
+                frame.caller = sys._getframe(1)
         embeddings = arguments.get("inputs_embeds")
         if embeddings is not None and frame.router is not None and frame.router.reads == "embeddings":
             frame.see_embeddings(embeddings if changed is None else repeated["inputs_embeds"])
@@ -499,6 +514,9 @@ class LoraModel(lora.LoraModel):
     def _after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         frame = current(self._host)
         if frame is None:
+            return None
+        frame.depth -= 1
+        if frame.depth:  # of a call inside it, which was refused
             return None
         try:
             if output is None:  # it raised
@@ -537,6 +555,12 @@ class LoraModel(lora.LoraModel):
             function = module.__dict__.get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, Recompute):
                 vars(module)["_gradient_checkpointing_func"] = Recompute(self._host, index, function)
+
+
+_REPLICA = (
+    "nn.DataParallel can't route: it would cut routing_weights [N] apart, and its replicas have no parameters: use "
+    "DistributedDataParallel, or call without routing weights and router"
+)
 
 
 class _Refusal:
