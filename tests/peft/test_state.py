@@ -98,6 +98,16 @@ class TestAnException:
         assert torch.equal(model.get_base_model()(ids).logits, plain)
         assert slot() is None
 
+    def test_takes_the_hooks_of_peft_off_too(self, model, ids):
+        """Those that carry adapter_names to the layers, which PEFT itself leaves behind."""
+        expected = model(ids).logits
+        hook = second(model).register_forward_pre_hook(lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(ids, adapter_names=["expert_0", "expert_1"])
+        hook.remove()
+        assert not any(layer._forward_pre_hooks for layer in model.base_model._routed)
+        assert torch.equal(model(ids).logits, expected)
+
     @pytest.mark.parametrize("reentrant", [True, False])
     def test_in_a_recomputation_leaves_no_frame(self, model, ids, weights, reentrant):
         model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})

@@ -7,7 +7,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -429,7 +429,8 @@ class LoraModel(lora.LoraModel):
         tail = kwargs.pop("routing_tail", "hold")
         if kwargs.get("adapter_names") is not None and (weights is not None or isinstance(self.router, Router)):
             raise ValueError("adapter_names can't be used together with routing weights or a router: use one of them")
-        with super()._enable_peft_forward_hooks(*args, **kwargs), Entered(self._frame(weights, mixture, tail)):
+        frame = self._frame(weights, mixture, tail)
+        with _Undone(super()._enable_peft_forward_hooks(*args, **kwargs)), Entered(frame):
             yield
 
     def _frame(self, weights: Any = None, mixture: str | None = None, tail: str = "hold") -> Frame | None:
@@ -555,6 +556,19 @@ class LoraModel(lora.LoraModel):
             function = module.__dict__.get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, Recompute):
                 vars(module)["_gradient_checkpointing_func"] = Recompute(self._host, index, function)
+
+
+class _Undone:
+    """A context of PEFT that is left as if nothing had been raised, since it takes its hooks off only then."""
+
+    def __init__(self, context: AbstractContextManager[None]) -> None:
+        self.context = context
+
+    def __enter__(self) -> None:
+        self.context.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.context.__exit__(None, None, None)
 
 
 _REPLICA = (
