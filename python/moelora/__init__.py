@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 _SUBMODULES = ("cli", "demo", "functional", "nn", "peft", "reference", "report", "runtime", "testing")
 _RUNTIME = ("get_isa", "get_num_threads", "set_isa", "set_num_threads", "show_config")
 _HOSTING = (
+    "Embedding",
     "Linear",
     "LoraConfig",
     "LoraLayer",

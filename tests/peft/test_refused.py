@@ -1,36 +1,473 @@
-"""What can't be routed is adopted, runs PEFT's code, and refuses weights with the layer's name and the way out."""
+"""Everything that docs/refused.md lists raises with the layer's name and the way out, and changes nothing."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import moelora
 from moelora import adopt
-from moelora.nn.routers import FixedRouter
+from moelora.nn.routers import EmbeddingRouter, FixedRouter, PerLayerRouter
+from moelora.peft import frame
+
+PAGE = Path(__file__).parents[2] / "docs" / "refused.md"
+NAMES = ["expert_0", "expert_1", "expert_2"]
 
 
-def check(model, ids, message, weights=None, error=ValueError):
-    """Plain forwards are stock's; weights, and a router, are refused."""
+@dataclass
+class Case:
+    """A model, a call of it that is refused, and one that is not."""
+
+    model: nn.Module
+    refused: Callable[[], Any]
+    message: str
+    plain: Callable[[], torch.Tensor]
+    error: type[Exception] = ValueError
+    routed: Callable[[], Any] | None = None  # what the message advises
+
+
+class Tools:
+    """What the cases are made from."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self.lora = request.getfixturevalue("make_lora")
+        self.base = request.getfixturevalue("make_base")
+        self.ids = request.getfixturevalue("ids")
+        self.tmp_path = request.getfixturevalue("tmp_path")
+        self.fixture = request.getfixturevalue
+
+    def model(self, kind: str = "llama", **options: Any) -> Any:
+        return adopt(self.lora(kind, **options))
+
+    def peft(self, net: nn.Module, config: Any, **options: Any) -> Any:
+        return moelora.get_peft_model(net, config, "e", **options).eval()
+
+    def of(self, model: Any, message: str, weights: Any = None, *, advised: Any = None, **options: Any) -> Case:
+        """A language model called with weights; `advised` are others that it takes."""
+        if weights is None:
+            weights = torch.ones(len(model.base_model.active_adapters))
+        if advised is not None:
+            options["routed"] = lambda: model(self.ids, routing_weights=advised)
+        refused = options.pop("refused", lambda: model(self.ids, routing_weights=weights))
+        return Case(model, refused, message, lambda: model(self.ids).logits, **options)
+
+
+CASES: dict[str, list[Callable[[Tools], Case]]] = {}
+
+
+def refuses(row: str) -> Callable[[Any], Any]:
+    """The decorated function makes a case of this row of the page."""
+
+    def decorate(make: Any) -> Any:
+        CASES.setdefault(row, []).append(make)
+        return make
+
+    return decorate
+
+
+# Layers and adapters.
+
+
+@refuses("LoRA on parameters (`target_parameters`)")
+def parameters(tools: Tools) -> Case:
+    config = peft.LoraConfig(target_modules=[], target_parameters=["q_proj.weight"], task_type="CAUSAL_LM")
+    model = tools.peft(tools.base("llama"), config)
+    return tools.of(
+        model, r"layers.0.self_attn.q_proj \(ParamWrapper\) can't be routed: leave it out of target_modules"
+    )
+
+
+@refuses("LoRA on parameters (`target_parameters`)")
+def experts_of_mixtral(tools: Tools) -> Case:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_local_experts": 2}
+    net = transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=97, **sizes, **heads))
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=parameters, task_type="CAUSAL_LM")
+    return tools.of(tools.peft(net, config), r"mlp.experts.* \(ParamWrapper\) can't be routed: leave it out")
+
+
+@refuses("LoRA on `nn.MultiheadAttention`")
+def attention(tools: Tools) -> Case:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, x, x)[0]
+
+    model, x = tools.peft(Net(), peft.LoraConfig(target_modules=["attention"])), torch.randn(2, 3, 8)
+    message = r"attention \(MultiheadAttention\) can't be routed: leave it out of target_modules"
+    return Case(model, lambda: model(x, routing_weights=torch.ones(1)), message, lambda: model(x))
+
+
+def convolution(axes: int) -> Callable[[Tools], Case]:
+    def make(tools: Tools) -> Case:
+        kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[axes]
+        model, x = tools.peft(nn.Sequential(kind(4, 4, 1)), peft.LoraConfig(target_modules=["0"])), None
+        x = torch.randn(2, 4, *[3] * axes)
+        message = rf"0 \(Conv{axes}d\) can't be routed: leave it out of target_modules"
+        return Case(model, lambda: model(x, routing_weights=torch.ones(1)), message, lambda: model(x))
+
+    return make
+
+
+for axes in (1, 2, 3):
+    refuses("LoRA on convolutions")(convolution(axes))
+
+
+def variant(name: str, **options: Any) -> Callable[[Tools], Case]:
+    def make(tools: Tools) -> Case:
+        model = tools.model(target_modules=["q_proj"], **options)
+        message = rf"q_proj can't route adapter 'expert_0', which is not plain LoRA \({name}\): convert it to LoRA"
+        return tools.of(model, message)
+
+    return make
+
+
+VARIANTS = {
+    "DoraLinearVariant": {"use_dora": True},
+    "ALoraLinearVariant": {"alora_invocation_tokens": [1, 2]},
+    "MiCALinearVariant": {"init_lora_weights": "mica"},
+}
+for name, options in VARIANTS.items():
+    refuses("DoRA, aLoRA and other variants")(variant(name, **options))
+
+
+@refuses("DoRA, aLoRA and other variants")
+def variant_of_an_embedding(tools: Tools) -> Case:
+    model = tools.model(target_modules=["embed_tokens"], use_dora=True)
+    return tools.of(model, r"embed_tokens can't route adapter 'expert_0'.*\(DoraEmbeddingVariant\): convert it")
+
+
+@refuses("merged adapters")
+def merged(tools: Tools) -> Case:
+    model = tools.model()
+    model.merge_adapter(["expert_1"])
+
+    def unmerged() -> None:
+        model.unmerge_adapter()
+        model(tools.ids, routing_weights=torch.ones(3))
+        model.merge_adapter(["expert_1"])
+
+    message = r"layers.0.self_attn.q_proj has merged adapters \['expert_1'\].*call unmerge_adapter\(\) first"
+    return tools.of(model, message, routed=unmerged)
+
+
+@refuses("sharded adapters (DTensor)")
+def sharded_adapters(tools: Tools) -> Case:
+    from torch.distributed.tensor import distribute_tensor
+
+    model, mesh = tools.model(), tools.fixture("mesh")
+    lora_A = model.base_model.model.model.layers[1].mlp.up_proj.lora_A["expert_0"]
+    lora_A.weight = nn.Parameter(distribute_tensor(lora_A.weight.detach(), mesh))
+    message = r"layers.1.mlp.up_proj has sharded adapters \(DTensor\).*shard whole decoder layers"
+    with_base_alone = lambda: model.get_base_model().model.embed_tokens(tools.ids)  # noqa: E731
+    return Case(model, lambda: model(tools.ids, routing_weights=torch.ones(3)), message, with_base_alone)
+
+
+@refuses("offloaded adapters")
+def offloaded_adapters(tools: Tools) -> Case:
+    from accelerate import disk_offload
+
+    model = tools.model()
+    layer, device = model.base_model.model.model.layers[1], torch.device("cpu")
+    disk_offload(layer, str(tools.tmp_path), execution_device=device)
+    message = r"layers.1.self_attn.q_proj has offloaded adapters \(meta tensors\).*keep model.layers.1.* in memory"
+    return tools.of(model, message)
+
+
+@refuses("layers whose active adapters differ")
+def different_adapters(tools: Tools) -> Case:
+    model = tools.model()
+    model.base_model.model.model.layers[1].mlp.up_proj.set_adapter(["expert_0", "expert_2"])
+    message = r"layers.1.mlp.up_proj has the active adapters \['expert_0', 'expert_2'\].*call base_model.set_adapter"
+    return tools.of(model, message)
+
+
+@refuses("`adapter_names` together with weights or a router")
+def adapter_names_and_weights(tools: Tools) -> Case:
+    model = tools.model()
+    call = lambda: model(tools.ids, adapter_names=NAMES[:2], routing_weights=torch.ones(3))  # noqa: E731
+    names = lambda: model(tools.ids, adapter_names=NAMES[:2])  # noqa: E731
+    return tools.of(model, "adapter_names can't be used together with.*use one of them", refused=call, routed=names)
+
+
+@refuses("`adapter_names` together with weights or a router")
+def adapter_names_and_a_router(tools: Tools) -> Case:
+    model = tools.model()
+    model.base_model.attach_router(FixedRouter(NAMES))
+    call = lambda: model(tools.ids, adapter_names=NAMES[:2])  # noqa: E731
+    return tools.of(model, "adapter_names can't be used together with.*use one of them", refused=call)
+
+
+@refuses("`adapter_names` together with weights or a router")
+def adapter_names_of_a_layer(tools: Tools) -> Case:
+    model = tools.model()
+    layer, x = model.base_model.model.model.layers[0].mlp.up_proj, torch.randn(2, 3, 32)
+    call = lambda: layer(x, adapter_names=NAMES[:2], routing_weights=torch.ones(3))  # noqa: E731
+    return tools.of(model, "layers.0.mlp.up_proj got adapter_names together with.*pass one of them", refused=call)
+
+
+# Weights.
+
+
+def unfit(row: str, message: str, weights: Any, **options: Any) -> None:
+    error = options.pop("error", ValueError)
+
+    def make(tools: Tools) -> Case:
+        return tools.of(tools.model(**options), message, weights, advised=torch.ones(3), error=error)
+
+    refuses(row)(make)
+
+
+unfit("weights for another number of experts", "must have one column for each active adapter", torch.ones(2))
+unfit("weights for another batch size", "is for 3 sequences, the batch has 2", torch.ones(3, 3))
+unfit("weights for another batch size", "is for 1 sequences, the batch has 2", torch.ones(1, 7, 3))
+unfit("weights for another number of tokens", "is for 6 tokens, the input has 7", torch.ones(2, 6, 3))
+unfit(
+    "weights [B, S, L, N] where layers outside the decoder are adapted",
+    r"lm_head is in no decoder layer.*pass \[B, S, N\], or leave it out of target_modules",
+    torch.ones(2, 7, 3, 3),
+    target_modules=["q_proj", "lm_head"],
+)
+unfit(
+    "weights [B, S, L, N] for another number of layers",
+    r"needs L = 3, the number of decoder layers",
+    torch.ones(2, 7, 2, 3),
+)
+for w in (torch.ones(2, 3), torch.ones(2, 7, 3)):
+    unfit(
+        "weights per token or sequence on positions and token types",
+        r"transformer.wpe got an input of shape \(1, 7\).*pass \[N\], or leave it out of target_modules",
+        w,
+        kind="gpt2",
+        target_modules=["wpe", "c_attn"],
+    )
+unfit("weights that are no dense real tensor", "must be a torch.Tensor, got list", [1.0, 1.0, 1.0], error=TypeError)
+unfit("weights that are no dense real tensor", "must be real", torch.ones(3, dtype=torch.complex64), error=TypeError)
+unfit("weights that are no dense real tensor", "must be a dense tensor", torch.ones(3).to_sparse(), error=TypeError)
+
+
+@refuses("weights that are no dense real tensor")
+def sharded_weights(tools: Tools) -> Case:
+    from torch.distributed.tensor import distribute_tensor
+
+    w = distribute_tensor(torch.ones(3), tools.fixture("mesh"))
+    message = r"must not be a DTensor: pass weights.full_tensor\(\)"
+    return tools.of(tools.model(), message, w, error=TypeError, advised=w.full_tensor())
+
+
+@refuses("weights per token or sequence on the patches of an image")
+def patches(tools: Tools) -> Case:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=32),
+        text_config=transformers.LlamaConfig(vocab_size=97, **sizes),
+        image_token_index=96,
+        image_seq_length=4,
+    )
+    model = tools.peft(transformers.LlavaForConditionalGeneration(config), peft.LoraConfig(target_modules=["q_proj"]))
+    inputs = {"input_ids": torch.tensor([[96, 96, 96, 96, 7]] * 2), "pixel_values": torch.randn(2, 3, 8, 8)}
+    return Case(
+        model,
+        lambda: model(**inputs, routing_weights=torch.ones(2, 5, 1)),
+        r"vision_tower.*q_proj got an input of shape \(2, 5, 32\).*pass \[N\], or leave it out of target_modules",
+        lambda: model(**inputs).logits,
+        routed=lambda: model(**inputs, routing_weights=torch.ones(1)),
+    )
+
+
+@refuses("one tensor per token on an encoder-decoder model")
+def encoder_decoder(tools: Tools) -> Case:
+    model, arguments = tools.model("t5"), {"input_ids": tools.ids, "labels": tools.ids}
+    return Case(
+        model,
+        lambda: model(**arguments, routing_weights=torch.ones(2, 7, 3)),
+        r"can't tell the encoder's tokens from the decoder's: an encoder-decoder model takes",
+        lambda: model(**arguments).logits,
+        routed=lambda: model(**arguments, routing_weights=torch.ones(2, 3)),
+    )
+
+
+@refuses('positions past the weights, with `routing_tail="error"`')
+def tail(tools: Tools) -> Case:
+    model = tools.model()
+
+    def call(tail: str) -> Any:
+        w = torch.ones(2, 7, 3)
+        return model.generate(input_ids=tools.ids, routing_weights=w, routing_tail=tail, max_new_tokens=3)
+
+    message = "covers 7 positions and generation reached 8: pass weights for all of them, or routing_tail="
+    return tools.of(model, message, refused=lambda: call("error"), routed=lambda: call("hold"))
+
+
+# Ways of calling.
+
+
+@refuses("the keyword on the model inside")
+def keyword(tools: Tools) -> Case:
+    model = tools.model()
+    call = lambda: model.get_base_model()(tools.ids, routing_weights=torch.ones(3))  # noqa: E731
+    message = "routing_weights reached LlamaForCausalLM.*call the adopted PeftModel"
+    return tools.of(model, message, refused=call, error=TypeError, advised=torch.ones(3))
+
+
+@refuses("the model inside, called while a routed call of it runs")
+def nested(tools: Tools) -> Case:
+    model = tools.model()
+
+    def call() -> None:
+        hook = model.base_model.model.model.layers[1].register_forward_pre_hook(
+            lambda *args: model.get_base_model()(tools.ids)
+        )
+        try:
+            model(tools.ids, routing_weights=torch.ones(3))
+        finally:
+            hook.remove()
+
+    message = "LlamaForCausalLM was called while a routed call of it is under way.*call the adopted PeftModel"
+    return tools.of(model, message, refused=call, error=RuntimeError, advised=torch.ones(3))
+
+
+def tuner(config: Any) -> Callable[[Tools], Case]:
+    def make(tools: Tools) -> Case:
+        model = tools.peft(tools.base("llama"), config)
+        call = lambda: model(tools.ids, routing_weights=torch.ones(1))  # noqa: E731
+        message = "can't be routed, only LoRA in a PeftModel can: call it without routing_weights"
+        return Case(model, call, message, lambda: model(tools.ids).logits, TypeError)
+
+    return make
+
+
+K, TASK = ["k_proj"], "CAUSAL_LM"
+for config in (
+    peft.IA3Config(target_modules=K, feedforward_modules=[], task_type=TASK),
+    peft.LoHaConfig(target_modules=K, task_type=TASK),
+    peft.AdaLoraConfig(target_modules=K, task_type=TASK, total_step=10),
+    peft.PromptTuningConfig(num_virtual_tokens=2, task_type=TASK),
+):
+    refuses("tuners other than LoRA")(tuner(config))
+
+
+@refuses("`PeftMixedModel`")
+def mixed(tools: Tools) -> Case:
+    model = tools.peft(tools.base("llama"), peft.LoraConfig(target_modules=K), mixed=True)
+    call = lambda: model(tools.ids, routing_weights=torch.ones(1))  # noqa: E731
+    message = "PeftMixedModel with MixedModel can't be routed.*call it without routing_weights"
+    return Case(model, call, message, lambda: model(tools.ids).logits, TypeError)
+
+
+@refuses("`nn.DataParallel`")
+def data_parallel(tools: Tools) -> Case:
+    model = tools.model()
+    tuner = model.base_model._replicate_for_data_parallel()  # as one of several devices would see it
+    call = lambda: tuner(tools.ids, routing_weights=torch.ones(3))  # noqa: E731
+    message = "nn.DataParallel can't route.*use DistributedDataParallel"
+    return tools.of(model, message, refused=call, error=RuntimeError, advised=torch.ones(3))
+
+
+def logits(message: str, w: torch.Tensor, **arguments: Any) -> None:
+    def make(tools: Tools) -> Case:
+        model = tools.model()
+        call = lambda: model(tools.ids, routing_weights=w, mixture="logits", **arguments)  # noqa: E731
+        fits = lambda: model(tools.ids, routing_weights=torch.ones(3), mixture="logits")  # noqa: E731
+        return tools.of(model, message, refused=call, routed=fits)
+
+    refuses('`mixture="logits"` with caches, generate, hidden states or weights per layer')(make)
+
+
+logits("has no cache: pass use_cache=False", torch.ones(3), use_cache=True)
+logits("no single result for output_hidden_states: use mixture='layer'", torch.ones(3), output_hidden_states=True)
+logits(r"takes no routing_weights \[B, S, L, N\]: pass \[B, S, N\]", torch.ones(2, 7, 3, 3))
+
+
+# Routers.
+
+
+@refuses("routers that read tokens, on encoder-decoder models")
+def router_of_two_stacks(tools: Tools) -> Case:
+    model, arguments = tools.model("t5"), {"input_ids": tools.ids, "labels": tools.ids}
+    router = EmbeddingRouter(NAMES, 24)
+    message = "reads 'embeddings' needs a transformers model with one stack.*or pass routing_weights"
+    call = lambda: model.base_model.attach_router(router)  # noqa: E731
+    return Case(model, call, message, lambda: model(**arguments).logits)
+
+
+@refuses("routers for another model")
+def router_of_another_model(tools: Tools) -> Case:
+    model = tools.model()
+    call = lambda: model.base_model.attach_router(PerLayerRouter(NAMES, 32, num_layers=2))  # noqa: E731
+    return tools.of(model, "router has gates for 2 layers, the model has 3 decoder layers", refused=call)
+
+
+@refuses("active experts that the router does not know")
+def router_of_other_experts(tools: Tools) -> Case:
+    model = tools.model()
+    router = FixedRouter(NAMES[:2])
+    model.base_model.attach_router(router)
+    message = r"adapters \['expert_2'\] are active, but the router knows only \['expert_0', 'expert_1'\]"
+    call = lambda: model(tools.ids)  # noqa: E731
+    plain = lambda: model(tools.ids, routing_weights=torch.ones(3)).logits  # noqa: E731
+    return Case(model, call, message, plain)
+
+
+# The test.
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def looks(model: nn.Module) -> Any:
+    """What a refusal must leave alone: classes, hooks, and the values of all that is in memory."""
+    modules = {name: (type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    values = {name: p.detach().clone() for name, p in model.named_parameters() if type(p) is nn.Parameter}
+    return modules, {name: value for name, value in values.items() if not value.is_meta}
+
+
+@pytest.mark.parametrize(
+    ("row", "make"),
+    [pytest.param(row, make, id=f"{row}-{i}") for row, cases in CASES.items() for i, make in enumerate(cases)],
+)
+def test_is_refused_and_leaves_the_model_as_it_was(request, row, make):
+    case = make(Tools(request))
     with torch.no_grad():
-        expected = model(ids).logits
-        adopt(model)
-        assert torch.equal(model(ids).logits, expected)
-        with pytest.raises(error, match=message):
-            model(ids, routing_weights=torch.ones(len(model.base_model.active_adapters)))
-        model.base_model.attach_router(FixedRouter(model.base_model.active_adapters))
-        with pytest.raises(error, match=message):
-            model(ids)
-        model.base_model.detach_router()
-        assert torch.equal(model(ids).logits, expected)
+        expected, (modules, values) = case.plain(), looks(case.model)
+        for _ in range(2):
+            with pytest.raises(case.error, match="(?s)" + case.message):
+                case.refused()
+            assert getattr(frame._slot, "frame", None) is None
+            assert torch.equal(case.plain(), expected)
+        if case.routed is not None:
+            case.routed()
+        modules_after, values_after = looks(case.model)
+    assert modules_after == modules
+    assert values_after.keys() == values.keys()
+    for name, value in values.items():
+        torch.testing.assert_close(values_after[name], value, msg=name)  # unmerging rounds
 
 
-def test_dora(make_lora, ids):
-    message = r"q_proj can't route adapter 'expert_0', which is not plain LoRA \(DoraLinearVariant\): convert it"
-    check(make_lora("llama", use_dora=True, target_modules=["q_proj"]), ids, message)
+def test_the_page_lists_what_is_tested_and_the_tests_test_what_it_lists():
+    rows = re.findall(r"^\| (.+?) \|", PAGE.read_text(), re.MULTILINE)
+    assert sorted(row for row in rows if row != "Refused") == sorted(CASES)
 
 
-def test_a_variant_that_is_not_active_is_no_obstacle(make_lora, make_base, ids):
+def test_a_variant_that_is_not_active_is_no_obstacle(make_lora, ids):
     model = make_lora("llama", target_modules=["q_proj"])
     model.add_adapter("dora", peft.LoraConfig(use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model = adopt(model)
@@ -40,71 +477,14 @@ def test_a_variant_that_is_not_active_is_no_obstacle(make_lora, make_base, ids):
         model(ids, routing_weights=torch.ones(2))
 
 
-def test_embeddings(make_lora, ids):
-    check(make_lora("gpt2", target_modules=["wte", "c_attn"]), ids, r"wte \(Embedding\) can't be routed: leave it out")
-
-
-def test_parameters(make_base, ids):
-    config = peft.LoraConfig(target_modules=[], target_parameters=["q_proj.weight"], task_type="CAUSAL_LM")
-    check(peft.get_peft_model(make_base("llama"), config, "a"), ids, r"q_proj \(ParamWrapper\) can't be routed")
-
-
-def test_convolutions_and_attention():
-    for module, x in ((nn.Conv1d(4, 4, 1), torch.randn(2, 4, 5)), (nn.Conv2d(4, 4, 1), torch.randn(2, 4, 5, 5))):
-        net = nn.Sequential(module)
-        model = moelora.get_peft_model(net, peft.LoraConfig(target_modules=["0"]), "a")
-        model(x)
-        with pytest.raises(ValueError, match=r"0 \(Conv\dd\) can't be routed"):
-            model(x, routing_weights=torch.ones(1))
-
-
-def test_merged_adapters(make_lora, ids):
-    model = make_lora("llama")
-    model.merge_adapter(["expert_1"])
-    check(model, ids, r"q_proj has merged adapters \['expert_1'\].*unmerge_adapter")
-    model.unmerge_adapter()
-    model(ids, routing_weights=torch.ones(3))
-
-
-def test_adapter_names_together_with_weights(make_lora, ids):
-    model = adopt(make_lora("llama"))
-    names = ["expert_0", "expert_2"]
-    stock = make_lora("llama")(ids, adapter_names=names).logits
-    assert torch.equal(model(ids, adapter_names=names).logits, stock)
-    with pytest.raises(ValueError, match="adapter_names can't be used together"):
-        model(ids, adapter_names=names, routing_weights=torch.ones(3))
-    layer = model.base_model.model.model.layers[0].mlp.up_proj
-    with pytest.raises(ValueError, match="got adapter_names together with routing weights"):
-        layer(torch.randn(2, 3, 32), adapter_names=names, routing_weights=torch.ones(3))
-    model.base_model.attach_router(FixedRouter(["expert_0", "expert_1", "expert_2"]))
-    with pytest.raises(ValueError, match="adapter_names can't be used together"):
-        model(ids, adapter_names=names)
-
-
-def test_sharded_adapters_and_weights(make_lora, ids, tmp_path):
-    from torch.distributed.tensor import distribute_tensor
-
-    model = adopt(make_lora("llama"))
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        with pytest.raises(TypeError, match=r"must not be a DTensor: pass weights.full_tensor\(\)"):
-            model(ids, routing_weights=distribute_tensor(torch.ones(3), mesh))
-        lora_A = model.base_model.model.model.layers[1].mlp.up_proj.lora_A["expert_0"]
-        lora_A.weight = nn.Parameter(distribute_tensor(lora_A.weight.detach(), mesh))
-        with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj has sharded adapters \(DTensor\)"):
-            model(ids, routing_weights=torch.ones(3))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_active_adapters_that_differ_between_layers(make_lora, ids):
-    model = adopt(make_lora("llama"))
-    model.base_model.model.model.layers[1].mlp.up_proj.set_adapter(["expert_0", "expert_2"])
-    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj has the active adapters \['expert_0', 'expert_2'\]"):
-        model(ids, routing_weights=torch.ones(3))
+def test_a_router_is_refused_as_weights_are(make_lora, ids):
+    model = adopt(make_lora("llama", use_dora=True, target_modules=["q_proj"]))
+    expected = model(ids).logits
+    model.base_model.attach_router(FixedRouter(NAMES))
+    with pytest.raises(ValueError, match="can't route adapter 'expert_0'"):
+        model(ids)
+    model.base_model.detach_router()
+    assert torch.equal(model(ids).logits, expected)
 
 
 def test_a_mixed_adapter_with_a_mixture_config(make_base):

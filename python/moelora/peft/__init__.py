@@ -16,11 +16,13 @@ from torch import nn
 
 from moelora.peft import mirror as _mirror
 from moelora.peft.config import MoELoraConfig
+from moelora.peft.embedding import Embedding
 from moelora.peft.layers import Linear, LoraLayer
 from moelora.peft.model import LoraModel, activate_all_experts, adopt, release
 from moelora.peft.patch import patch_peft, stock_get_peft_model
 
 __all__ = [
+    "Embedding",
     "Linear",
     "LoraLayer",
     "LoraModel",

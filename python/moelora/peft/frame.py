@@ -11,9 +11,11 @@ of tokens, cache length, logits_to_keep) and by where the layer sits, never by s
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +54,7 @@ class Site:
     layer: int | None  # index of the decoder layer it is part of
     aligned: bool  # its rows are the tokens of the text
     head: bool  # the output embeddings: sees only the positions of logits_to_keep
+    ids: bool  # an embedding: its input has no axis of features
 
 
 class Call(NamedTuple):
@@ -120,6 +123,7 @@ class Frame:
         self.mixture = mixture
         self.tail = tail
         self.active = None if router is None else columns(router, experts)
+        self.gates = None if router is None else next(router.parameters(), None)
         self.generating = False
         self.frozen = False  # inside a checkpointed region: the weights came in as its arguments
         self.call: Call | None = None
@@ -130,8 +134,10 @@ class Frame:
         self.balance: Balance | None = None
         self.outputs: list[RoutingOutput] = []
         self.loss: dict[str, Any] = {}  # mixture="logits": labels and what else the loss takes
+        self.depth = 0  # forwards of the model under way
         self.entered_by: nn.Module | None = None  # whose hook entered it, where no call of ours is around
         self.around: Frame | None = None  # then: what it has to give way to again
+        self.caller: FrameType | None = None  # and the Python frame that runs those hooks
         if given is not None:
             self._check_given(given)
             if given.dim() < 3:
@@ -264,6 +270,21 @@ class Frame:
             rest = torch.full_like(rest, 1 / len(self.experts))
         return torch.cat([given[:, past:], rest], 1)
 
+    def enter_by_hook(self, module: nn.Module) -> None:
+        """Put this frame into the slot from a hook of `module`, which no call of ours is around."""
+        self.entered_by, self.around = module, put(self)
+        if not torch.compiler.is_compiling():
+            self.caller = sys._getframe(2)
+
+    def is_left_over(self) -> bool:
+        """Whether the forward that entered this frame is gone: torch runs no hook after a KeyboardInterrupt."""
+        if self.caller is None:
+            return False
+        running: FrameType | None = sys._getframe()
+        while running is not None and running is not self.caller:
+            running = running.f_back
+        return running is None
+
     def see_embeddings(self, embeddings: Tensor) -> None:
         """The token embeddings [B, S, H]: what a router that reads "embeddings" waits for."""
         if self.mixture == "logits":  # the batch is there once for each expert
@@ -284,12 +305,14 @@ class Frame:
 
     def _route(self, hidden_states: Tensor | None, layer: int | None) -> Tensor:
         assert self.router is not None and self.call is not None
+        if hidden_states is not None and self.gates is not None:
+            hidden_states = hidden_states.to(self.gates.device)  # of a model that is spread over several
         output = self.router.route(hidden_states, self.call.mask, layer=layer, active=self.active)
         self.outputs.append(output)
         return output.weights if self.balance is None else self.balance.watch(output)
 
     def weights_for(self, site: Site, x: Tensor) -> Tensor:
-        """The weights of a layer's input x [..., d_in]: [N], [B, N] or x.shape[:-1] + (N,)."""
+        """The weights of a layer's input x [..., d_in], or ids [...]: [N], [B, N] or one row for each of its rows."""
         if self.encoder is not None and (self.encoding or x is self.memory):
             return self.encoder.weights_for(site, x)
         weights = self.now
@@ -316,7 +339,7 @@ class Frame:
         return matched
 
     def _match(self, weights: Tensor, site: Site, x: Tensor) -> Tensor | None:
-        call, rows = self.call, x.shape[:-1]
+        call, rows = self.call, x.shape if site.ids else x.shape[:-1]
         if call is None or call.batch is None:  # no hook has seen tokens: as in a call of the layer on its own
             return weights if rows[: weights.dim() - 1] == weights.shape[:-1] else None
         if not site.aligned:
@@ -370,7 +393,10 @@ class Entered:
         self.frame = frame
 
     def __enter__(self) -> None:
-        self.around = put(self.frame)
+        around = put(self.frame)
+        while around is not None and around.is_left_over():
+            around = around.around
+        self.around = around
 
     def __exit__(self, *error: object) -> None:
         put(self.around)
@@ -403,6 +429,7 @@ class Recompute:
         frame.reached = None
         weights = frame.carried(self.index)
         count, index, around = len(weights), self.index, copy.copy(frame)
+        around.caller = None  # whose locals must not live until the backward
 
         def region(*inputs: Any) -> Any:
             with Entered(around.inside(index, inputs[:count])):

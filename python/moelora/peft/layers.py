@@ -17,7 +17,7 @@ from torch.nn.modules import module as nn_module
 from moelora.nn import routed_lora
 from moelora.peft.frame import Site, as_weights, current
 
-__all__ = ["ROUTED", "Linear", "LoraLayer", "Routed"]
+__all__ = ["Linear", "LoraLayer", "Routed"]
 
 _linear_forward = nn.Linear.forward
 
@@ -95,8 +95,8 @@ class Routed(nn.Module, LoraLayer):
         lora_B = [all_B[name].weight for name in present]
         scaling = [self.scaling[name] for name in present]
         dropout_p = [_drop_probability(self.lora_dropout[name]) for name in present] if self.training else 0.0
-        if not all(type(factor) is nn.Parameter for factor in (*lora_A, *lora_B)):
-            self._refuse_sharded([*lora_A, *lora_B])
+        if not all(type(factor) is nn.Parameter and not factor.is_meta for factor in (*lora_A, *lora_B)):
+            self._refuse_unreadable([*lora_A, *lora_B], x)
         if weights.device != x.device:
             weights = weights.to(x.device)
 
@@ -155,21 +155,24 @@ class Routed(nn.Module, LoraLayer):
         if adapter_names is not None:
             raise ValueError(f"{name} got adapter_names together with routing weights: pass one of them")
 
-    def _refuse_sharded(self, factors: list[Tensor]) -> None:
+    def _refuse_unreadable(self, factors: list[Tensor], x: Tensor) -> None:
+        """Raise for adapters whose values are not here: a routed layer reads them without calling their modules."""
+        name = "this layer" if self._site is None else self._site.name
         if any(type(factor).__name__ == "DTensor" for factor in factors):
-            name = "this layer" if self._site is None else self._site.name
             raise ValueError(
                 f"{name} has sharded adapters (DTensor), which can't be routed: shard whole decoder layers, not lora_A "
                 "and lora_B one by one"
+            )
+        if any(factor.is_meta for factor in factors) and not x.is_meta:
+            raise ValueError(
+                f"{name} has offloaded adapters (meta tensors), which can't be routed: keep {name} in memory in the "
+                "device_map, or leave it out of target_modules"
             )
 
 
 class Linear(Routed, lora.Linear):
     """`peft.tuners.lora.Linear` that takes routing weights; the base may be `nn.Linear` or GPT-2's `Conv1D`."""
 
-
-# Stock class -> the routed class that takes its place. Everything else is refused when weights arrive.
-ROUTED: dict[type[LoraLayer], type[Routed]] = {lora.Linear: Linear}
 
 
 def _drop_probability(dropout: nn.Module) -> float:

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,9 +21,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moelora.nn.losses import router_aux_loss
 from moelora.nn.routers import Router, build_router
-from moelora.peft import layers, logits, quantized
+from moelora.peft import logits, quantized
 from moelora.peft.balance import Balance
 from moelora.peft.config import MoELoraConfig
+from moelora.peft.embedding import Embedding
 from moelora.peft.frame import (
     MIXTURES,
     TAILS,
@@ -38,10 +39,13 @@ from moelora.peft.frame import (
     current,
     put,
 )
-from moelora.peft.layers import Routed
+from moelora.peft.layers import Linear, Routed
 
 # Stock class -> the routed class that takes its place. Everything else is refused when weights arrive.
-ROUTED = layers.ROUTED | quantized.ROUTED
+ROUTED: dict[type[lora.LoraLayer], type[Routed]] = {
+    lora.Linear: Linear,
+    lora.Embedding: Embedding,
+} | quantized.ROUTED
 
 # The arguments of generate whose first axis is the batch, as many sequences as there are weights for.
 _PROMPTS = ("inputs", "inputs_embeds", "input_ids", "input_features", "input_values", "pixel_values")
@@ -171,6 +175,8 @@ class LoraModel(lora.LoraModel):
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(*args, **kwargs)
         self._route_layers()  # modules that had no adapter until now are stock layers
+        if isinstance(self.router, Router):
+            self._watch_for(self.router)  # the embeddings may be a LoRA layer now
 
     def _route_layers(self) -> None:
         """Give every LoRA layer its routed class and its place in the model; watch the model's forward."""
@@ -199,6 +205,7 @@ class LoraModel(lora.LoraModel):
             id(m) in inside for m in top.modules() if isinstance(m, GradientCheckpointingLayer)
         )
         head = top.get_output_embeddings() if host.transformer else None
+        embeddings = _token_embeddings(top, stack) if host.transformer else set()
         self._routed: list[Routed] = []
         self._unroutable: list[tuple[str, lora.LoraLayer]] = []
         index_of = {id(layer): i for i, layer in enumerate(self._decoder_layers)}
@@ -207,8 +214,9 @@ class LoraModel(lora.LoraModel):
             if type(module) in ROUTED:
                 module.__class__ = ROUTED[type(module)]
             if isinstance(module, Routed):
-                aligned = alone or id(module) in inside or module is head
-                module._site = Site(host, name, layer_of.get(id(module)), aligned, module is head)
+                ids = isinstance(module, Embedding)
+                aligned = id(module) in embeddings if ids else alone or id(module) in inside or module is head
+                module._site = Site(host, name, layer_of.get(id(module)), aligned, module is head, ids)
                 self._routed.append(module)
             elif isinstance(module, lora.LoraLayer):
                 self._unroutable.append((name, module))
@@ -347,7 +355,9 @@ class LoraModel(lora.LoraModel):
         return size
 
     def _watch_for(self, router: Router) -> None:
-        """Hook what the router reads."""
+        """Hook what the router reads, and nothing else."""
+        for hook in self._router_hooks:
+            hook.remove()
         layers = list(enumerate(self._decoder_layers))
         if router.reads == "embeddings":
             self._router_hooks = [self.model.get_input_embeddings().register_forward_hook(self._after_embeddings)]
@@ -416,9 +426,10 @@ class LoraModel(lora.LoraModel):
     def forward(
         self, *args: Any, routing_weights: Tensor | None = None, mixture: str | None = None, **kwargs: Any
     ) -> Any:
-        if routing_weights is None and mixture is None:
-            return self.model(*args, **kwargs)
-        with Entered(self._frame(routing_weights, mixture)):
+        frame = current(self._host)
+        if frame is None or frame.depth or routing_weights is not None or mixture is not None:
+            frame = self._frame(routing_weights, mixture)
+        with Entered(frame):  # else it is the frame of PeftModel.forward, which has taken the keywords
             return self.model(*args, **kwargs)
 
     def generate(
@@ -454,7 +465,8 @@ class LoraModel(lora.LoraModel):
             raise ValueError("adapter_names can't be used together with routing weights or a router: use one of them")
         if weights is not None and kwargs.get("cache_implementation") == "paged":
             raise _continuous()
-        with super()._enable_peft_forward_hooks(*args, **kwargs), Entered(self._frame(weights, mixture, tail)):
+        frame = self._frame(weights, mixture, tail)
+        with _Undone(super()._enable_peft_forward_hooks(*args, **kwargs)), Entered(frame):
             yield
 
     def _frame(self, weights: Any = None, mixture: str | None = None, tail: str = "hold") -> Frame | None:
@@ -469,6 +481,8 @@ class LoraModel(lora.LoraModel):
             if mixture == "logits" and router is None:
                 raise ValueError("mixture='logits' needs routing_weights or an attached moelora Router")
             return None
+        if "_is_replica" in vars(self):
+            raise RuntimeError(_REPLICA)
         experts = list(self.active_adapters)
         if not self._routed and not self._unroutable:
             raise ValueError("there is no LoRA layer to route: the adapters were unloaded or merged")
@@ -483,18 +497,32 @@ class LoraModel(lora.LoraModel):
 
     # Hooks.
 
+    def _running(self) -> Frame | None:
+        """The frame of the call that is under way; one that a KeyboardInterrupt has left is taken away."""
+        frame = current(self._host)
+        while frame is not None and frame.is_left_over():
+            put(frame.around)
+            frame = current(self._host)
+        return frame
+
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         host = self._host
+        frame = self._running()
+        if frame is not None:
+            frame.depth += 1
+            if frame.depth > 1:
+                raise RuntimeError(
+                    f"{type(module).__name__} was called while a routed call of it is under way, whose weights it "
+                    "would take: call the adopted PeftModel, which keeps the two apart"
+                )
         _check_consumed(module, kwargs)
-        frame = current(host)
-        if frame is not None and frame.entered_by is not None:
-            put(frame.around)  # left by a KeyboardInterrupt, for which torch runs no hook
-            frame = None
         made_here = frame is None
         if frame is None:
             frame = self._frame()
         if frame is None:
             return None
+        if "_is_replica" in vars(module):
+            raise RuntimeError(_REPLICA)
         arguments = dict(zip(host.parameters, args, strict=False)) | kwargs
         alone = not host.encoder_decoder
         call = _read_call(host, arguments, per_token=alone and frame.per_token, of_text=alone)
@@ -513,7 +541,8 @@ class LoraModel(lora.LoraModel):
         if torch.is_grad_enabled():
             self._carry_into_checkpoints()
         if made_here:
-            frame.entered_by, frame.around = module, put(frame)
+            frame.enter_by_hook(module)
+            frame.depth = 1
         embeddings = arguments.get("inputs_embeds")
         if embeddings is not None and frame.router is not None and frame.router.reads == "embeddings":
             frame.see_embeddings(embeddings if changed is None else repeated["inputs_embeds"])
@@ -522,6 +551,9 @@ class LoraModel(lora.LoraModel):
     def _after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         frame = current(self._host)
         if frame is None:
+            return None
+        frame.depth -= 1
+        if frame.depth:  # of a call inside it, which was refused
             return None
         try:
             if output is None:  # it raised
@@ -555,15 +587,12 @@ class LoraModel(lora.LoraModel):
     ) -> None:
         """The encoder or the decoder is about to run, within the model or, as generate does it, on its own."""
         _check_consumed(module, kwargs)
-        frame = current(self._host)
-        if frame is not None and frame.entered_by is module:
-            put(frame.around)
-            frame = None
+        frame = self._running()
         if frame is None:
             frame = self._frame()
             if frame is None:
                 return
-            frame.entered_by, frame.around = module, put(frame)
+            frame.enter_by_hook(module)
         arguments = dict(zip(parameters, args, strict=False)) | kwargs
         frame.begin_stack(_read_call(self._host, arguments, per_token=frame.per_token), encoding=encoding)
         if not encoding and arguments.get("encoder_hidden_states") is not None:
@@ -598,6 +627,25 @@ class LoraModel(lora.LoraModel):
                 vars(module)["_gradient_checkpointing_func"] = Recompute(self._host, index, function)
 
 
+class _Undone:
+    """A context of PEFT that is left as if nothing had been raised, since it takes its hooks off only then."""
+
+    def __init__(self, context: AbstractContextManager[None]) -> None:
+        self.context = context
+
+    def __enter__(self) -> None:
+        self.context.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.context.__exit__(None, None, None)
+
+
+_REPLICA = (
+    "nn.DataParallel can't route: it would cut routing_weights [N] apart, and its replicas have no parameters: use "
+    "DistributedDataParallel, or call without routing weights and router"
+)
+
+
 class _Refusal:
     """Pre-hook of a model that can't be routed: weights must not be swallowed by its **kwargs."""
 
@@ -624,6 +672,19 @@ def _decoder(top: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
             layers.append(module)
             inner.update(id(m) for m in module.modules())
     return stack, layers
+
+
+def _token_embeddings(top: nn.Module, decoder: nn.Module) -> set[int]:
+    """By id, the embeddings that look up the tokens of the text; others look up positions, token types, ..."""
+    model: Any = top
+    stacks = [model, decoder]
+    if getattr(model.config, "is_encoder_decoder", False):
+        stacks.append(model.get_encoder())
+    found = set()
+    for stack in stacks:
+        with suppress(AttributeError, NotImplementedError):  # a stack that reads no text
+            found.add(id(stack.get_input_embeddings()))
+    return found
 
 
 def _check_generate(frame: Frame, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

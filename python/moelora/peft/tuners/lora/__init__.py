@@ -8,10 +8,11 @@ import peft.tuners.lora as _lora
 
 from moelora.peft import mirror as _mirror
 from moelora.peft.config import MoELoraConfig
+from moelora.peft.embedding import Embedding
 from moelora.peft.layers import Linear, LoraLayer
 from moelora.peft.model import LoraModel
 
-__all__ = ["Linear", "LoraLayer", "LoraModel", "MoELoraConfig"]
+__all__ = ["Embedding", "Linear", "LoraLayer", "LoraModel", "MoELoraConfig"]
 __all__ += [name for name in _lora.__all__ if name not in __all__]
 
 

@@ -1,0 +1,95 @@
+"""Where a routed layer may sit: beside what PEFT trains as a whole, under a tied head, on flattened tokens."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from moelora import adopt
+
+SHARED = ["shared_expert.up_proj", "shared_expert.gate_proj", "shared_expert.down_proj"]
+NAMES = ["expert_0", "expert_1", "expert_2"]
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def with_experts(net, **options):
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(net, config, NAMES[0])
+    later = copy.deepcopy(config)
+    later.modules_to_save = None
+    for name in NAMES[1:]:
+        model.add_adapter(name, copy.deepcopy(later))
+    model.base_model.set_adapter(NAMES)
+    torch.manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 7, 3)], ids=str)
+def test_the_shared_expert_of_qwen2_moe_sees_flattened_tokens(loop, ids, weights, shape):
+    """Its input is [B * S, d], which says neither where a sequence ends nor how many there are."""
+
+    def build():
+        torch.manual_seed(0)
+        config = transformers.Qwen2MoeConfig(
+            vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+            shared_expert_intermediate_size=24, pad_token_id=0,
+        )  # fmt: skip
+        return with_experts(transformers.Qwen2MoeForCausalLM(config).eval(), target_modules=SHARED)
+
+    w = {1: weights[0, 0], 2: weights[:, 0], 3: weights}[len(shape)]
+    per_token = w.expand(2, 7, 3) if w.dim() != 2 else w[:, None].expand(2, 7, 3)
+    seen = []
+    model = adopt(build())
+    layer = model.base_model.model.model.layers[1].mlp.shared_expert.up_proj
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    got = model(ids, routing_weights=w).logits
+    assert seen == [(14, 32)]
+    torch.testing.assert_close(got, loop(build(), per_token.reshape(14, 3))(ids).logits, **CLOSE)
+    assert not torch.allclose(got, model(ids, routing_weights=w.flip(-1)).logits, **CLOSE)
+
+
+def test_modules_to_save_run_and_train_beside_routed_layers(make_base, loop, gradients, ids, weights):
+    def build():
+        model = with_experts(make_base("llama"), target_modules=["q_proj"], modules_to_save=["lm_head"]).train()
+        nn.init.normal_(model.base_model.model.lm_head.modules_to_save[NAMES[0]].weight)
+        return model
+
+    model, reference = adopt(build()), loop(build(), weights)
+    out, expected = model(ids, labels=ids, routing_weights=weights), reference(ids, labels=ids)
+    torch.testing.assert_close(out.logits, expected.logits, **CLOSE)
+    out.loss.backward()
+    expected.loss.backward()
+    got, wanted = gradients(model), gradients(reference)
+    assert got.keys() == wanted.keys()
+    assert any("modules_to_save" in name for name in got)
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], **CLOSE)
+
+
+def test_a_tied_head_is_routed_though_its_weight_is_the_embeddings(loop, gradients, ids, weights):
+    def build():
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+        config = transformers.LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)
+        return with_experts(transformers.LlamaForCausalLM(config), target_modules=["lm_head", "v_proj"]).train()
+
+    model, reference = adopt(build()), loop(build(), weights)
+    assert model.base_model.model.lm_head.weight is model.get_input_embeddings().weight
+    out, expected = model(ids, labels=ids, routing_weights=weights), reference(ids, labels=ids)
+    torch.testing.assert_close(out.logits, expected.logits, **CLOSE)
+    out.loss.backward()
+    expected.loss.backward()
+    got, wanted = gradients(model), gradients(reference)
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], **CLOSE)
+    for keep, part in ((3, out.logits[:, -3:]), (torch.tensor([6, 0]), out.logits[:, [6, 0]])):
+        kept = model(ids, routing_weights=weights, logits_to_keep=keep).logits
+        torch.testing.assert_close(kept, part, **CLOSE)
