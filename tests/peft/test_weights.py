@@ -364,7 +364,7 @@ class TestALayerOnItsOwn:
     ("w", "error", "message"),
     [
         ([1.0, 0.0, 0.0], TypeError, "must be a torch.Tensor, got list"),
-        ({"encoder": torch.ones(3)}, TypeError, "must be a torch.Tensor, got dict"),
+        ({"encoder": torch.ones(3)}, ValueError, "needs an encoder-decoder model"),
         (torch.ones(3) * 1j, TypeError, "must be real"),
         (torch.ones(4), ValueError, "one column for each active adapter"),
         (torch.tensor(1.0), ValueError, "must have shape"),
