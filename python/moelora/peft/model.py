@@ -470,7 +470,7 @@ class LoraModel(lora.LoraModel):
         call = _read_call(host, arguments, per_token=frame.given is not None and frame.given.dim() > 2)
         balance = None
         if frame.router is not None and module.training and arguments.get("labels") is not None:
-            config = self.moe_config or MoELoraConfig()
+            config = self.moe_config or MoELoraConfig
             balance = Balance(config.load_balance_loss_type, config.router_aux_loss_coef)
         changed = None
         if frame.mixture == "logits":
@@ -505,7 +505,7 @@ class LoraModel(lora.LoraModel):
 
     def _with_balance(self, frame: Frame, output: Any) -> Any:
         """The output with the load balancing loss of the router, in training as a term of its loss."""
-        loss = router_aux_loss(frame.outputs, (self.moe_config or MoELoraConfig()).load_balance_loss_type)
+        loss = router_aux_loss(frame.outputs, (self.moe_config or MoELoraConfig).load_balance_loss_type)
         balance = frame.balance
         if isinstance(output, tuple):  # return_dict=False: with labels the loss comes first
             return output if balance is None else (output[0] + balance.term(loss), *output[1:])
