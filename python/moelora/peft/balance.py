@@ -15,72 +15,50 @@ class Balance:
     """The auxiliary loss of one forward in training, with its factor.
 
     It is a term of ``outputs.loss``. Trainers that compute their own loss from the logits never differentiate that
-    term, so every weight a router makes passes through a node that, in such a backward, adds the gradient of the term
-    itself. The term is the last node of the graph and runs first: it tells the others that they are not needed.
+    term. So the weights that a router makes and the loss of that routing leave one node together: a backward that comes
+    through the weights alone finds no gradient of the loss there, and the node puts in the one it would have had.
+
+    Parameters
+    ----------
+    kind : {"aux_loss", "z_loss", "switch"}
+    coefficient : float
+        Factor of the loss in ``outputs.loss``.
+    routings : int
+        How many routings the forward makes: the loss is the mean of theirs.
     """
 
-    def __init__(self, kind: str, coefficient: float) -> None:
-        self.kind, self.coefficient = kind, coefficient
-        self.claimed = False
-        self._outputs: list[RoutingOutput] = []
-        self._gradients: list[tuple[Tensor | None, Tensor | None]] = []
+    def __init__(self, kind: str, coefficient: float, routings: int) -> None:
+        self.kind, self.coefficient, self.routings = kind, coefficient, routings
+        self._losses: list[Tensor] = []
 
     def watch(self, output: RoutingOutput) -> Tensor:
-        """The weights of `output`, as a node that can supply the gradient of the loss."""
-        weights: Tensor = output.weights
-        if self.coefficient and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            index = len(self._outputs)
-            self._outputs.append(output)
+        """The weights of `output`, whose backward brings the gradient of the loss along."""
+        weights, loss = output.weights, router_aux_loss([output], self.kind)
+        if self.coefficient and torch.is_grad_enabled():
             supply: Any = _Supply.apply
-            weights = supply(weights, output.prob_sums, output.logits, self, index)
+            weights, loss = supply(weights, loss, self.coefficient / self.routings)
+        self._losses.append(loss)
         return weights
 
-    def term(self, loss: Tensor) -> Tensor:
-        """What is added to ``outputs.loss``, from the value of the loss before the factor."""
-        term = loss * self.coefficient
-        claim: Any = _Claim.apply
-        return term if torch.compiler.is_compiling() else claim(term, self)
-
-    def gradients(self, index: int) -> tuple[Tensor | None, Tensor | None]:
-        """Gradient of the term with respect to (prob_sums, logits) of the routing with this index."""
-        if not self._gradients:
-            with torch.enable_grad():
-                outputs = [
-                    o._replace(
-                        prob_sums=o.prob_sums.detach().requires_grad_(), logits=o.logits.detach().requires_grad_()
-                    )
-                    for o in self._outputs
-                ]
-                leaves = [leaf for o in outputs for leaf in (o.prob_sums, o.logits)]
-                term = router_aux_loss(outputs, self.kind) * self.coefficient
-                flat = torch.autograd.grad(term, leaves, allow_unused=True)
-            self._gradients = list(zip(flat[::2], flat[1::2], strict=True))
-        return self._gradients[index]
-
-
-class _Claim(torch.autograd.Function):
-    """Identity on the term in ``outputs.loss``: its backward says that the term is being differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, term: Tensor, balance: Balance) -> Tensor:
-        ctx.balance = balance
-        return term.view_as(term)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        ctx.balance.claimed = True
-        return grad_outputs[0], None
+    def loss(self) -> Tensor:
+        """The loss before the factor."""
+        return torch.stack(self._losses).mean()
 
 
 class _Supply(torch.autograd.Function):
-    """Identity on the weights: its backward adds the gradient of the term where nobody claimed it."""
+    """Identity on the weights and the loss of one routing; a loss that nobody differentiates gets gradient `share`."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, prob_sums: Tensor, logits: Tensor, balance: Balance, index: int) -> Tensor:
-        ctx.balance, ctx.index = balance, index
-        return weights.view_as(weights)
+    def forward(ctx: Any, weights: Tensor, loss: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        ctx.share = share
+        ctx.set_materialize_grads(False)
+        return weights.view_as(weights), loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        grads = (None, None) if ctx.balance.claimed else ctx.balance.gradients(ctx.index)
-        return grad_outputs[0], *grads, None, None
+        grad_weights, grad_loss = grad_outputs
+        if grad_loss is None:
+            grad_loss = grad_weights.new_full((), ctx.share)
+        elif torch.compiler.is_compiling():  # where no gradient is a gradient of zero
+            grad_loss = torch.where(grad_loss == 0, ctx.share, grad_loss)
+        return grad_weights, grad_loss, None

@@ -28,7 +28,13 @@ MIXTURES = ("layer", "logits")
 TAILS = ("hold", "uniform", "error")
 STACKS = ("encoder", "decoder")
 
-_slot = threading.local()
+
+class _Slot(threading.local):
+    def __init__(self) -> None:  # once in each thread: compiled code looks whether there is an attribute
+        self.frame: Frame | None = None
+
+
+_slot = _Slot()
 
 
 class Host:
@@ -381,8 +387,7 @@ class Frame:
 
 def put(frame: Frame | None) -> Frame | None:
     """Put a frame into the slot of this thread; return what was there."""
-    around: Frame | None = getattr(_slot, "frame", None)
-    _slot.frame = frame
+    around, _slot.frame = _slot.frame, frame
     return around
 
 
@@ -404,7 +409,7 @@ class Entered:
 
 def current(host: Host) -> Frame | None:
     """The frame in the slot of this thread, if it belongs to the model of `host`."""
-    frame: Frame | None = getattr(_slot, "frame", None)
+    frame = _slot.frame
     return frame if frame is not None and frame.host is host else None
 
 
@@ -413,7 +418,8 @@ class Recompute:
 
     The weights enter the region as tensor arguments, for only then does reentrant checkpointing return their gradient,
     and the frame is put back around the region whenever, and on whichever thread, it runs. A router's gate is read
-    before the region, so that its loss counts once.
+    before the region, so that its loss counts once. In one graph with its surroundings (torch.compile) the region is
+    recomputed from that graph and needs no frame of its own, nor may it put one there.
     """
 
     def __init__(self, host: Host, index: int | None, function: Callable[..., Any]) -> None:
@@ -432,6 +438,8 @@ class Recompute:
         around.caller = None  # whose locals must not live until the backward
 
         def region(*inputs: Any) -> Any:
+            if torch.compiler.is_compiling() and current(around.host) is frame:
+                return function(*inputs[count:])
             with Entered(around.inside(index, inputs[:count])):
                 return function(*inputs[count:])
 

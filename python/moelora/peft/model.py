@@ -528,8 +528,9 @@ class LoraModel(lora.LoraModel):
         call = _read_call(host, arguments, per_token=alone and frame.per_token, of_text=alone)
         balance = None
         if frame.router is not None and module.training and arguments.get("labels") is not None:
-            config = self.moe_config or MoELoraConfig()
-            balance = Balance(config.load_balance_loss_type, config.router_aux_loss_coef)
+            config = self.moe_config or MoELoraConfig
+            routings = host.num_layers if frame.router.reads == "layers" else 1
+            balance = Balance(config.load_balance_loss_type, config.router_aux_loss_coef, routings)
         changed = None
         if frame.mixture == "logits":
             logits.check(frame, module, call, arguments)
@@ -567,14 +568,17 @@ class LoraModel(lora.LoraModel):
 
     def _with_balance(self, frame: Frame, output: Any) -> Any:
         """The output with the load balancing loss of the router, in training as a term of its loss."""
-        loss = router_aux_loss(frame.outputs, (self.moe_config or MoELoraConfig()).load_balance_loss_type)
         balance = frame.balance
+        if balance is None:
+            loss = router_aux_loss(frame.outputs, (self.moe_config or MoELoraConfig).load_balance_loss_type)
+        else:
+            loss = balance.loss()
         if isinstance(output, tuple):  # return_dict=False: with labels the loss comes first
-            return output if balance is None else (output[0] + balance.term(loss), *output[1:])
+            return output if balance is None else (output[0] + balance.coefficient * loss, *output[1:])
         # An attribute, no key: Trainer takes every key of an evaluation's output for predictions.
         output.router_aux_loss = loss
         if balance is not None and getattr(output, "loss", None) is not None:
-            output.loss = output.loss + balance.term(loss)
+            output.loss = output.loss + balance.coefficient * loss
         return output
 
     def _before_stack(
