@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moelora.nn.losses import router_aux_loss
 from moelora.nn.routers import Router, build_router
 from moelora.peft import logits
-from moelora.peft.balance import Balance
+from moelora.peft.balance import Balance, loss_shifts_labels, share_of_step
 from moelora.peft.config import MoELoraConfig
 from moelora.peft.frame import (
     MIXTURES,
@@ -180,6 +180,7 @@ class LoraModel(lora.LoraModel):
         host = self._host
         host.transformer = isinstance(top, PreTrainedModel)
         host.encoder_decoder = bool(getattr(getattr(top, "config", None), "is_encoder_decoder", False))
+        host.shifts_labels = loss_shifts_labels(top)
         host.parameters = tuple(inspect.signature(type(top).forward).parameters)[1:]
         stack, self._decoder_layers = _decoder(top)
         host.num_layers = len(self._decoder_layers)
@@ -469,9 +470,10 @@ class LoraModel(lora.LoraModel):
         arguments = dict(zip(host.parameters, args, strict=False)) | kwargs
         call = _read_call(host, arguments, per_token=frame.given is not None and frame.given.dim() > 2)
         balance = None
-        if frame.router is not None and module.training and arguments.get("labels") is not None:
+        share = share_of_step(arguments, shifted=host.shifts_labels) if module.training else None
+        if frame.router is not None and share is not None:
             config = self.moe_config or MoELoraConfig()
-            balance = Balance(config.load_balance_loss_type, config.router_aux_loss_coef)
+            balance = Balance(config.load_balance_loss_type, config.router_aux_loss_coef, share)
         changed = None
         if frame.mixture == "logits":
             logits.check(frame, module, call, arguments)
@@ -507,12 +509,18 @@ class LoraModel(lora.LoraModel):
         """The output with the load balancing loss of the router, in training as a term of its loss."""
         loss = router_aux_loss(frame.outputs, (self.moe_config or MoELoraConfig()).load_balance_loss_type)
         balance = frame.balance
+        if balance is not None:
+            loss = balance.report(loss)
         if isinstance(output, tuple):  # return_dict=False: with labels the loss comes first
-            return output if balance is None else (output[0] + balance.term(loss), *output[1:])
+            if balance is None or output[0].numel() != 1:
+                return output
+            return (output[0] + balance.term(loss), *output[1:])
         # An attribute, no key: Trainer takes every key of an evaluation's output for predictions.
         output.router_aux_loss = loss
         if balance is not None and getattr(output, "loss", None) is not None:
             output.loss = output.loss + balance.term(loss)
+        if balance is not None and getattr(output, "log_probs", None) is not None:  # of a fused head of trl's
+            output.log_probs = balance.observe(output.log_probs, output.label_mask)
         return output
 
     def _after_embeddings(self, module: nn.Module, args: Any, output: Tensor) -> None:
