@@ -7,6 +7,7 @@ are PEFT's objects themselves.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import peft as _peft
@@ -14,7 +15,7 @@ from torch import nn
 
 from moelora.peft.config import MoELoraConfig
 from moelora.peft.layers import Linear, LoraLayer
-from moelora.peft.model import LoraModel, activate_all_experts, adopt, release
+from moelora.peft.model import LoraModel, activate_all_experts, adopt, open_pretrained, release
 
 __all__ = [
     "Linear",
@@ -108,7 +109,10 @@ def _face(stock: Any) -> Any:
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         made = stock if "_stands_for" in cls.__dict__ else cls
-        return adopt(stock.from_pretrained.__func__(made, *args, **kwargs))
+        make = partial(stock.from_pretrained.__func__, made)
+        if issubclass(stock, _peft.PeftModel):
+            return open_pretrained(make, *args, **kwargs)
+        return adopt(make(*args, **kwargs))
 
     from_pretrained.__doc__ = stock.from_pretrained.__doc__
     members = {"__module__": __name__, "__doc__": stock.__doc__, "_stands_for": stock}

@@ -175,11 +175,22 @@ def _read_mixture(source: str, subfolder: str | None, kwargs: dict[str, Any]) ->
             return {}
     elif not path.is_file():
         return {}
-    document = json.loads(path.read_text())
+    mixture: dict[str, Any] = read_document(path)["config"] or {}
+    return mixture
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Read a ``moe_lora.json``; its "config" has fields of the mixture alone, or is None.
+
+    Raises
+    ------
+    ValueError
+        If it has an unknown format version or unknown fields.
+    """
+    document: dict[str, Any] = json.loads(path.read_text())
     if document.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {document.get('format_version')!r}, expected {FORMAT_VERSION}")
-    mixture: dict[str, Any] = document["config"]
-    unknown = sorted(mixture.keys() - {f.name for f in mixture_fields()})
+    unknown = sorted((document["config"] or {}).keys() - {f.name for f in mixture_fields()})
     if unknown:
         raise ValueError(f"{path} holds unknown fields {unknown}")
-    return mixture
+    return document

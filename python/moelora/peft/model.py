@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from moelora.nn.losses import router_aux_loss
 from moelora.nn.routers import Router, build_router
 from moelora.peft import logits
 from moelora.peft.balance import Balance, loss_shifts_labels, share_of_step
+from moelora.peft.checkpoint import read_mixture
 from moelora.peft.config import MoELoraConfig
 from moelora.peft.frame import (
     MIXTURES,
@@ -38,6 +40,7 @@ from moelora.peft.frame import (
     put,
 )
 from moelora.peft.layers import ROUTED, Routed
+from moelora.peft.peft_model import RoutedPeftModel, routed_class
 
 KEYWORDS = frozenset({"routing_weights", "mixture", "routing_tail"})
 
@@ -47,7 +50,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def adopt(model: Model, *, mixture: str = "layer") -> Model:
     """Make a PEFT model routable, in place.
 
-    Its LoRA layers and its ``base_model`` become routed subclasses of themselves: same parameters, same names, same
+    It, its LoRA layers and its ``base_model`` become routed subclasses of themselves: same parameters, same names, same
     checkpoint, and the same bits as long as no routing weights are in play. Afterwards ``model(...)`` and
     ``model.generate(...)`` take ``routing_weights``, and ``model.base_model`` takes a router
     (`LoraModel.attach_router`). A model that can't be routed (IA3, DoRA, ...) is adopted too: it runs PEFT's code, and
@@ -83,6 +86,8 @@ def adopt(model: Model, *, mixture: str = "layer") -> Model:
     if isinstance(tuner, LoraModel):
         tuner._host.mixture = mixture
         model.special_peft_forward_args.update(KEYWORDS)
+        if not isinstance(model, RoutedPeftModel):
+            model.__class__ = routed_class(type(model))
     else:
         reason = f"{type(model).__name__} with {type(tuner).__name__} can't be routed, only LoRA in a PeftModel can"
         for module in _entrances(model):
@@ -105,12 +110,45 @@ def release(model: Model) -> Model:
             vars(tuner).pop(name, None)
         tuner.__class__ = lora.LoraModel  # type: ignore[assignment]
         model.special_peft_forward_args.difference_update(KEYWORDS)
+        if isinstance(model, RoutedPeftModel):
+            model.__class__ = model._stock_class
     else:
         for module in _entrances(model):
             for key, hook in list(module._forward_pre_hooks.items()):
                 if isinstance(hook, _Refusal):
                     del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     return model
+
+
+def open_pretrained(
+    make: Callable[..., Any],
+    model: nn.Module,
+    model_id: str | os.PathLike[str],
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    **options: Any,
+) -> Any:
+    """PEFT's ``from_pretrained``, adopted; the folder of a whole mixture gives all its experts, and its router.
+
+    Parameters
+    ----------
+    make : callable
+        ``from_pretrained`` of the class that is wanted.
+    model, model_id, adapter_name, is_trainable, **options
+        As in PEFT. With another `adapter_name` than the default, one adapter is opened.
+    """
+    mixture = read_mixture(model_id) if adapter_name == "default" and not options.get("subfolder") else None
+    if mixture is None:
+        return adopt(make(model, model_id, adapter_name, is_trainable, **options))
+    first, *others = mixture.experts
+    opened = adopt(make(model, mixture.path(first), first, is_trainable, **options))
+    for name in others:
+        opened.load_adapter(str(mixture.path(name)), name, is_trainable=is_trainable, **options)
+    opened.base_model.set_adapter(mixture.active, inference_mode=not is_trainable)
+    if mixture.router is not None:
+        router = mixture.make_router().requires_grad_(is_trainable)
+        opened.base_model.attach_router(router.train(opened.training), mixture.config)
+    return opened
 
 
 def _entrances(model: nn.Module) -> list[nn.Module]:
