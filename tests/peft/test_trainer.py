@@ -5,11 +5,19 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
-from moelora import MoELoraConfig, adopt
-from moelora.nn import PerLayerRouter
+from moelora import MoELoraConfig, RoutingWeightsCollator, adopt
+from moelora.nn import PerLayerRouter, parameter_groups
 
 NAMES = ["expert_0", "expert_1", "expert_2"]
 COEFFICIENT = 5.0
@@ -243,3 +251,140 @@ class TestAGradientScaler:
             with torch.autocast("cpu", dtype=torch.float16):
                 loss = model(ids, labels=ids).loss
             loss.backward()
+
+
+class TestParameterGroups:
+    def test_divide_what_is_trained(self, build):
+        model = build()
+        frozen = next(name for name, _ in model.named_parameters() if "expert_1" in name)
+        model.get_parameter(frozen).requires_grad_(False)
+        groups = parameter_groups(model, lr=1e-3, router_lr=1e-4, weight_decay=0.1)
+        assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-3, 0.1), (1e-4, 0.1), (1e-4, 0.0)]
+        names = {id(p): name for name, p in model.named_parameters()}
+        divided = [{names[id(p)] for p in group["params"]} for group in groups]
+        assert divided[0] == {name for name in names.values() if "lora_" in name} - {frozen}
+        assert divided[1] == {f"base_model.router.gate.{i}.weight" for i in range(3)}
+        assert divided[2] == {f"base_model.router.gate.{i}.bias" for i in range(3)}
+
+    def test_take_the_rate_of_the_rest_for_the_router_where_none_is_given(self, build):
+        assert {group["lr"] for group in parameter_groups(build(), lr=0.5)} == {0.5}
+
+    def test_know_any_attached_module(self, make_lora):
+        model = adopt(make_lora("llama"))
+        model.base_model.attach_router(nn.Linear(32, 3))
+        groups = parameter_groups(model, lr=1.0, router_lr=2.0)
+        assert [len(group["params"]) for group in groups if group["lr"] == 2.0] == [1, 1]
+
+    def test_need_something_to_train(self, build):
+        with pytest.raises(ValueError, match="PeftModelForCausalLM has none"):
+            parameter_groups(build().requires_grad_(False), lr=1.0)
+
+    @pytest.mark.parametrize("way", ["optimizers", "optimizer_cls_and_kwargs"])
+    def test_give_the_router_its_rate_in_trainer(self, build, tmp_path, way):
+        model = build()
+        experts, router = experts_of(model), router_of(model)
+        groups = parameter_groups(model, lr=1e-2, router_lr=0.0)
+        given = {
+            "optimizers": (torch.optim.AdamW(groups), None),
+            "optimizer_cls_and_kwargs": (torch.optim.AdamW, {"params": groups}),
+        }[way]
+        Trainer(model=model, args=arguments(tmp_path), train_dataset=dataset(), **{way: given}).train()
+        assert torch.equal(router_of(model), router)
+        assert not torch.equal(experts_of(model), experts)
+
+
+class TestRoutingWeightsInADataset:
+    """A column of weights is passed to the model, which trains with it."""
+
+    @pytest.fixture
+    def tokenizer(self):
+        words = {"[PAD]": 0} | {f"w{i}": i for i in range(1, VOCAB)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="[PAD]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]")
+
+    @staticmethod
+    def weighted(data, weights):
+        return data.add_column("routing_weights", weights)
+
+    @staticmethod
+    def grown(model):
+        """Which experts' B have changed, from what they were at the start."""
+        return {
+            name.split(".")[-2]: p.detach().clone()
+            for name, p in model.named_parameters()
+            if "0.self_attn.q_proj.lora_B" in name
+        }
+
+    @pytest.mark.parametrize("collator", ["default", "padding", "language"])
+    def test_of_each_sequence_chooses_the_experts_that_learn(self, make_lora, tmp_path, tokenizer, collator):
+        collate = {
+            "default": default_data_collator,
+            "padding": DataCollatorWithPadding(tokenizer),
+            "language": DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        }[collator]
+        for chosen in range(3):
+            model = adopt(make_lora("llama"))
+            before = self.grown(model)
+            weights = [[float(i == chosen) for i in range(3)]] * 4
+            data = self.weighted(dataset(), weights)
+            train(
+                model,
+                tmp_path,
+                data if collator != "language" else data.remove_columns("labels"),
+                data_collator=collate,
+            )
+            after = self.grown(model)
+            changed = [not torch.equal(before[name], after[name]) for name in NAMES]
+            assert changed == [i == chosen for i in range(3)]
+
+    def test_wins_over_a_router(self, build, tmp_path):
+        model = build()
+        before = router_of(model)
+        train(model, tmp_path, self.weighted(dataset(), [[0.2, 0.3, 0.5]] * 4))
+        assert torch.equal(router_of(model), before)
+
+    def test_of_integers_are_taken_too(self, make_lora, tmp_path):
+        results = []
+        for row in ([0, 1, 0], [0.0, 1.0, 0.0]):
+            model = adopt(make_lora("llama"))
+            train(model, tmp_path, self.weighted(dataset(), [row] * 4))
+            results.append(experts_of(model))
+        assert torch.equal(*results)
+
+    @staticmethod
+    def uneven():
+        generator = torch.Generator().manual_seed(3)
+        rows = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (7, 4)]
+        weights = [torch.rand(len(row), 3, generator=generator).tolist() for row in rows]
+        return Dataset.from_dict({"input_ids": rows, "routing_weights": weights})
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_of_each_token_is_padded_as_the_tokens_are(self, tokenizer, side):
+        tokenizer.padding_side = side
+        collator = RoutingWeightsCollator(DataCollatorForLanguageModeling(tokenizer, mlm=False))
+        data = self.uneven()
+        batch = collator([data[0], data[1]])
+        assert batch["routing_weights"].shape == (2, 7, 3)
+        present = batch["attention_mask"].bool()
+        given = [*data[0]["routing_weights"], *data[1]["routing_weights"]]
+        torch.testing.assert_close(batch["routing_weights"][present], torch.tensor(given))
+        assert not batch["routing_weights"][~present].any()
+
+    def test_of_each_token_weighs_that_token(self, make_lora, tokenizer, tmp_path):
+        collator = RoutingWeightsCollator(DataCollatorForLanguageModeling(tokenizer, mlm=False))
+        data, model = self.uneven(), adopt(make_lora("llama"))
+        expected = 0.0
+        for row in data:  # each alone, unpadded
+            ids, weights = torch.tensor([row["input_ids"]]), torch.tensor([row["routing_weights"]])
+            with torch.no_grad():
+                expected += float(model(ids, labels=ids, routing_weights=weights, num_items_in_batch=9).loss)
+        trainer = train(model, tmp_path, data, data_collator=collator)
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+    def test_of_another_number_of_tokens_is_an_error(self):
+        collator = RoutingWeightsCollator(default_data_collator)
+        with pytest.raises(ValueError, match=r"are for \[2\] tokens, the sequences of the batch have \[3\]"):
+            collator([{"input_ids": [1, 2, 3], "routing_weights": [[1, 0], [0, 1]]}])
+        with pytest.raises(ValueError, match="in every row"):
+            collator([{"input_ids": [1], "routing_weights": [1]}, {"input_ids": [2], "routing_weights": [[1]]}])

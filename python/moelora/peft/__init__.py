@@ -14,6 +14,7 @@ import peft as _peft
 from torch import nn
 
 from moelora.peft.config import MoELoraConfig
+from moelora.peft.data import RoutingWeightsCollator
 from moelora.peft.layers import Linear, LoraLayer
 from moelora.peft.model import LoraModel, activate_all_experts, adopt, open_pretrained, release
 
@@ -22,6 +23,7 @@ __all__ = [
     "LoraLayer",
     "LoraModel",
     "MoELoraConfig",
+    "RoutingWeightsCollator",
     "activate_all_experts",
     "adopt",
     "get_peft_model",

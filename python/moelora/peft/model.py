@@ -87,7 +87,8 @@ def adopt(model: Model, *, mixture: str = "layer") -> Model:
         tuner._host.mixture = mixture
         model.special_peft_forward_args.update(KEYWORDS)
         if not isinstance(model, RoutedPeftModel):
-            model.__class__ = routed_class(type(model))
+            stock: Any = type(model)
+            model.__class__ = routed_class(stock)
     else:
         reason = f"{type(model).__name__} with {type(tuner).__name__} can't be routed, only LoRA in a PeftModel can"
         for module in _entrances(model):

@@ -13,20 +13,18 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import peft
 import torch
-from torch import nn
 
 from moelora.peft.checkpoint import Mixture, read_mixture, write_mixture
 
-Model = TypeVar("Model", bound=nn.Module)
 
-
-class RoutedPeftModel(peft.PeftModel):  # type: ignore[misc]
+class RoutedPeftModel(peft.PeftModel):
     """What adopting adds to the class of a `peft.PeftModel`; see `routed_class`."""
 
+    base_model: Any
     _stock_class: type
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -113,7 +111,7 @@ _SAVE = inspect.signature(peft.PeftModel.save_pretrained)
 
 
 @functools.cache
-def routed_class(stock: type) -> type:
+def routed_class(stock: Any) -> Any:
     """The subclass of a class of PEFT models that adopted models of it have."""
     members = {
         "__module__": __name__,
