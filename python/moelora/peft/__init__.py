@@ -13,7 +13,7 @@ from typing import Any
 import peft as _peft
 from torch import nn
 
-from moelora.peft.config import MoELoraConfig
+from moelora.peft.config import MoELoraConfig, mark_hosted
 from moelora.peft.data import RoutingWeightsCollator
 from moelora.peft.layers import Linear, LoraLayer
 from moelora.peft.model import LoraModel, activate_all_experts, adopt, open_pretrained, release
@@ -58,6 +58,7 @@ def get_peft_model(
     """
 
     def stock(config: Any, name: str) -> Any:
+        mark_hosted(config)
         return _peft.get_peft_model(
             model,
             config,

@@ -95,6 +95,18 @@ class MoELoraConfig(LoraConfig):
         if changed:
             warnings.warn(f"use_moe_routing is False, so {', '.join(changed)} will be ignored", stacklevel=3)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # PEFT's get_peft_model, and add_adapter of transformers, write the name of the base model into a configuration
+        # that is complete, and know nothing of routing.
+        complete = mixture_fields()[-1].name in vars(self)
+        if name == "base_model_name_or_path" and complete and self.use_moe_routing and not vars(self).get("_hosted"):
+            warnings.warn(
+                "PEFT makes one plain adapter of a MoELoraConfig, without experts and router: use "
+                "moelora.get_peft_model, or moelora.patch_peft() for code that calls PEFT's",
+                stacklevel=3,
+            )
+        super().__setattr__(name, value)
+
     def _check_mixture(self) -> None:
         for name in ("num_experts", "top_k_experts", "router_hidden_size"):
             value = getattr(self, name)
@@ -157,6 +169,12 @@ class MoELoraConfig(LoraConfig):
             raise ValueError(f"{source} holds a {type(plain).__name__}, not the configuration of a LoRA")
         values = {f.name: getattr(plain, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
         return cls(**values, **_read_mixture(source, subfolder, kwargs))
+
+
+def mark_hosted(config: Any) -> None:
+    """Note that the adapter of this configuration is in a model that can be routed."""
+    if isinstance(config, MoELoraConfig):
+        vars(config)["_hosted"] = True
 
 
 def mixture_fields() -> list[dataclasses.Field[Any]]:

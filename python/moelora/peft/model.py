@@ -24,7 +24,7 @@ from moelora.nn.routers import Router, build_router
 from moelora.peft import logits
 from moelora.peft.balance import Balance, loss_shifts_labels, share_of_step
 from moelora.peft.checkpoint import read_mixture
-from moelora.peft.config import MoELoraConfig
+from moelora.peft.config import MoELoraConfig, mark_hosted
 from moelora.peft.frame import (
     MIXTURES,
     TAILS,
@@ -216,6 +216,8 @@ class LoraModel(lora.LoraModel):
                 top.register_forward_pre_hook(self._before_model, with_kwargs=True),
                 top.register_forward_hook(self._after_model, with_kwargs=True, always_call=True),
             ]
+        for config in self.peft_config.values():
+            mark_hosted(config)
         host = self._host
         host.transformer = isinstance(top, PreTrainedModel)
         host.encoder_decoder = bool(getattr(getattr(top, "config", None), "is_encoder_decoder", False))
