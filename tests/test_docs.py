@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("page", ["docs/getting-started.md"])
+@pytest.mark.parametrize("page", ["docs/getting-started.md", "docs/training.md"])
 def test_code_blocks_of_a_page_are_one_program_that_runs(page, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
