@@ -152,11 +152,13 @@ class _Claim(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, balance: Balance) -> Tensor:
         ctx.balance = balance
+        ctx.set_materialize_grads(False)  # nn.parallel.DistributedDataParallel runs it for an unused loss too
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        ctx.balance.claimed = True
+        if grad_outputs[0] is not None:
+            ctx.balance.claimed = True
         return grad_outputs[0], None
 
 
@@ -166,11 +168,13 @@ class _Observe(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, counted: Tensor, balance: Balance) -> Tensor:
         ctx.balance, ctx.counted = balance, counted
+        ctx.set_materialize_grads(False)
         return log_probs.view_as(log_probs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        ctx.balance.observed(grad_outputs[0], ctx.counted)
+        if grad_outputs[0] is not None:
+            ctx.balance.observed(grad_outputs[0], ctx.counted)
         return grad_outputs[0], None, None
 
 

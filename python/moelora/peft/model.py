@@ -511,10 +511,11 @@ class LoraModel(lora.LoraModel):
         arguments = dict(zip(host.parameters, args, strict=False)) | kwargs
         call = _read_call(host, arguments, per_token=frame.given is not None and frame.given.dim() > 2)
         balance = None
-        share = share_of_step(arguments, shifted=host.shifts_labels) if module.training else None
-        if frame.router is not None and share is not None:
-            config = self.moe_config or MoELoraConfig()
-            balance = Balance(config.load_balance_loss_type, config.router_aux_loss_coef, share)
+        if frame.router is not None and module.training:
+            share = share_of_step(arguments, shifted=host.shifts_labels)
+            if share is not None:
+                config = self.moe_config or MoELoraConfig()
+                balance = Balance(config.load_balance_loss_type, config.router_aux_loss_coef, share)
         changed = None
         if frame.mixture == "logits":
             logits.check(frame, module, call, arguments)
@@ -560,8 +561,9 @@ class LoraModel(lora.LoraModel):
         output.router_aux_loss = loss
         if balance is not None and getattr(output, "loss", None) is not None:
             output.loss = output.loss + balance.term(loss)
-        if balance is not None and getattr(output, "log_probs", None) is not None:  # of a fused head of trl's
-            output.log_probs = balance.observe(output.log_probs, output.label_mask)
+        counted = getattr(output, "label_mask", None)
+        if balance is not None and counted is not None:  # trl's fused head
+            output.log_probs = balance.observe(output.log_probs, counted)
         return output
 
     def _after_embeddings(self, module: nn.Module, args: Any, output: Tensor) -> None:
