@@ -100,7 +100,11 @@ class Balance:
 
     def term(self, reported: Tensor) -> Tensor:
         """What is added to ``outputs.loss``."""
-        return reported * (self.coefficient * self.share)
+        return self._weigh(reported, self.share)
+
+    def _weigh(self, loss: Tensor, share: float | Tensor) -> Tensor:
+        share = share.to(loss.device) if isinstance(share, Tensor) else share
+        return loss * (self.coefficient * share)
 
     def observe(self, log_probs: Tensor, counted: Tensor) -> Tensor:
         """Log-probabilities of the labels, as a node that sees what a trainer makes of them.
@@ -119,7 +123,7 @@ class Balance:
         factor = -(gradient * counted).sum()
         if self._half and not alike:
             return
-        self._observed = torch.where(alike, factor, torch.as_tensor(self.share, dtype=factor.dtype))
+        self._observed = torch.where(alike, factor, torch.as_tensor(self.share).to(factor))
 
     def gradients(self, index: int) -> tuple[Tensor | None, Tensor | None]:
         """Gradient of the term with respect to (prob_sums, logits) of the routing with this index."""
@@ -140,7 +144,7 @@ class Balance:
                     for o in self._outputs
                 ]
                 leaves = [leaf for o in outputs for leaf in (o.prob_sums, o.logits)]
-                term = router_aux_loss(outputs, self.kind) * (self.coefficient * share)
+                term = self._weigh(router_aux_loss(outputs, self.kind), share)
                 flat = torch.autograd.grad(term, leaves, allow_unused=True)
             self._gradients = list(zip(flat[::2], flat[1::2], strict=True))
         return self._gradients[index]

@@ -560,7 +560,7 @@ class LoraModel(lora.LoraModel):
         # An attribute, no key: Trainer takes every key of an evaluation's output for predictions.
         output.router_aux_loss = loss
         if balance is not None and getattr(output, "loss", None) is not None:
-            output.loss = output.loss + balance.term(loss)
+            output.loss = output.loss + balance.term(loss).to(output.loss.device)
         counted = getattr(output, "label_mask", None)
         if balance is not None and counted is not None:  # trl's fused head
             output.log_probs = balance.observe(output.log_probs, counted)
