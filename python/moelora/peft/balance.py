@@ -59,52 +59,48 @@ class Balance:
     """The auxiliary loss of one forward in training, with its factor.
 
     It is a term of ``outputs.loss``. Trainers that compute their own loss from other outputs never differentiate that
-    term, so every weight a router makes passes through a node that, in such a backward, adds the gradient of the term
-    itself. The reported loss is the last node of the graph and runs first: where it is differentiated, in
-    ``outputs.loss`` or in a loss of the caller's own, it tells the others that they are not needed.
+    term. So the weights that a router makes and the loss of that routing leave one node together: a backward that comes
+    through the weights alone finds no gradient of the loss there, and the node puts in the one it would have had.
 
     Parameters
     ----------
-    kind : str
-        Which formula, see `moelora.nn.router_aux_loss`.
+    kind : {"aux_loss", "z_loss", "switch"}
     coefficient : float
-        Factor of the loss.
+        Factor of the loss in ``outputs.loss``.
+    routings : int
+        How many routings the forward makes: the loss is the mean of theirs.
     share : float or Tensor
-        What part of an optimizer step the forward is.
+        What part of an optimizer step the forward is, see `share_of_step`.
     """
 
-    def __init__(self, kind: str, coefficient: float, share: float | Tensor = 1.0) -> None:
-        self.kind, self.coefficient, self.share = kind, coefficient, share
-        self.claimed = False
+    def __init__(self, kind: str, coefficient: float, routings: int, share: float | Tensor = 1.0) -> None:
+        self.kind, self.coefficient, self.routings, self.share = kind, coefficient, routings, share
+        self._losses: list[Tensor] = []
         self._half = False  # computed in float16, where losses are scaled
-        self._outputs: list[RoutingOutput] = []
-        self._gradients: list[tuple[Tensor | None, Tensor | None]] = []
-        self._observed: Tensor | None = None  # the trainer's own factor, see `observe`
+        self._observed: Tensor | None = None  # the trainer's own share, see `observe`
 
     def watch(self, output: RoutingOutput) -> Tensor:
-        """The weights of `output`, as a node that can supply the gradient of the loss."""
-        weights: Tensor = output.weights
-        if self.coefficient and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            kind = weights.device.type
-            self._half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
-            index = len(self._outputs)
-            self._outputs.append(output)
+        """The weights of `output`, whose backward brings the gradient of the loss along."""
+        weights, loss = output.weights, router_aux_loss([output], self.kind)
+        if self.coefficient and torch.is_grad_enabled():
+            compiling = torch.compiler.is_compiling()
+            if not compiling:
+                kind = weights.device.type
+                self._half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
             supply: Any = _Supply.apply
-            weights = supply(weights, output.prob_sums, output.logits, self, index)
+            weights, loss = supply(
+                weights, loss, self.share, self.coefficient / self.routings, None if compiling else self
+            )
+        self._losses.append(loss)
         return weights
 
-    def report(self, loss: Tensor) -> Tensor:
-        """The value of the loss before its factor, as a node that knows when it is differentiated."""
-        claim: Any = _Claim.apply
-        return loss if torch.compiler.is_compiling() else claim(loss, self)
+    def loss(self) -> Tensor:
+        """The loss before its factor."""
+        return torch.stack(self._losses).mean()
 
-    def term(self, reported: Tensor) -> Tensor:
+    def term(self, loss: Tensor) -> Tensor:
         """What is added to ``outputs.loss``."""
-        return self._weigh(reported, self.share)
-
-    def _weigh(self, loss: Tensor, share: float | Tensor) -> Tensor:
-        share = share.to(loss.device) if isinstance(share, Tensor) else share
-        return loss * (self.coefficient * share)
+        return loss * (_on(self.share, loss) * self.coefficient)
 
     def observe(self, log_probs: Tensor, counted: Tensor) -> Tensor:
         """Log-probabilities of the labels, as a node that sees what a trainer makes of them.
@@ -117,53 +113,48 @@ class Balance:
         return log_probs if torch.compiler.is_compiling() else observe(log_probs, counted, self)
 
     def observed(self, gradient: Tensor, counted: Tensor) -> None:
-        """Keep the factor of a mean with this gradient, if it is one."""
+        """Keep the share that a mean with this gradient has, if it is one."""
         highest = gradient.masked_fill(~counted, -torch.inf).amax()
         alike = (gradient.masked_fill(~counted, torch.inf).amin() >= highest) & (highest < 0)
-        factor = -(gradient * counted).sum()
         if self._half and not alike:
             return
-        self._observed = torch.where(alike, factor, torch.as_tensor(self.share).to(factor))
+        share = -(gradient * counted).sum()
+        self._observed = torch.where(alike, share, torch.as_tensor(self.share).to(share))
 
-    def gradients(self, index: int) -> tuple[Tensor | None, Tensor | None]:
-        """Gradient of the term with respect to (prob_sums, logits) of the routing with this index."""
-        if not self._gradients:
-            if self._half and self._observed is None:
-                warnings.warn(
-                    "the loss is not outputs.loss and the forward computes in float16: the load balancing loss can't "
-                    "see the scale of a gradient scaler and vanishes beside it; train in bfloat16, or add "
-                    "router_aux_loss_coef * outputs.router_aux_loss to the loss",
-                    stacklevel=2,
-                )
-            share = self.share if self._observed is None else self._observed
-            with torch.enable_grad():
-                outputs = [
-                    o._replace(
-                        prob_sums=o.prob_sums.detach().requires_grad_(), logits=o.logits.detach().requires_grad_()
-                    )
-                    for o in self._outputs
-                ]
-                leaves = [leaf for o in outputs for leaf in (o.prob_sums, o.logits)]
-                term = self._weigh(router_aux_loss(outputs, self.kind), share)
-                flat = torch.autograd.grad(term, leaves, allow_unused=True)
-            self._gradients = list(zip(flat[::2], flat[1::2], strict=True))
-        return self._gradients[index]
+    def supplied(self) -> float | Tensor:
+        """The share of a term that is supplied."""
+        if self._observed is not None:
+            return self._observed
+        if self._half:
+            warnings.warn(
+                "the loss is not outputs.loss and the forward computes in float16: the load balancing loss can't see "
+                "the scale of a gradient scaler and vanishes beside it; train in bfloat16, or add "
+                "router_aux_loss_coef * outputs.router_aux_loss to the loss",
+                stacklevel=2,
+            )
+        return self.share
 
 
-class _Claim(torch.autograd.Function):
-    """Identity on the reported loss: its backward says that the loss is being differentiated."""
+class _Supply(torch.autograd.Function):
+    """Identity on the weights and the loss of one routing; a loss that nobody differentiates gets its gradient here."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, balance: Balance) -> Tensor:
-        ctx.balance = balance
-        ctx.set_materialize_grads(False)  # nn.parallel.DistributedDataParallel runs it for an unused loss too
-        return loss.view_as(loss)
+    def forward(
+        ctx: Any, weights: Tensor, loss: Tensor, share: float | Tensor, factor: float, balance: Balance | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.share, ctx.factor, ctx.balance = share, factor, balance
+        ctx.set_materialize_grads(False)
+        return weights.view_as(weights), loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        if grad_outputs[0] is not None:
-            ctx.balance.claimed = True
-        return grad_outputs[0], None
+        grad_weights, grad_loss = grad_outputs
+        compiling = torch.compiler.is_compiling()  # there, no gradient is a gradient of zero
+        if grad_weights is not None and (grad_loss is None or compiling):
+            share = ctx.share if ctx.balance is None else ctx.balance.supplied()
+            supplied = _on(share, grad_weights) * grad_weights.new_full((), ctx.factor)
+            grad_loss = supplied if grad_loss is None else torch.where(grad_loss == 0, supplied, grad_loss)
+        return grad_weights, grad_loss, None, None, None
 
 
 class _Observe(torch.autograd.Function):
@@ -182,15 +173,5 @@ class _Observe(torch.autograd.Function):
         return grad_outputs[0], None, None
 
 
-class _Supply(torch.autograd.Function):
-    """Identity on the weights: its backward adds the gradient of the loss where nobody claimed it."""
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, prob_sums: Tensor, logits: Tensor, balance: Balance, index: int) -> Tensor:
-        ctx.balance, ctx.index = balance, index
-        return weights.view_as(weights)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        grads = (None, None) if ctx.balance.claimed else ctx.balance.gradients(ctx.index)
-        return grad_outputs[0], *grads, None, None
+def _on(share: float | Tensor, beside: Tensor) -> float | Tensor:
+    return share.to(beside) if isinstance(share, Tensor) else share

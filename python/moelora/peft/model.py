@@ -514,8 +514,9 @@ class LoraModel(lora.LoraModel):
         if frame.router is not None and module.training:
             share = share_of_step(arguments, shifted=host.shifts_labels)
             if share is not None:
-                config = self.moe_config or MoELoraConfig()
-                balance = Balance(config.load_balance_loss_type, config.router_aux_loss_coef, share)
+                config = self.moe_config or MoELoraConfig
+                routings = host.num_layers if frame.router.reads == "layers" else 1
+                balance = Balance(config.load_balance_loss_type, config.router_aux_loss_coef, routings, share)
         changed = None
         if frame.mixture == "logits":
             logits.check(frame, module, call, arguments)
@@ -549,10 +550,11 @@ class LoraModel(lora.LoraModel):
 
     def _with_balance(self, frame: Frame, output: Any) -> Any:
         """The output with the load balancing loss of the router, in training as a term of its loss."""
-        loss = router_aux_loss(frame.outputs, (self.moe_config or MoELoraConfig()).load_balance_loss_type)
         balance = frame.balance
-        if balance is not None:
-            loss = balance.report(loss)
+        if balance is None:
+            loss = router_aux_loss(frame.outputs, (self.moe_config or MoELoraConfig).load_balance_loss_type)
+        else:
+            loss = balance.loss()
         if isinstance(output, tuple):  # return_dict=False: with labels the loss comes first
             if balance is None or output[0].numel() != 1:
                 return output
