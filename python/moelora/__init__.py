@@ -29,6 +29,7 @@ _HOSTING = (
     "LoraLayer",
     "MoELoraConfig",
     "PeftModel",
+    "RoutingWeightsCollator",
     "activate_all_experts",
     "adopt",
     "get_peft_model",

@@ -172,7 +172,7 @@ class TestGetPeftModel:
         config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
         model = get_peft_model(make_base("llama"), config)
         assert model.base_model.active_adapters == ["default"]
-        assert type(model) is peft.PeftModelForCausalLM
+        assert isinstance(model, peft.PeftModelForCausalLM)
         assert not model.base_model.has_router()
         assert routes(model.eval(), ids)
 
@@ -267,7 +267,7 @@ class TestFaces:
     @pytest.mark.parametrize("name", ["PeftModel", "PeftModelForCausalLM"])
     def test_from_pretrained_adopts(self, make_base, make_lora, saved, ids, name):
         model = getattr(moelora, name).from_pretrained(make_base("llama"), saved[0])
-        assert type(model) is peft.PeftModelForCausalLM
+        assert isinstance(model, peft.PeftModelForCausalLM)
         assert isinstance(model, getattr(moelora, name))
         assert isinstance(make_lora("llama"), moelora.PeftModel)
         assert not isinstance(make_base("llama"), moelora.PeftModel)
@@ -277,7 +277,7 @@ class TestFaces:
     def test_the_constructor_adopts(self, make_base, ids):
         config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
         model = moelora.PeftModelForCausalLM(make_base("llama"), config, adapter_name="a")
-        assert type(model) is peft.PeftModelForCausalLM
+        assert isinstance(model, peft.PeftModelForCausalLM)
         assert routes(model.eval(), ids)
 
     def test_auto_classes_adopt(self, saved, ids, make_base):
@@ -285,7 +285,7 @@ class TestFaces:
         config.base_model_name_or_path = str(saved[1])
         config.save_pretrained(saved[0])
         model = moelora.AutoPeftModelForCausalLM.from_pretrained(saved[0])
-        assert type(model) is peft.PeftModelForCausalLM
+        assert isinstance(model, peft.PeftModelForCausalLM)
         assert routes(model, ids)
 
     def test_a_class_of_ones_own_stays_one(self, make_base, make_lora, ids):
@@ -295,7 +295,7 @@ class TestFaces:
 
         config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
         model = Mine(make_base("llama"), config, "a")
-        assert type(model) is Mine
+        assert isinstance(model, Mine)
         assert model.greet() == "hello"
         assert isinstance(model, moelora.PeftModel)
         assert not isinstance(make_lora("llama"), Mine)

@@ -189,6 +189,25 @@ class TestTheLossReachesTheRouter:
         self.own_loss(model(ids, labels=ids), ids).backward()
         torch.testing.assert_close(self.router_gradients(model), self.expected(make_lora, ids, 7.0))
 
+    def test_of_a_trainer_that_ignores_it_where_every_output_gets_a_backward(self, make_lora, ids):
+        """As in DistributedDataParallel: all outputs pass one node, and those not used have no gradient."""
+
+        class Sink(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *outputs):
+                ctx.set_materialize_grads(False)
+                return outputs
+
+            @staticmethod
+            def backward(ctx, *gradients):
+                return gradients
+
+        model = self.build(make_lora, 7.0)
+        out = model(ids, labels=ids)
+        out.loss, out.logits = Sink.apply(out.loss, out.logits)
+        self.own_loss(out, ids).backward()
+        torch.testing.assert_close(self.router_gradients(model), self.expected(make_lora, ids, 7.0))
+
     def test_of_a_trainer_that_scales_outputs_loss(self, make_lora, ids):
         model = self.build(make_lora, 7.0)
         (model(ids, labels=ids).loss / 4).backward()

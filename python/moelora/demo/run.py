@@ -14,7 +14,6 @@ import peft
 import torch
 import transformers
 from peft import LoraConfig, PeftModel
-from safetensors.torch import save_file
 from torch import nn
 
 import moelora
@@ -188,8 +187,6 @@ def save(mixture: PeftModel, folder: Path) -> None:
     """Write the experts as PEFT does, one folder each, and the router beside them."""
     shutil.rmtree(folder, ignore_errors=True)
     mixture.save_pretrained(str(folder))
-    router: Any = mixture.base_model.router
-    save_file(router.state_dict(), folder / "router.safetensors")
 
 
 def open_with_stock_peft(base: nn.Module, folder: Path) -> PeftModel:

@@ -1,7 +1,8 @@
-"""moelora for torch: the routed LoRA product, routing, routers and their losses."""
+"""moelora for torch: the routed LoRA product, routing, routers, their losses, and groups of parameters."""
 
 from moelora.nn.autograd import routed_lora, routed_lora_formula
 from moelora.nn.losses import router_aux_loss
+from moelora.nn.optim import parameter_groups
 from moelora.nn.route import Routing, route
 from moelora.nn.routers import (
     EmbeddingRouter,
@@ -24,6 +25,7 @@ __all__ = [
     "Routing",
     "RoutingOutput",
     "build_router",
+    "parameter_groups",
     "route",
     "routed_lora",
     "routed_lora_formula",

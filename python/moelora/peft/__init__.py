@@ -8,6 +8,7 @@ themselves.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import peft as _peft
@@ -15,10 +16,11 @@ from peft.tuners import lora as _lora
 from torch import nn
 
 from moelora.peft import mirror as _mirror
-from moelora.peft.config import MoELoraConfig
+from moelora.peft.config import MoELoraConfig, mark_hosted
+from moelora.peft.data import RoutingWeightsCollator
 from moelora.peft.embedding import Embedding
 from moelora.peft.layers import Linear, LoraLayer
-from moelora.peft.model import LoraModel, activate_all_experts, adopt, release
+from moelora.peft.model import LoraModel, activate_all_experts, adopt, open_pretrained, release
 from moelora.peft.patch import patch_peft, stock_get_peft_model
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "LoraLayer",
     "LoraModel",
     "MoELoraConfig",
+    "RoutingWeightsCollator",
     "activate_all_experts",
     "adopt",
     "get_peft_model",
@@ -72,6 +75,7 @@ def get_peft_model(
     """
 
     def stock(config: Any, name: str) -> Any:
+        mark_hosted(config)
         return stock_get_peft_model(
             model,
             config,
@@ -131,7 +135,10 @@ def _face(stock: Any) -> Any:
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         made = stock if "_stands_for" in cls.__dict__ else cls
-        return adopt(stock.from_pretrained.__func__(made, *args, **kwargs))
+        make = partial(stock.from_pretrained.__func__, made)
+        if issubclass(stock, _peft.PeftModel):
+            return open_pretrained(make, *args, **kwargs)
+        return adopt(make(*args, **kwargs))
 
     from_pretrained.__doc__ = stock.from_pretrained.__doc__
     members = {"__module__": __name__, "__doc__": stock.__doc__, "_stands_for": stock}

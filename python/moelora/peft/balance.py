@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from moelora.nn.losses import router_aux_loss
 from moelora.nn.routers import RoutingOutput
+
+_IGNORED = -100  # label of a token that the loss leaves out
+
+
+def loss_shifts_labels(model: nn.Module) -> bool:
+    """Whether the model's loss compares each position with the label of the next one."""
+    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
+    return shifts and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def share_of_step(arguments: dict[str, Any], *, shifted: bool) -> float | Tensor | None:
+    """What part of an optimizer step a forward with these arguments is; None: it is no training forward.
+
+    A trainer that accumulates gradients passes ``num_items_in_batch``, the number of labels in all forwards of the step
+    (and in all processes); the share is that of this forward's labels. Without it the forward stands for itself, and
+    whoever accumulates divides ``outputs.loss``. Without labels beside it, the trainer has taken them out to compute
+    the loss itself, and every token that is not padding is taken for one.
+
+    Parameters
+    ----------
+    arguments : dict
+        Of the model's forward, by name.
+    shifted : bool
+        See `loss_shifts_labels`.
+    """
+    labels, items = arguments.get("labels"), arguments.get("num_items_in_batch")
+    if items is None:
+        return None if labels is None else 1.0
+    first = int(shifted)
+    if arguments.get("shift_labels") is not None:
+        labels, first = arguments["shift_labels"], 0
+    if labels is not None:
+        counted = labels[..., first:] != _IGNORED
+    elif arguments.get("attention_mask") is not None:
+        counted = arguments["attention_mask"][..., first:] != 0
+    elif arguments.get("input_ids") is not None:
+        counted = torch.ones_like(arguments["input_ids"][..., first:])
+    else:
+        return None
+    items = torch.as_tensor(items, device=counted.device).flatten()[0]  # nn.DataParallel has one for each replica
+    share: Tensor = counted.sum() / items.clamp(min=1)
+    return share
 
 
 class Balance:
     """The auxiliary loss of one forward in training, with its factor.
 
-    It is a term of ``outputs.loss``. Trainers that compute their own loss from the logits never differentiate that
+    It is a term of ``outputs.loss``. Trainers that compute their own loss from other outputs never differentiate that
     term. So the weights that a router makes and the loss of that routing leave one node together: a backward that comes
     through the weights alone finds no gradient of the loss there, and the node puts in the one it would have had.
 
@@ -25,40 +69,109 @@ class Balance:
         Factor of the loss in ``outputs.loss``.
     routings : int
         How many routings the forward makes: the loss is the mean of theirs.
+    share : float or Tensor
+        What part of an optimizer step the forward is, see `share_of_step`.
     """
 
-    def __init__(self, kind: str, coefficient: float, routings: int) -> None:
-        self.kind, self.coefficient, self.routings = kind, coefficient, routings
+    def __init__(self, kind: str, coefficient: float, routings: int, share: float | Tensor = 1.0) -> None:
+        self.kind, self.coefficient, self.routings, self.share = kind, coefficient, routings, share
         self._losses: list[Tensor] = []
+        self._half = False  # computed in float16, where losses are scaled
+        self._observed: Tensor | None = None  # the trainer's own share, see `observe`
 
     def watch(self, output: RoutingOutput) -> Tensor:
         """The weights of `output`, whose backward brings the gradient of the loss along."""
         weights, loss = output.weights, router_aux_loss([output], self.kind)
         if self.coefficient and torch.is_grad_enabled():
+            compiling = torch.compiler.is_compiling()
+            if not compiling:
+                kind = weights.device.type
+                self._half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
             supply: Any = _Supply.apply
-            weights, loss = supply(weights, loss, self.coefficient / self.routings)
+            weights, loss = supply(
+                weights, loss, self.share, self.coefficient / self.routings, None if compiling else self
+            )
         self._losses.append(loss)
         return weights
 
     def loss(self) -> Tensor:
-        """The loss before the factor."""
+        """The loss before its factor."""
         return torch.stack(self._losses).mean()
+
+    def term(self, loss: Tensor) -> Tensor:
+        """What is added to ``outputs.loss``."""
+        return loss * (_on(self.share, loss) * self.coefficient)
+
+    def observe(self, log_probs: Tensor, counted: Tensor) -> Tensor:
+        """Log-probabilities of the labels, as a node that sees what a trainer makes of them.
+
+        A loss that is their mean gives each of the `counted` ones the same gradient. Whatever the mean is multiplied
+        with (accumulation, processes, a gradient scaler) then goes for the supplied gradient too. Other losses say
+        nothing about it.
+        """
+        observe: Any = _Observe.apply
+        return log_probs if torch.compiler.is_compiling() else observe(log_probs, counted, self)
+
+    def observed(self, gradient: Tensor, counted: Tensor) -> None:
+        """Keep the share that a mean with this gradient has, if it is one."""
+        highest = gradient.masked_fill(~counted, -torch.inf).amax()
+        alike = (gradient.masked_fill(~counted, torch.inf).amin() >= highest) & (highest < 0)
+        if self._half and not alike:
+            return
+        share = -(gradient * counted).sum()
+        self._observed = torch.where(alike, share, torch.as_tensor(self.share).to(share))
+
+    def supplied(self) -> float | Tensor:
+        """The share of a term that is supplied."""
+        if self._observed is not None:
+            return self._observed
+        if self._half:
+            warnings.warn(
+                "the loss is not outputs.loss and the forward computes in float16: the load balancing loss can't see "
+                "the scale of a gradient scaler and vanishes beside it; train in bfloat16, or add "
+                "router_aux_loss_coef * outputs.router_aux_loss to the loss",
+                stacklevel=2,
+            )
+        return self.share
 
 
 class _Supply(torch.autograd.Function):
-    """Identity on the weights and the loss of one routing; a loss that nobody differentiates gets gradient `share`."""
+    """Identity on the weights and the loss of one routing; a loss that nobody differentiates gets its gradient here."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, loss: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        ctx.share = share
+    def forward(
+        ctx: Any, weights: Tensor, loss: Tensor, share: float | Tensor, factor: float, balance: Balance | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.share, ctx.factor, ctx.balance = share, factor, balance
         ctx.set_materialize_grads(False)
         return weights.view_as(weights), loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         grad_weights, grad_loss = grad_outputs
-        if grad_loss is None:
-            grad_loss = grad_weights.new_full((), ctx.share)
-        elif torch.compiler.is_compiling():  # where no gradient is a gradient of zero
-            grad_loss = torch.where(grad_loss == 0, ctx.share, grad_loss)
-        return grad_weights, grad_loss, None
+        compiling = torch.compiler.is_compiling()  # there, no gradient is a gradient of zero
+        if grad_weights is not None and (grad_loss is None or compiling):
+            share = ctx.share if ctx.balance is None else ctx.balance.supplied()
+            supplied = _on(share, grad_weights) * grad_weights.new_full((), ctx.factor)
+            grad_loss = supplied if grad_loss is None else torch.where(grad_loss == 0, supplied, grad_loss)
+        return grad_weights, grad_loss, None, None, None
+
+
+class _Observe(torch.autograd.Function):
+    """Identity on log-probabilities: its backward shows their gradient to the balance."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, counted: Tensor, balance: Balance) -> Tensor:
+        ctx.balance, ctx.counted = balance, counted
+        ctx.set_materialize_grads(False)
+        return log_probs.view_as(log_probs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        if grad_outputs[0] is not None:
+            ctx.balance.observed(grad_outputs[0], ctx.counted)
+        return grad_outputs[0], None, None
+
+
+def _on(share: float | Tensor, beside: Tensor) -> float | Tensor:
+    return share.to(beside) if isinstance(share, Tensor) else share

@@ -95,6 +95,18 @@ class MoELoraConfig(LoraConfig):
         if changed:
             warnings.warn(f"use_moe_routing is False, so {', '.join(changed)} will be ignored", stacklevel=3)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # PEFT's get_peft_model, and add_adapter of transformers, write the name of the base model into a configuration
+        # that is complete, and know nothing of routing.
+        complete = mixture_fields()[-1].name in vars(self)
+        if name == "base_model_name_or_path" and complete and self.use_moe_routing and not vars(self).get("_hosted"):
+            warnings.warn(
+                "PEFT makes one plain adapter of a MoELoraConfig, without experts and router: use "
+                "moelora.get_peft_model, or moelora.patch_peft() for code that calls PEFT's",
+                stacklevel=3,
+            )
+        super().__setattr__(name, value)
+
     def _check_mixture(self) -> None:
         for name in ("num_experts", "top_k_experts", "router_hidden_size"):
             value = getattr(self, name)
@@ -159,6 +171,12 @@ class MoELoraConfig(LoraConfig):
         return cls(**values, **_read_mixture(source, subfolder, kwargs))
 
 
+def mark_hosted(config: Any) -> None:
+    """Note that the adapter of this configuration is in a model that can be routed."""
+    if isinstance(config, MoELoraConfig):
+        vars(config)["_hosted"] = True
+
+
 def mixture_fields() -> list[dataclasses.Field[Any]]:
     """The fields that `MoELoraConfig` adds to `peft.LoraConfig`."""
     plain = {f.name for f in dataclasses.fields(LoraConfig)}
@@ -175,11 +193,22 @@ def _read_mixture(source: str, subfolder: str | None, kwargs: dict[str, Any]) ->
             return {}
     elif not path.is_file():
         return {}
-    document = json.loads(path.read_text())
+    mixture: dict[str, Any] = read_document(path)["config"] or {}
+    return mixture
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Read a ``moe_lora.json``; its "config" has fields of the mixture alone, or is None.
+
+    Raises
+    ------
+    ValueError
+        If it has an unknown format version or unknown fields.
+    """
+    document: dict[str, Any] = json.loads(path.read_text())
     if document.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {document.get('format_version')!r}, expected {FORMAT_VERSION}")
-    mixture: dict[str, Any] = document["config"]
-    unknown = sorted(mixture.keys() - {f.name for f in mixture_fields()})
+    unknown = sorted((document["config"] or {}).keys() - {f.name for f in mixture_fields()})
     if unknown:
         raise ValueError(f"{path} holds unknown fields {unknown}")
-    return mixture
+    return document

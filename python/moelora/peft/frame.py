@@ -48,6 +48,7 @@ class Host:
     transformer: bool = False  # inputs are tokens [B, S]
     encoder_decoder: bool = False
     num_layers: int = 0  # decoder layers
+    shifts_labels: bool = False  # its loss compares each position with the label of the next one
     parameters: tuple[str, ...] = ()  # of the model's forward
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -22,8 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moelora.nn.losses import router_aux_loss
 from moelora.nn.routers import Router, build_router
 from moelora.peft import logits, quantized
-from moelora.peft.balance import Balance
-from moelora.peft.config import MoELoraConfig
+from moelora.peft.balance import Balance, loss_shifts_labels, share_of_step
+from moelora.peft.checkpoint import read_mixture
+from moelora.peft.config import MoELoraConfig, mark_hosted
 from moelora.peft.embedding import Embedding
 from moelora.peft.frame import (
     MIXTURES,
@@ -40,6 +42,7 @@ from moelora.peft.frame import (
     put,
 )
 from moelora.peft.layers import Linear, Routed
+from moelora.peft.peft_model import RoutedPeftModel, routed_class
 
 # Stock class -> the routed class that takes its place. Everything else is refused when weights arrive.
 ROUTED: dict[type[lora.LoraLayer], type[Routed]] = {
@@ -58,7 +61,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def adopt(model: Model, *, mixture: str = "layer") -> Model:
     """Make a PEFT model routable, in place.
 
-    Its LoRA layers and its ``base_model`` become routed subclasses of themselves: same parameters, same names, same
+    It, its LoRA layers and its ``base_model`` become routed subclasses of themselves: same parameters, same names, same
     checkpoint, and the same bits as long as no routing weights are in play. Afterwards ``model(...)`` and
     ``model.generate(...)`` take ``routing_weights``, and ``model.base_model`` takes a router
     (`LoraModel.attach_router`). A model that can't be routed (IA3, DoRA, ...) is adopted too: it runs PEFT's code, and
@@ -94,6 +97,9 @@ def adopt(model: Model, *, mixture: str = "layer") -> Model:
     if isinstance(tuner, LoraModel):
         tuner._host.mixture = mixture
         model.special_peft_forward_args.update(KEYWORDS)
+        if not isinstance(model, RoutedPeftModel):
+            stock: Any = type(model)
+            model.__class__ = routed_class(stock)
     else:
         reason = f"{type(model).__name__} with {type(tuner).__name__} can't be routed, only LoRA in a PeftModel can"
         for module in _entrances(model):
@@ -116,12 +122,45 @@ def release(model: Model) -> Model:
             vars(tuner).pop(name, None)
         tuner.__class__ = lora.LoraModel  # type: ignore[assignment]
         model.special_peft_forward_args.difference_update(KEYWORDS)
+        if isinstance(model, RoutedPeftModel):
+            model.__class__ = model._stock_class
     else:
         for module in _entrances(model):
             for key, hook in list(module._forward_pre_hooks.items()):
                 if isinstance(hook, _Refusal):
                     del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     return model
+
+
+def open_pretrained(
+    make: Callable[..., Any],
+    model: nn.Module,
+    model_id: str | os.PathLike[str],
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    **options: Any,
+) -> Any:
+    """PEFT's ``from_pretrained``, adopted; the folder of a whole mixture gives all its experts, and its router.
+
+    Parameters
+    ----------
+    make : callable
+        ``from_pretrained`` of the class that is wanted.
+    model, model_id, adapter_name, is_trainable, **options
+        As in PEFT. With another `adapter_name` than the default, one adapter is opened.
+    """
+    mixture = read_mixture(model_id) if adapter_name == "default" and not options.get("subfolder") else None
+    if mixture is None:
+        return adopt(make(model, model_id, adapter_name, is_trainable, **options))
+    first, *others = mixture.experts
+    opened = adopt(make(model, mixture.path(first), first, is_trainable, **options))
+    for name in others:
+        opened.load_adapter(str(mixture.path(name)), name, is_trainable=is_trainable, **options)
+    opened.base_model.set_adapter(mixture.active, inference_mode=not is_trainable)
+    if mixture.router is not None:
+        router = mixture.make_router().requires_grad_(is_trainable)
+        opened.base_model.attach_router(router.train(opened.training), mixture.config)
+    return opened
 
 
 def _entrances(model: nn.Module) -> list[nn.Module]:
@@ -192,9 +231,12 @@ class LoraModel(lora.LoraModel):
             ]
             if getattr(getattr(top, "config", None), "is_encoder_decoder", False):
                 self._watch_stacks()
+        for config in self.peft_config.values():
+            mark_hosted(config)
         host = self._host
         host.transformer = isinstance(top, PreTrainedModel)
         host.encoder_decoder = bool(getattr(getattr(top, "config", None), "is_encoder_decoder", False))
+        host.shifts_labels = loss_shifts_labels(top)
         host.parameters = _parameters(top)
         stack, self._decoder_layers = _decoder(top)
         host.num_layers = len(self._decoder_layers)
@@ -527,10 +569,12 @@ class LoraModel(lora.LoraModel):
         alone = not host.encoder_decoder
         call = _read_call(host, arguments, per_token=alone and frame.per_token, of_text=alone)
         balance = None
-        if frame.router is not None and module.training and arguments.get("labels") is not None:
-            config = self.moe_config or MoELoraConfig
-            routings = host.num_layers if frame.router.reads == "layers" else 1
-            balance = Balance(config.load_balance_loss_type, config.router_aux_loss_coef, routings)
+        if frame.router is not None and module.training:
+            share = share_of_step(arguments, shifted=host.shifts_labels)
+            if share is not None:
+                config = self.moe_config or MoELoraConfig
+                routings = host.num_layers if frame.router.reads == "layers" else 1
+                balance = Balance(config.load_balance_loss_type, config.router_aux_loss_coef, routings, share)
         changed = None
         if frame.mixture == "logits":
             logits.check(frame, module, call, arguments)
@@ -574,11 +618,16 @@ class LoraModel(lora.LoraModel):
         else:
             loss = balance.loss()
         if isinstance(output, tuple):  # return_dict=False: with labels the loss comes first
-            return output if balance is None else (output[0] + balance.coefficient * loss, *output[1:])
+            if balance is None or output[0].numel() != 1:
+                return output
+            return (output[0] + balance.term(loss), *output[1:])
         # An attribute, no key: Trainer takes every key of an evaluation's output for predictions.
         output.router_aux_loss = loss
         if balance is not None and getattr(output, "loss", None) is not None:
-            output.loss = output.loss + balance.coefficient * loss
+            output.loss = output.loss + balance.term(loss).to(output.loss.device)
+        counted = getattr(output, "label_mask", None)
+        if balance is not None and counted is not None:  # trl's fused head
+            output.log_probs = balance.observe(output.log_probs, counted)
         return output
 
     def _before_stack(
