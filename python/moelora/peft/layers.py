@@ -92,12 +92,21 @@ class Routed(nn.Module, LoraLayer):
             base: Tensor = layer(x, *args, **kwargs)
             return base
 
-        lora_A = [all_A[name].weight for name in present]
-        lora_B = [all_B[name].weight for name in present]
-        scaling = [self.scaling[name] for name in present]
-        dropout_p = [_drop_probability(self.lora_dropout[name]) for name in present] if self.training else 0.0
-        if not all(type(factor) is nn.Parameter for factor in (*lora_A, *lora_B)):
-            self._refuse_sharded([*lora_A, *lora_B])
+        try:
+            lora_A = [all_A[name]._parameters["weight"] for name in present]
+            lora_B = [all_B[name]._parameters["weight"] for name in present]
+        except KeyError:  # parametrized
+            lora_A = [all_A[name].weight for name in present]
+            lora_B = [all_B[name].weight for name in present]
+        scalings = self.scaling
+        scaling = [scalings[name] for name in present]
+        dropout_p: float | list[float] = 0.0
+        if self.training:
+            dropout = modules["lora_dropout"]._modules
+            drops = [_drop_probability(dropout[name]) for name in present]
+            dropout_p = drops if any(drops) else 0.0
+        if not all([type(factor) is nn.Parameter for factor in lora_A + lora_B]):
+            self._refuse_sharded(lora_A + lora_B)
         if weights.device != x.device:
             weights = weights.to(x.device)
 
