@@ -1,6 +1,7 @@
 """`routed_lora` for torch: the C core under autograd on CPU, a stacked formula in torch operations everywhere else."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -17,8 +18,14 @@ from moelora.functional import HAS_EXT
 if HAS_EXT:
     from moelora import _core
 
-    _core.use_torch(Tensor, torch.nn.Parameter)
     _are_plain, _plain_call = _core.are_plain, _core.plain_call
+    if not _core.use_torch(Tensor, torch.nn.Parameter):
+        warnings.warn(
+            f"torch {torch.__version__} has no DLPack C exchange API that moelora knows; plain torch is used, which is "
+            "slow",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 __all__ = ["routed_lora", "routed_lora_formula", "uses_core"]
 
@@ -459,18 +466,28 @@ class _RoutedLoRA(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, routing_weights: Tensor, *others: Any) -> Tensor:
-        base_output, weight, bias, scaling, top_k, total_rank, *adapters = others
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        routing_weights: Tensor,
+        base_output: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scaling: tuple[float, ...],
+        top_k: int | None,
+        total_rank: int | None,
+        *adapters: Tensor,
+    ) -> Tensor:
         n, need = len(scaling), ctx.needs_input_grad
         keep_hidden, hidden = need[1] or any(need[-n:]), None
         if total_rank is None:
-            lora_A, lora_B = tuple(adapters[:n]), tuple(adapters[n:])
+            lora_A, lora_B = adapters[:n], adapters[n:]
             call = _Call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, ())
             y, hidden = _core_forward(call, keep_hidden=keep_hidden)
         else:
             if keep_hidden:
                 hidden = x.new_empty((*x.shape[:-1], total_rank))
-            y = _plain_forward(x, routing_weights, base_output, weight, bias, scaling, others[6:], hidden)
+            y = _plain_forward(x, routing_weights, base_output, weight, bias, scaling, adapters, hidden)
         ctx.x_shape, ctx.scaling, ctx.top_k = x.shape, scaling, top_k
         kept_x = x if any(need[-2 * n : -n]) else None
         ctx.save_for_backward(kept_x, hidden, routing_weights, weight if need[0] else None, *adapters)
@@ -478,25 +495,25 @@ class _RoutedLoRA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-        need_x, need_w, need_base, _, _, _, _, _, *need_adapters = ctx.needs_input_grad
-        grads: Sequence[Tensor | None] = (None,) * (2 + len(need_adapters))
-        if need_x or need_w or any(need_adapters):
+        need = ctx.needs_input_grad
+        need_adapters = need[-2 * len(ctx.scaling) :]
+        grads: Sequence[Tensor | None] | None = None
+        if need[0] or need[1] or any(need_adapters):
             saved = ctx.saved_tensors  # once: checkpointing recomputes on every reading
             twice = torch.is_grad_enabled()  # create_graph
-            plain = None
-            if not twice and ctx.top_k is None and _is_unwatched():
-                plain = _plain_backward(ctx, saved, grad_y)
-            if plain is not None:
-                grads = plain
-            elif uses_core(grad_y, *saved):
+            if ctx.top_k is None and not twice and _is_unwatched():
+                grads = _plain_backward(ctx, saved, grad_y)
+            if grads is None and uses_core(grad_y, *saved):
                 grads = _core_backward(ctx, saved, grad_y)
                 if twice:
                     grads = _refuse_twice(grads, [grad_y, *saved])
-            elif twice:
-                raise RuntimeError(_TWICE)
-            else:
+            elif grads is None:
+                if twice:
+                    raise RuntimeError(_TWICE)
                 grads = _formula_backward(ctx, saved, grad_y)
-        return (*grads[:2], grad_y if need_base else None, None, None, None, None, None, *grads[2:])
+        else:
+            grads = (None,) * (2 + len(need_adapters))
+        return (*grads[:2], grad_y if need[2] else None, None, None, None, None, None, *grads[2:])
 
 
 # What Function.apply comes down to where no torch.func transform is active, which routed_lora has made sure of.
@@ -506,16 +523,17 @@ _apply = super(torch.autograd.Function, _RoutedLoRA).apply
 def _plain_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> Sequence[Tensor | None] | None:
     """Gradients of x, the routing weights and the adapters, None where not needed; no list: not the plain case."""
     x, hidden, routing_weights, weight, *adapters = saved
-    need_x, need_w, _, _, _, _, _, _, *need_adapters = ctx.needs_input_grad
-    grad_x = None
-    if need_x:
+    need, empty_like = ctx.needs_input_grad, torch.empty_like
+    grad_x = grad_w = None
+    if need[0]:
         grad_x = grad_y.new_empty(ctx.x_shape) if weight is None else grad_y @ weight
-    empty_like = torch.empty_like
-    grad_w = empty_like(routing_weights) if need_w else None
-    grads = [empty_like(t) if needed else None for t, needed in zip(adapters, need_adapters, strict=True)]
+    if need[1]:
+        grad_w = empty_like(routing_weights)
+    grads = [empty_like(t) if needed else None for t, needed in zip(adapters, need[8:], strict=True)]
+    threads = runtime.get_num_threads()
     done = _core.backward_tensors(
         x,
-        saved[4:],
+        tuple(adapters),
         routing_weights,
         ctx.scaling,
         grad_y,
@@ -525,7 +543,7 @@ def _plain_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> Sequence[
         grad_w,
         weight is not None,
         None,
-        runtime.get_num_threads(),
+        threads,
     )
     return (grad_x, grad_w, *grads) if done else None
 

@@ -84,18 +84,17 @@ class Routed(nn.Module, LoraLayer):
         # Every lookup of a submodule by attribute is a call of nn.Module.__getattr__, so each is done once.
         modules: dict[str, Any] = self._modules
         all_A, all_B = modules["lora_A"]._modules, modules["lora_B"]._modules
-        present = [name for name in experts if name in all_A]
-        if len(present) < len(experts):
-            weights = weights[..., [i for i, name in enumerate(experts) if name in all_A]]
-        layer = modules["base_layer"]
-        if not present:
-            base: Tensor = layer(x, *args, **kwargs)
-            return base
-
+        layer, present = modules["base_layer"], experts
         try:
-            lora_A = [all_A[name]._parameters["weight"] for name in present]
-            lora_B = [all_B[name]._parameters["weight"] for name in present]
-        except KeyError:  # parametrized
+            lora_A = [all_A[name]._parameters["weight"] for name in experts]
+            lora_B = [all_B[name]._parameters["weight"] for name in experts]
+        except KeyError:  # an expert that this layer lacks, or one that is parametrized
+            present = [name for name in experts if name in all_A]
+            if not present:
+                base: Tensor = layer(x, *args, **kwargs)
+                return base
+            if len(present) < len(experts):
+                weights = weights[..., [i for i, name in enumerate(experts) if name in all_A]]
             lora_A = [all_A[name].weight for name in present]
             lora_B = [all_B[name].weight for name in present]
         scalings = self.scaling
@@ -105,7 +104,7 @@ class Routed(nn.Module, LoraLayer):
             dropout = modules["lora_dropout"]._modules
             drops = [_drop_probability(dropout[name]) for name in present]
             dropout_p = drops if any(drops) else 0.0
-        if not all([type(factor) is nn.Parameter for factor in lora_A + lora_B]):
+        if {*map(type, lora_A), *map(type, lora_B)} != {nn.Parameter}:
             self._refuse_sharded(lora_A + lora_B)
         if weights.device != x.device:
             weights = weights.to(x.device)
@@ -191,4 +190,4 @@ def _is_plain(layer: nn.Module, x: Tensor) -> bool:
         return False
     if bias is not None and (bias.requires_grad or bias.dtype is not x.dtype):
         return False
-    return not nn_module._has_any_global_hook() and not torch.is_autocast_enabled(x.device.type)
+    return not nn_module._has_any_global_hook() and not torch._C._is_any_autocast_enabled()
