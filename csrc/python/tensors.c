@@ -203,8 +203,7 @@ static bool read_factor(const tensor_call *c, PyObject *obj, ml_matrix *matrix, 
 /* Where the gradient of a [rows, cols] factor goes; None leaves it as it is: not wanted. */
 static bool read_grad(const tensor_call *c, PyObject *obj, int64_t rows, int64_t cols, ml_matrix *grad) {
   int64_t got_rows = rows, got_cols = cols;
-  return obj == Py_None ||
-         (read_factor(c, obj, grad, &got_rows, &got_cols) && got_rows == rows && got_cols == cols);
+  return obj == Py_None || (read_factor(c, obj, grad, &got_rows, &got_cols) && got_rows == rows && got_cols == cols);
 }
 
 /* adapters: a tuple of the N A's, then the N B's. */
@@ -400,9 +399,9 @@ PyObject *plain_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
   }
   int required = any_of(c.torch, factors, 2 * c.core.n_experts, requires_grad);
   required = required == 0 ? any_of(c.torch, others, 3, requires_grad) : required;
-  result = required < 0 ? NULL
-                        : Py_BuildValue("OOLO", adapters, scaling, (long long)c.total_rank,
-                                        required ? Py_True : Py_False);
+  result = required < 0
+               ? NULL
+               : Py_BuildValue("OOLO", adapters, scaling, (long long)c.total_rank, required ? Py_True : Py_False);
 done:
   if (plain == NO) {
     result = Py_NewRef(Py_None);

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -149,7 +149,6 @@ def routed_lora(
             routing_weights=w.flatten(0, -3) if w.dim() > 1 else w,
             base_output=None if base is None else base.flatten(0, -3),
         )
-    y: Tensor
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         y = _apply(
             call.x,
@@ -517,7 +516,7 @@ class _RoutedLoRA(torch.autograd.Function):
 
 
 # What Function.apply comes down to where no torch.func transform is active, which routed_lora has made sure of.
-_apply = super(torch.autograd.Function, _RoutedLoRA).apply
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, _RoutedLoRA).apply
 
 
 def _plain_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> Sequence[Tensor | None] | None:
