@@ -1,4 +1,4 @@
-/* moelora._core: the border between Python and the core, the only C beside arrays.c that sees Python.h and NumPy.
+/* moelora._core: the border between Python and the core, the only C beside arrays.c and tensors.c that sees Python.h.
  *
  * No arithmetic happens here. An entry checks everything while it holds the GIL, releases it around one call of the
  * core, and leaves through `done`. moelora.functional documents the NumPy entries, _core.pyi the positions of their

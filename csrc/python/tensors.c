@@ -474,16 +474,20 @@ PyObject *backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n
       !read_n_threads(args[11], &c.core.n_threads)) {
     goto done;
   }
+  /* First, for a mode may answer this in Python, and pointers are good only until anybody else runs. */
+  PyObject *const read[] = {args[0], args[2], args[4], args[5], args[6]};
+  if (any_of(c.torch, read, 5, negated) ||
+      any_of(c.torch, &PyTuple_GET_ITEM(adapters, 0), PyTuple_GET_SIZE(adapters), negated)) {
+    plain = NO;
+    goto done;
+  }
   plain = read_shape(&c, args[4]) && read_experts(&c, adapters) &&
           read_optional_rows(&c, args[0], c.core.d_in, &c.core.x) &&
           read_weights(&c, args[2], &c.core.routing_weights) && read_scalings(&c, args[3]) &&
           read_rows(&c, args[4], c.core.d_out, &grad_y) && read_optional_rows(&c, args[5], c.total_rank, &hidden) &&
           read_optional_rows(&c, args[6], c.core.d_in, &grad_x) && read_grads(&c, grads) &&
           (args[8] == Py_None || read_weights(&c, args[8], &grad_w)) && read_dropout(&c, args[10]);
-  PyObject *const read[] = {args[0], args[2], args[4], args[5], args[6]};
-  if (plain == NO || any_of(c.torch, read, 5, negated) ||
-      any_of(c.torch, &PyTuple_GET_ITEM(adapters, 0), PyTuple_GET_SIZE(adapters), negated)) {
-    plain = NO;
+  if (plain != YES) {
     goto done;
   }
   ml_status status;
