@@ -102,7 +102,7 @@ static bool view_of(const torch_api *torch, PyObject *obj, dl_tensor *view) {
 
 /* Whether the tensor's numbers are the negatives of what its memory holds, which a view does not say. */
 static bool is_negated(const torch_api *torch, PyObject *tensor) {
-  PyObject *answer = PyObject_CallOneArg(torch->is_neg, tensor);
+  PyObject *answer = torch->is_neg == NULL ? NULL : PyObject_CallOneArg(torch->is_neg, tensor);
   bool negated = answer != Py_False;
   if (answer == NULL) {
     PyErr_Clear();

@@ -1,6 +1,7 @@
 """The entries for torch tensors: what they take by pointer, what they leave to moelora.nn.autograd, and no leaks."""
 
 import gc
+import importlib
 import sys
 import tracemalloc
 
@@ -296,6 +297,17 @@ def test_a_torch_without_the_exchange_api_is_left_alone():
     finally:
         assert core.use_torch(torch.Tensor, torch.nn.Parameter) is True
     assert core.are_plain(torch.ones(1))
+
+
+def test_before_torch_is_known_nothing_is_plain(monkeypatch):
+    monkeypatch.delitem(sys.modules, "moelora._core")
+    other = importlib.import_module("moelora._core")
+    assert other is not core
+    assert not other.are_plain(torch.ones(1))
+    monkeypatch.setitem(globals(), "core", other)
+    assert plain_call() is None and gradients() == (False, True)
+    with pytest.raises(ValueError, match="forward_tensors takes plain tensors"):
+        run()
 
 
 def test_nothing_leaks_whether_a_call_is_plain_or_not():
