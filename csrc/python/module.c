@@ -1,4 +1,4 @@
-/* moelora._core: the border between Python and the core, the only C beside arrays.c that sees Python.h and NumPy.
+/* moelora._core: the border between Python and the core, the only C beside arrays.c and tensors.c that sees Python.h.
  *
  * No arithmetic happens here. An entry checks everything while it holds the GIL, releases it around one call of the
  * core, and leaves through `done`. moelora.functional documents the NumPy entries, _core.pyi the positions of their
@@ -11,14 +11,11 @@
 #include <math.h>
 
 #include "compiler.h"
+#include "module.h"
 
-typedef struct {
-  PyObject *shares_memory; /* numpy.shares_memory */
-} module_state;
+module_state *state_of(PyObject *module) { return PyModule_GetState(module); }
 
-static module_state *state_of(PyObject *module) { return PyModule_GetState(module); }
-
-static bool raise_status(ml_status status) {
+bool raise_status(ml_status status) {
   if (status == ML_ERR_NO_MEMORY) {
     PyErr_NoMemory();
   } else if (status != ML_OK) {
@@ -27,7 +24,7 @@ static bool raise_status(ml_status status) {
   return status != ML_OK;
 }
 
-static bool takes(const char *function, Py_ssize_t wanted, Py_ssize_t got) {
+bool takes(const char *function, Py_ssize_t wanted, Py_ssize_t got) {
   if (wanted != got) {
     PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, got %zd", function, wanted, got);
   }
@@ -36,7 +33,7 @@ static bool takes(const char *function, Py_ssize_t wanted, Py_ssize_t got) {
 
 /* ---- numbers ---- */
 
-static bool read_int64(PyObject *obj, const char *name, int64_t *value) {
+bool read_int64(PyObject *obj, const char *name, int64_t *value) {
   if (!PyLong_Check(obj)) {
     return raise_for(PyExc_TypeError, ARG(name), "must be an int, got %s", Py_TYPE(obj)->tp_name);
   }
@@ -48,7 +45,7 @@ static bool read_int64(PyObject *obj, const char *name, int64_t *value) {
   return *value != -1 || !PyErr_Occurred();
 }
 
-static bool read_n_threads(PyObject *obj, int *n_threads) {
+bool read_n_threads(PyObject *obj, int *n_threads) {
   int64_t n = 0;
   if (!read_int64(obj, "n_threads", &n)) {
     return false;
@@ -100,10 +97,7 @@ static bool read_real(PyObject *obj, argument arg, double *value) {
   return false;
 }
 
-/* What a call may keep on the stack; more experts than that go to the heap. */
-enum { FEW_EXPERTS = 64 };
-
-static ml_expert *experts_for(Py_ssize_t n, ml_expert few[FEW_EXPERTS]) {
+ml_expert *experts_for(Py_ssize_t n, ml_expert few[FEW_EXPERTS]) {
   ml_expert *experts = n <= FEW_EXPERTS ? few : PyMem_New(ml_expert, (size_t)n);
   if (experts == NULL) {
     PyErr_NoMemory();
@@ -113,7 +107,7 @@ static ml_expert *experts_for(Py_ssize_t n, ml_expert few[FEW_EXPERTS]) {
   return experts;
 }
 
-static void free_experts(ml_expert *experts, const ml_expert few[FEW_EXPERTS]) {
+void free_experts(ml_expert *experts, const ml_expert few[FEW_EXPERTS]) {
   if (experts != few) {
     PyMem_Free(experts);
   }
@@ -545,8 +539,7 @@ static bool read_optional_matrix(PyObject *obj, const char *name, ml_matrix *vie
   return obj == Py_None || read_matrix(obj, name, view);
 }
 
-/* A list or tuple, of n items where n >= 0. Borrows obj. */
-static bool is_items(PyObject *obj, const char *name, Py_ssize_t n) {
+bool is_items(PyObject *obj, const char *name, Py_ssize_t n) {
   if (!PyList_Check(obj) && !PyTuple_Check(obj)) {
     PyErr_Format(PyExc_TypeError, "%s must be a list or a tuple, got %s", name, Py_TYPE(obj)->tp_name);
     return false;
@@ -970,6 +963,11 @@ static PyMethodDef methods[] = {
     FAST(routed_lora_backward),
     FAST(forward_raw),
     FAST(backward_raw),
+    FAST(use_torch),
+    FAST(are_plain),
+    FAST(plain_call),
+    FAST(forward_tensors),
+    FAST(backward_tensors),
     FAST(route),
     FAST(route_backward),
     {"set_num_threads", set_num_threads, METH_O, NULL},
@@ -1002,11 +1000,12 @@ static int execute(PyObject *module) {
 
 static int traverse(PyObject *module, visitproc visit, void *arg) {
   Py_VISIT(state_of(module)->shares_memory);
-  return 0;
+  return visit_torch(&state_of(module)->torch, visit, arg);
 }
 
 static int clear(PyObject *module) {
   Py_CLEAR(state_of(module)->shares_memory);
+  clear_torch(&state_of(module)->torch);
   return 0;
 }
 

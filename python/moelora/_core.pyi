@@ -1,7 +1,7 @@
 """The C extension. `moelora.functional` documents what its functions do; here are the positions of the arguments."""
 
 from collections.abc import Iterable, Sequence
-from typing import SupportsFloat, SupportsIndex, TypeAlias
+from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from moelora.reference import Array
 # (pointer, strides in elements)
 _Tokens: TypeAlias = tuple[int, int, int, int]  # (pointer, batch, seq, col)
 _Matrix: TypeAlias = tuple[int, int, int]  # (pointer, row, col)
+_Dropout: TypeAlias = tuple[int, tuple[float, ...]]  # (seed, a probability for each expert)
 
 def routed_lora_forward(
     x: Array,
@@ -95,6 +96,49 @@ def backward_raw(
     accumulate: int,
     /,
 ) -> None: ...
+
+# Tensors in their plain case: strided CPU memory, all of one dtype. Annotated as Any, since numpy users have no torch.
+
+def use_torch(Tensor: type, Parameter: type, /) -> bool: ...
+def are_plain(*tensors: Any) -> bool: ...
+def plain_call(
+    x: Any,
+    lora_A: Any,
+    lora_B: Any,
+    routing_weights: Any,
+    scaling: Any,
+    base_output: Any,
+    weight: Any,
+    bias: Any,
+    /,
+) -> tuple[tuple[Any, ...], tuple[float, ...], int, bool] | None: ...
+def forward_tensors(
+    x: Any,
+    adapters: tuple[Any, ...],
+    routing_weights: Any,
+    scaling: tuple[float, ...],
+    base: Any,
+    y: Any,
+    hidden: Any,
+    dropout: _Dropout | None,
+    n_threads: int,
+    /,
+) -> None: ...
+def backward_tensors(
+    x: Any,
+    adapters: tuple[Any, ...],
+    routing_weights: Any,
+    scaling: tuple[float, ...],
+    grad_y: Any,
+    hidden: Any,
+    grad_x: Any,
+    grad_adapters: Sequence[Any],
+    grad_w: Any,
+    add_to_grad_x: bool,
+    dropout: _Dropout | None,
+    n_threads: int,
+    /,
+) -> bool: ...
 def set_num_threads(n: int | None, /) -> None: ...
 def get_num_threads() -> int: ...
 def set_isa(name: str | None, /) -> None: ...

@@ -356,6 +356,8 @@ def test_the_c_core_is_what_runs(make_mixture, monkeypatch):
         def backward_raw(*args):
             raise ZeroDivisionError("backward")
 
+        forward_tensors, backward_tensors = forward_raw, backward_raw
+
     for dtype in DTYPES:
         for tokens in [(2, 5), (7,), (2, 3, 2)]:
             m = make_mixture(dtype=dtype, tokens=tokens)
@@ -384,6 +386,16 @@ def test_threads_follow_torch_unless_moelora_says(make_mixture, monkeypatch):
         def backward_raw(*args):
             given.append(args[-2])
             core.backward_raw(*args)
+
+        @staticmethod
+        def forward_tensors(*args):
+            given.append(args[-1])
+            core.forward_tensors(*args)
+
+        @staticmethod
+        def backward_tensors(*args):
+            given.append(args[-1])
+            return core.backward_tensors(*args)
 
     monkeypatch.setattr(autograd, "_core", Watched)
     before = torch.get_num_threads()

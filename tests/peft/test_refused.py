@@ -125,6 +125,16 @@ for axes in (1, 2, 3):
     refuses("LoRA on convolutions")(convolution(axes))
 
 
+@refuses("`lora_dropout` modules of one's own")
+def dropout_module(tools: Tools) -> Case:
+    model = tools.model(target_modules=["q_proj"])
+    for layer in model.modules():
+        if isinstance(layer, moelora.Linear):
+            layer.lora_dropout["expert_1"] = nn.AlphaDropout(0.1)
+    message = r"q_proj has a AlphaDropout as lora_dropout, which can't be routed: use nn.Dropout"
+    return tools.of(model.eval(), message, error=TypeError)
+
+
 def variant(name: str, **options: Any) -> Callable[[Tools], Case]:
     def make(tools: Tools) -> Case:
         model = tools.model(target_modules=["q_proj"], **options)

@@ -1,7 +1,8 @@
 """`routed_lora` for torch: the C core under autograd on CPU, a stacked formula in torch operations everywhere else."""
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -16,6 +17,15 @@ from moelora.functional import HAS_EXT
 
 if HAS_EXT:
     from moelora import _core
+
+    _are_plain, _plain_call = _core.are_plain, _core.plain_call
+    if not _core.use_torch(Tensor, torch.nn.Parameter):
+        warnings.warn(
+            f"torch {torch.__version__} has no DLPack C exchange API that moelora knows; plain torch is used, which is "
+            "slow",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 __all__ = ["routed_lora", "routed_lora_formula", "uses_core"]
 
@@ -115,6 +125,15 @@ def routed_lora(
     >>> routed_lora(x, A, B, torch.tensor([0.25, 0.5]), 1.0)[0]
     tensor([6., 6., 6., 6., 6.])
     """
+    if top_k is None and type(dropout_p) is float and not dropout_p and _is_unwatched():
+        # The plain case costs no more than a few looks from C. All that is unusual, or wrong, goes on below.
+        plain = _plain_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
+        if plain is not None and not torch._C._is_any_autocast_enabled():
+            adapters, scales, total_rank, needs_grad = plain
+            if needs_grad and torch.is_grad_enabled():
+                return _apply(x, routing_weights, base_output, weight, bias, scales, None, total_rank, *adapters)
+            return _plain_forward(x, routing_weights, base_output, weight, bias, scales, adapters, None)
+
     call = _check(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
     tensors = [t for t in (call.x, call.routing_weights, call.base_output, call.weight, call.bias) if t is not None]
     tensors += call.lora_A
@@ -130,9 +149,8 @@ def routed_lora(
             routing_weights=w.flatten(0, -3) if w.dim() > 1 else w,
             base_output=None if base is None else base.flatten(0, -3),
         )
-    y: Tensor
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        y = _RoutedLoRA.apply(  # type: ignore[no-untyped-call]
+        y = _apply(
             call.x,
             call.routing_weights,
             call.base_output,
@@ -140,6 +158,7 @@ def routed_lora(
             call.bias,
             call.scaling,
             call.top_k,
+            None,
             *call.lora_A,
             *call.lora_B,
         )
@@ -174,6 +193,11 @@ def uses_core(*tensors: Tensor) -> bool:
     True for plain dense CPU tensors and parameters while nothing watches or rewrites torch operations (compile, export,
     tracing, torch.func transforms, forward-mode derivatives, dispatch and function modes).
     """
+    return _is_unwatched() and bool(_are_plain(*tensors))
+
+
+def _is_unwatched() -> bool:
+    """Whether there is a C core, and nothing watches or rewrites torch operations in this thread."""
     if torch.compiler.is_compiling() or not HAS_EXT:
         return False
     if (
@@ -184,17 +208,9 @@ def uses_core(*tensors: Tensor) -> bool:
     ):
         return False
     # torch.set_default_device is a function mode, and concerns no operation that the core replaces.
-    if torch._C._len_torch_function_stack() and any(
-        type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack()
-    ):
-        return False
-    for t in tensors:
-        if not (type(t) is Tensor or type(t) is torch.nn.Parameter):
-            return False
-        # Sparse, opaque and batched tensors (is_grads_batched) have no storage of their own.
-        if not t.is_cpu or t.is_neg() or not torch._C._has_storage(t):
-            return False
-    return True
+    return not torch._C._len_torch_function_stack() or all(
+        type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack()
+    )
 
 
 def _check(
@@ -420,17 +436,57 @@ def _core_forward(call: _Call, *, keep_hidden: bool) -> tuple[Tensor, Tensor | N
     return _as(x.dtype, y), hidden
 
 
+def _plain_forward(
+    x: Tensor,
+    routing_weights: Tensor,
+    base_output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scaling: tuple[float, ...],
+    adapters: tuple[Tensor, ...],
+    hidden: Tensor | None,
+) -> Tensor:
+    """y, and hidden if it is wanted, of a call that `plain_call` has let pass."""
+    if weight is not None:
+        y = base_output = F.linear(x, weight, bias)
+    elif base_output is not None:
+        y = torch.empty_like(base_output, memory_format=torch.contiguous_format)
+    else:
+        y = x.new_empty((*x.shape[:-1], adapters[-1].shape[0]))
+    threads = runtime.get_num_threads()
+    _core.forward_tensors(x, adapters, routing_weights, scaling, base_output, y, hidden, None, threads)
+    return y
+
+
 class _RoutedLoRA(torch.autograd.Function):
-    """The C core under autograd: the fields of a _Call but dropout_p; the adapters come last, all A before all B."""
+    """The C core under autograd: the fields of a _Call but dropout_p; the adapters come last, all A before all B.
+
+    Before them comes the sum of the ranks where the call is plain (`plain_call`), else None.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, routing_weights: Tensor, *others: Any) -> Tensor:
-        base_output, weight, bias, scaling, top_k, *adapters = others
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        routing_weights: Tensor,
+        base_output: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scaling: tuple[float, ...],
+        top_k: int | None,
+        total_rank: int | None,
+        *adapters: Tensor,
+    ) -> Tensor:
         n, need = len(scaling), ctx.needs_input_grad
-        call = _Call(
-            x, tuple(adapters[:n]), tuple(adapters[n:]), routing_weights, scaling, base_output, weight, bias, top_k, ()
-        )
-        y, hidden = _core_forward(call, keep_hidden=need[1] or any(need[-n:]))
+        keep_hidden, hidden = need[1] or any(need[-n:]), None
+        if total_rank is None:
+            lora_A, lora_B = adapters[:n], adapters[n:]
+            call = _Call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, ())
+            y, hidden = _core_forward(call, keep_hidden=keep_hidden)
+        else:
+            if keep_hidden:
+                hidden = x.new_empty((*x.shape[:-1], total_rank))
+            y = _plain_forward(x, routing_weights, base_output, weight, bias, scaling, adapters, hidden)
         ctx.x_shape, ctx.scaling, ctx.top_k = x.shape, scaling, top_k
         kept_x = x if any(need[-2 * n : -n]) else None
         ctx.save_for_backward(kept_x, hidden, routing_weights, weight if need[0] else None, *adapters)
@@ -438,25 +494,63 @@ class _RoutedLoRA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-        need_x, need_w, need_base, _, _, _, _, *need_adapters = ctx.needs_input_grad
-        grads: list[Tensor | None] = [None] * (2 + len(need_adapters))
-        if need_x or need_w or any(need_adapters):
+        need = ctx.needs_input_grad
+        need_adapters = need[-2 * len(ctx.scaling) :]
+        grads: Sequence[Tensor | None] | None = None
+        if need[0] or need[1] or any(need_adapters):
             saved = ctx.saved_tensors  # once: checkpointing recomputes on every reading
-            if uses_core(grad_y, *(t for t in saved if t is not None)):
+            twice = torch.is_grad_enabled()  # create_graph
+            if ctx.top_k is None and not twice and _is_unwatched():
+                grads = _plain_backward(ctx, saved, grad_y)
+            if grads is None and uses_core(grad_y, *saved):
                 grads = _core_backward(ctx, saved, grad_y)
-                if torch.is_grad_enabled():  # create_graph
+                if twice:
                     grads = _refuse_twice(grads, [grad_y, *saved])
-            elif torch.is_grad_enabled():
-                raise RuntimeError(_TWICE)
-            else:
+            elif grads is None:
+                if twice:
+                    raise RuntimeError(_TWICE)
                 grads = _formula_backward(ctx, saved, grad_y)
-        return (*grads[:2], grad_y if need_base else None, None, None, None, None, *grads[2:])
+        else:
+            grads = (None,) * (2 + len(need_adapters))
+        return (*grads[:2], grad_y if need[2] else None, None, None, None, None, None, *grads[2:])
+
+
+# What Function.apply comes down to where no torch.func transform is active, which routed_lora has made sure of.
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, _RoutedLoRA).apply
+
+
+def _plain_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> Sequence[Tensor | None] | None:
+    """Gradients of x, the routing weights and the adapters, None where not needed; no list: not the plain case."""
+    x, hidden, routing_weights, weight, *adapters = saved
+    need, empty_like = ctx.needs_input_grad, torch.empty_like
+    grad_x = grad_w = None
+    if need[0]:
+        grad_x = grad_y.new_empty(ctx.x_shape) if weight is None else grad_y @ weight
+    if need[1]:
+        grad_w = empty_like(routing_weights)
+    grads = [empty_like(t) if needed else None for t, needed in zip(adapters, need[8:], strict=True)]
+    threads = runtime.get_num_threads()
+    done = _core.backward_tensors(
+        x,
+        tuple(adapters),
+        routing_weights,
+        ctx.scaling,
+        grad_y,
+        hidden,
+        grad_x,
+        grads,
+        grad_w,
+        weight is not None,
+        None,
+        threads,
+    )
+    return (grad_x, grad_w, *grads) if done else None
 
 
 def _core_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None]:
     """Gradients of x, the routing weights and the adapters, None where not needed."""
     x, hidden, routing_weights, weight, *adapters = saved
-    need_x, need_w, _, _, _, _, _, *need_adapters = ctx.needs_input_grad
+    need_x, need_w, _, _, _, _, _, _, *need_adapters = ctx.needs_input_grad
     dtype = _core_dtype(grad_y.dtype)
     n, axes = len(ctx.scaling), grad_y.dim()
     wanted = zip((routing_weights, *adapters), (need_w, *need_adapters), strict=True)

@@ -6,6 +6,7 @@ runs PEFT's own forward.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from moelora.peft.frame import Site, as_weights, current
 __all__ = ["Linear", "LoraLayer", "Routed"]
 
 _linear_forward = nn.Linear.forward
+_is_meta = operator.attrgetter("is_meta")
 
 
 class Routed(nn.Module, LoraLayer):
@@ -84,19 +86,26 @@ class Routed(nn.Module, LoraLayer):
         # Every lookup of a submodule by attribute is a call of nn.Module.__getattr__, so each is done once.
         modules: dict[str, Any] = self._modules
         all_A, all_B = modules["lora_A"]._modules, modules["lora_B"]._modules
-        present = [name for name in experts if name in all_A]
-        if len(present) < len(experts):
-            weights = weights[..., [i for i, name in enumerate(experts) if name in all_A]]
-        layer = modules["base_layer"]
-        if not present:
-            return self._base_output(x, *args, **kwargs)
-
-        lora_A = [all_A[name].weight for name in present]
-        lora_B = [all_B[name].weight for name in present]
-        scaling = [self.scaling[name] for name in present]
-        dropout_p = [_drop_probability(self.lora_dropout[name]) for name in present] if self.training else 0.0
-        if not all(type(factor) is nn.Parameter and not factor.is_meta for factor in (*lora_A, *lora_B)):
-            self._refuse_unreadable([*lora_A, *lora_B], x)
+        layer, present = modules["base_layer"], experts
+        try:
+            lora_A = [all_A[name]._parameters["weight"] for name in experts]
+            lora_B = [all_B[name]._parameters["weight"] for name in experts]
+        except KeyError:  # an expert that this layer lacks, or one that is parametrized
+            present = [name for name in experts if name in all_A]
+            if not present:
+                return self._base_output(x, *args, **kwargs)
+            if len(present) < len(experts):
+                weights = weights[..., [i for i, name in enumerate(experts) if name in all_A]]
+            lora_A = [all_A[name].weight for name in present]
+            lora_B = [all_B[name].weight for name in present]
+        scalings = self.scaling
+        scaling = [scalings[name] for name in present]
+        dropout = modules["lora_dropout"]._modules
+        drops = [self._drop_probability(dropout[name]) for name in present]
+        dropout_p: float | list[float] = drops if any(drops) else 0.0
+        factors = lora_A + lora_B
+        if {*map(type, factors)} != {nn.Parameter} or True in map(_is_meta, factors):
+            self._refuse_unreadable(factors, x)
         if weights.device != x.device:
             weights = weights.to(x.device)
 
@@ -137,6 +146,17 @@ class Routed(nn.Module, LoraLayer):
         mixed = weights.to(zero.dtype) @ torch.stack(biases)
         return mixed.unsqueeze(1) if 1 < mixed.dim() < x.dim() else mixed
 
+    def _drop_probability(self, dropout: nn.Module) -> float:
+        if type(dropout) is nn.Identity:
+            return 0.0
+        if isinstance(dropout, nn.Dropout):
+            return dropout.p if dropout.training else 0.0
+        name = "this layer" if self._site is None else self._site.name
+        raise TypeError(
+            f"{name} has a {type(dropout).__name__} as lora_dropout, which can't be routed: use nn.Dropout, or "
+            "lora_dropout=0"
+        )
+
     def _refuse(self, experts: list[str], adapter_names: list[str] | None) -> None:
         """Raise for what can't be routed, naming the layer and the way out."""
         name = "this layer" if self._site is None else self._site.name
@@ -175,10 +195,6 @@ class Linear(Routed, lora.Linear):
 
 
 
-def _drop_probability(dropout: nn.Module) -> float:
-    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-
 def _is_plain(layer: nn.Module, x: Tensor) -> bool:
     """Whether the base is exactly ``F.linear(x, weight, bias)`` with frozen weights, and nobody watches its call."""
     if type(layer) is not nn.Linear or nn.Linear.forward is not _linear_forward or "forward" in layer.__dict__:
@@ -190,7 +206,7 @@ def _is_plain(layer: nn.Module, x: Tensor) -> bool:
         return False
     if bias is not None and (bias.requires_grad or bias.dtype is not x.dtype):
         return False
-    return not nn_module._has_any_global_hook() and not _is_autocast(x)
+    return not nn_module._has_any_global_hook() and not torch._C._is_any_autocast_enabled()
 
 
 def _is_autocast(x: Tensor) -> bool:

@@ -81,7 +81,7 @@ class RoutedPeftModel(peft.PeftModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         if self._stock_class.generate is not peft.PeftModel.generate:
-            return super().generate(*args, **kwargs)
+            return super().generate(*args, **kwargs)  # type: ignore[no-untyped-call]
         # PEFT's generate of a model without a task passes over the tuner, which follows the routing weights.
         with self._enable_peft_forward_hooks(*args, **kwargs):
             kwargs = {name: value for name, value in kwargs.items() if name not in self.special_peft_forward_args}

@@ -1,0 +1,507 @@
+/* The door for torch tensors in their plain case: memory of the CPU, all of one dtype, nothing unusual about them.
+ *
+ * What is not the plain case gets no exception but the answer no: moelora.nn.autograd then takes its own way, which
+ * converts, and whose errors name the argument.
+ */
+#include <math.h>
+
+#include "compiler.h"
+#include "module.h"
+
+/* ---- the part of DLPack's ABI, major version 1, that is used here ---- */
+
+enum { DL_MAJOR = 1, DL_CPU = 1, DL_FLOAT = 2 };
+
+typedef struct {
+  void *data;
+  struct {
+    int32_t type, id;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t *shape, *strides; /* [ndim]; strides count elements */
+  uint64_t byte_offset;
+} dl_tensor;
+
+struct dl_exchange_api {
+  uint32_t major, minor;
+  const dl_exchange_api *older;
+  void (*unused[3])(void);
+  int (*read)(void *tensor, dl_tensor *view); /* NULL: not offered. Borrows; other than 0: an exception is set */
+};
+
+static const dl_exchange_api *find_exchange(PyObject *tensor_type) {
+  PyObject *capsule = PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__");
+  const dl_exchange_api *api = capsule == NULL ? NULL : PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+  Py_XDECREF(capsule); /* what it points to is static */
+  PyErr_Clear();       /* a torch without it */
+  while (api != NULL && (api->major != DL_MAJOR || api->read == NULL)) {
+    api = api->older;
+  }
+  return api;
+}
+
+int visit_torch(const torch_api *torch, visitproc visit, void *arg) {
+  Py_VISIT(torch->tensor);
+  Py_VISIT(torch->parameter);
+  Py_VISIT(torch->is_neg);
+  Py_VISIT(torch->requires_grad);
+  return 0;
+}
+
+void clear_torch(torch_api *torch) {
+  torch->exchange = NULL;
+  Py_CLEAR(torch->tensor);
+  Py_CLEAR(torch->parameter);
+  Py_CLEAR(torch->is_neg);
+  Py_CLEAR(torch->requires_grad);
+}
+
+/* (Tensor, Parameter) -> bool */
+PyObject *use_torch(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+  if (!takes("use_torch", 2, n_args)) {
+    return NULL;
+  }
+  torch_api *torch = &state_of(module)->torch;
+  clear_torch(torch);
+  torch->tensor = Py_NewRef(args[0]);
+  torch->parameter = Py_NewRef(args[1]);
+  torch->is_neg = PyObject_GetAttrString(args[0], "is_neg");
+  torch->requires_grad = PyUnicode_InternFromString("requires_grad");
+  if (torch->is_neg == NULL || torch->requires_grad == NULL) {
+    clear_torch(torch);
+    return NULL;
+  }
+  torch->exchange = find_exchange(args[0]);
+  return PyBool_FromLong(torch->exchange != NULL);
+}
+
+/* ---- one tensor ---- */
+
+/* Whether the core may read obj's memory, as far as type and place go. The view lives as long as obj. */
+static bool view_of(const torch_api *torch, PyObject *obj, dl_tensor *view) {
+  PyObject *type = (PyObject *)Py_TYPE(obj);
+  if (torch->exchange == NULL || (type != torch->tensor && type != torch->parameter)) {
+    return false;
+  }
+  if (torch->exchange->read(obj, view) != 0) { /* no memory of its own: sparse, meta, batched, functional, ... */
+    PyErr_Clear();
+    return false;
+  }
+  if (view->device.type != DL_CPU || (view->strides == NULL && view->ndim > 0)) {
+    return false;
+  }
+  if (view->data != NULL) {
+    view->data = (char *)view->data + view->byte_offset;
+  }
+  return true;
+}
+
+/* Whether the tensor's numbers are the negatives of what its memory holds, which a view does not say. */
+static bool is_negated(const torch_api *torch, PyObject *tensor) {
+  PyObject *answer = torch->is_neg == NULL ? NULL : PyObject_CallOneArg(torch->is_neg, tensor);
+  bool negated = answer != Py_False;
+  if (answer == NULL) {
+    PyErr_Clear();
+  }
+  Py_XDECREF(answer);
+  return negated;
+}
+
+/* 1, 0, or -1 with an exception. */
+static int requires_grad(const torch_api *torch, PyObject *tensor) {
+  PyObject *answer = PyObject_GetAttr(tensor, torch->requires_grad);
+  int required = answer == NULL ? -1 : PyObject_IsTrue(answer);
+  Py_XDECREF(answer);
+  return required;
+}
+
+/* (*tensors) -> bool; None is passed over */
+PyObject *are_plain(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+  const torch_api *torch = &state_of(module)->torch;
+  for (Py_ssize_t i = 0; i < n_args; i++) {
+    dl_tensor view;
+    if (args[i] != Py_None && (!view_of(torch, args[i], &view) || is_negated(torch, args[i]))) {
+      Py_RETURN_FALSE;
+    }
+  }
+  Py_RETURN_TRUE;
+}
+
+/* ---- one call ---- */
+
+typedef struct {
+  const torch_api *torch;
+  ml_routed_lora core;
+  ml_expert few[FEW_EXPERTS], *experts;
+  int64_t total_rank;
+  int axes;         /* of x: 2 or 3 */
+  int64_t shape[2]; /* [T] or [B, S] */
+} tensor_call;
+
+static bool is_of_core(const tensor_call *c, const dl_tensor *view) {
+  return view->data != NULL && view->dtype.code == DL_FLOAT && view->dtype.lanes == 1 &&
+         view->dtype.bits == (c->core.dtype == ML_F64 ? 64 : 32);
+}
+
+static ml_tokens tokens_of(const dl_tensor *view) {
+  const int64_t *strides = view->strides;
+  return view->ndim == 3 ? (ml_tokens){view->data, strides[0], strides[1], strides[2]}
+                         : (ml_tokens){view->data, 0, strides[0], strides[1]};
+}
+
+/* What decides dtype and tokens of the call: x, or the gradient of its output. */
+static bool read_shape(tensor_call *c, PyObject *obj) {
+  dl_tensor view;
+  if (!view_of(c->torch, obj, &view) || (view.ndim != 2 && view.ndim != 3)) {
+    return false;
+  }
+  c->core.dtype = view.dtype.bits == 64 ? ML_F64 : ML_F32;
+  c->axes = view.ndim;
+  c->shape[0] = view.shape[0];
+  c->shape[1] = view.shape[1];
+  c->core.batch = view.ndim == 3 ? view.shape[0] : 1;
+  c->core.seq = view.shape[view.ndim - 2];
+  return is_of_core(c, &view) && c->core.batch > 0 && c->core.seq > 0;
+}
+
+/* A tensor with `width` numbers for each token. */
+static bool read_rows(const tensor_call *c, PyObject *obj, int64_t width, ml_tokens *rows) {
+  dl_tensor view;
+  if (!view_of(c->torch, obj, &view) || !is_of_core(c, &view) || view.ndim != c->axes ||
+      view.shape[c->axes - 1] != width) {
+    return false;
+  }
+  for (int i = 0; i < c->axes - 1; i++) {
+    if (view.shape[i] != c->shape[i]) {
+      return false;
+    }
+  }
+  *rows = tokens_of(&view);
+  return true;
+}
+
+/* None leaves the rows as they are: data == NULL. */
+static bool read_optional_rows(const tensor_call *c, PyObject *obj, int64_t width, ml_tokens *rows) {
+  return obj == Py_None || read_rows(c, obj, width, rows);
+}
+
+static bool read_factor(const tensor_call *c, PyObject *obj, ml_matrix *matrix, int64_t *rows, int64_t *cols) {
+  dl_tensor view;
+  if (!view_of(c->torch, obj, &view) || !is_of_core(c, &view) || view.ndim != 2) {
+    return false;
+  }
+  *matrix = (ml_matrix){view.data, view.strides[0], view.strides[1]};
+  *rows = view.shape[0];
+  *cols = view.shape[1];
+  return *rows > 0 && *cols > 0;
+}
+
+/* Where the gradient of a [rows, cols] factor goes; None leaves it as it is: not wanted. */
+static bool read_grad(const tensor_call *c, PyObject *obj, int64_t rows, int64_t cols, ml_matrix *grad) {
+  int64_t got_rows = rows, got_cols = cols;
+  return obj == Py_None || (read_factor(c, obj, grad, &got_rows, &got_cols) && got_rows == rows && got_cols == cols);
+}
+
+/* adapters: a tuple of the N A's, then the N B's. */
+static bool read_experts(tensor_call *c, PyObject *adapters) {
+  Py_ssize_t n = c->core.n_experts;
+  for (Py_ssize_t e = 0; e < n; e++) {
+    ml_expert *expert = &c->experts[e];
+    int64_t d_in, d_out, rank;
+    if (!read_factor(c, PyTuple_GET_ITEM(adapters, e), &expert->a, &expert->rank, &d_in) ||
+        !read_factor(c, PyTuple_GET_ITEM(adapters, n + e), &expert->b, &d_out, &rank) || rank != expert->rank ||
+        (e > 0 && (d_in != c->core.d_in || d_out != c->core.d_out)) ||
+        ML_ADD_OVERFLOWS(c->total_rank, rank, &c->total_rank)) {
+      return false;
+    }
+    c->core.d_in = d_in;
+    c->core.d_out = d_out;
+  }
+  return true;
+}
+
+/* [N], [B, N] where x has three axes, or one row for each token: the number of axes decides. */
+static bool read_weights(const tensor_call *c, PyObject *obj, ml_tokens *weights) {
+  dl_tensor view;
+  int64_t n = c->core.n_experts;
+  if (!view_of(c->torch, obj, &view)) {
+    return false;
+  }
+  if (view.ndim == c->axes) {
+    return read_rows(c, obj, n, weights);
+  }
+  int axes = view.ndim;
+  if (!is_of_core(c, &view) || axes < 1 || axes > c->axes || view.shape[axes - 1] != n ||
+      (axes == 2 && view.shape[0] != c->shape[0])) {
+    return false;
+  }
+  *weights = (ml_tokens){view.data, axes == 2 ? view.strides[0] : 0, 0, view.strides[axes - 1]};
+  return true;
+}
+
+/* A tuple of a finite float for each expert. */
+static bool read_scalings(tensor_call *c, PyObject *scalings) {
+  if (!PyTuple_CheckExact(scalings) || PyTuple_GET_SIZE(scalings) != c->core.n_experts) {
+    return false;
+  }
+  for (int64_t e = 0; e < c->core.n_experts; e++) {
+    PyObject *scaling = PyTuple_GET_ITEM(scalings, e);
+    if (!PyFloat_CheckExact(scaling) || !isfinite(PyFloat_AS_DOUBLE(scaling))) {
+      return false;
+    }
+    c->experts[e].scaling = PyFloat_AS_DOUBLE(scaling);
+  }
+  return true;
+}
+
+/* None, or (seed, a tuple of a probability for each expert). */
+static bool read_dropout(tensor_call *c, PyObject *dropout) {
+  if (dropout == Py_None) {
+    return true;
+  }
+  if (!PyTuple_CheckExact(dropout) || PyTuple_GET_SIZE(dropout) != 2 ||
+      !PyLong_CheckExact(PyTuple_GET_ITEM(dropout, 0)) || !PyTuple_CheckExact(PyTuple_GET_ITEM(dropout, 1)) ||
+      PyTuple_GET_SIZE(PyTuple_GET_ITEM(dropout, 1)) != c->core.n_experts) {
+    return false;
+  }
+  c->core.dropout_seed = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(dropout, 0));
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    return false;
+  }
+  for (int64_t e = 0; e < c->core.n_experts; e++) {
+    PyObject *p = PyTuple_GET_ITEM(PyTuple_GET_ITEM(dropout, 1), e);
+    if (!PyFloat_CheckExact(p) || !(PyFloat_AS_DOUBLE(p) >= 0 && PyFloat_AS_DOUBLE(p) <= 1)) {
+      return false;
+    }
+    c->experts[e].dropout = PyFloat_AS_DOUBLE(p);
+  }
+  return true;
+}
+
+typedef enum { NO = 0, YES = 1, ERROR = -1 } answer;
+
+/* Room for the experts of a call. free_experts wants c->experts in any case. */
+static answer begin(tensor_call *c, PyObject *module, PyObject *adapters) {
+  c->torch = &state_of(module)->torch;
+  c->core = (ml_routed_lora){0};
+  c->experts = c->few;
+  c->total_rank = 0;
+  if (!PyTuple_CheckExact(adapters) || PyTuple_GET_SIZE(adapters) == 0 || PyTuple_GET_SIZE(adapters) % 2 != 0) {
+    return NO;
+  }
+  c->core.n_experts = PyTuple_GET_SIZE(adapters) / 2;
+  c->experts = experts_for(c->core.n_experts, c->few);
+  c->core.experts = c->experts;
+  return c->experts == NULL ? ERROR : YES;
+}
+
+/* ---- is it the plain case? ---- */
+
+/* lora_A and lora_B, two lists or tuples of as many items, as one tuple; None where they are something else. */
+static PyObject *joined(PyObject *lora_A, PyObject *lora_B) {
+  bool lists = PyList_CheckExact(lora_A) && PyList_CheckExact(lora_B);
+  bool tuples = PyTuple_CheckExact(lora_A) && PyTuple_CheckExact(lora_B);
+  if (!lists && !tuples) {
+    return Py_NewRef(Py_None);
+  }
+  PyObject *a = PySequence_Tuple(lora_A), *b = a == NULL ? NULL : PySequence_Tuple(lora_B), *both = NULL;
+  if (b != NULL) {
+    bool alike = PyTuple_GET_SIZE(a) == PyTuple_GET_SIZE(b);
+    both = alike ? PySequence_Concat(a, b) : Py_NewRef(Py_None);
+  }
+  Py_XDECREF(b);
+  Py_XDECREF(a);
+  return both;
+}
+
+/* A float for all experts, or a list or tuple, as a tuple; None where it is something else. */
+static PyObject *spread_scaling(PyObject *scaling, Py_ssize_t n) {
+  if (PyList_CheckExact(scaling) || PyTuple_CheckExact(scaling)) {
+    return PySequence_Tuple(scaling);
+  }
+  if (!PyFloat_CheckExact(scaling)) {
+    return Py_NewRef(Py_None);
+  }
+  PyObject *scalings = PyTuple_New(n);
+  for (Py_ssize_t e = 0; scalings != NULL && e < n; e++) {
+    PyTuple_SET_ITEM(scalings, e, Py_NewRef(scaling));
+  }
+  return scalings;
+}
+
+/* None, or the frozen weight [d_out, d_in] of the base layer. */
+static answer is_frozen(const tensor_call *c, PyObject *obj, bool matrix) {
+  dl_tensor view;
+  if (obj == Py_None) {
+    return YES;
+  }
+  if (!view_of(c->torch, obj, &view) || !is_of_core(c, &view) || view.ndim != (matrix ? 2 : 1) ||
+      view.shape[0] != c->core.d_out || (matrix && view.shape[1] != c->core.d_in)) {
+    return NO;
+  }
+  int required = requires_grad(c->torch, obj);
+  return required < 0 ? ERROR : required > 0 ? NO : YES;
+}
+
+/* Whether one of the tensors (None is passed over) has the property; -1 with an exception. */
+static int any_of(const torch_api *torch, PyObject *const *tensors, Py_ssize_t n,
+                  int (*has)(const torch_api *, PyObject *)) {
+  int found = 0;
+  for (Py_ssize_t i = 0; found == 0 && i < n; i++) {
+    found = tensors[i] == Py_None ? 0 : has(torch, tensors[i]);
+  }
+  return found;
+}
+
+static int negated(const torch_api *torch, PyObject *tensor) { return is_negated(torch, tensor); }
+
+/* (x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
+ * -> None, or (adapters, scaling, total_rank, requires_grad) */
+PyObject *plain_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+  if (!takes("plain_call", 8, n_args)) {
+    return NULL;
+  }
+  PyObject *x = args[0], *weights = args[3], *base = args[5], *weight = args[6], *bias = args[7];
+  PyObject *result = NULL, *scaling = NULL, *adapters = joined(args[1], args[2]);
+  if (adapters == NULL) {
+    return NULL;
+  }
+  tensor_call c;
+  answer plain = begin(&c, module, adapters);
+  if (plain != YES) {
+    goto done;
+  }
+  scaling = spread_scaling(args[4], (Py_ssize_t)c.core.n_experts);
+  if (scaling == NULL) {
+    plain = ERROR;
+    goto done;
+  }
+  ml_tokens unused;
+  plain = read_shape(&c, x) && read_experts(&c, adapters) && read_rows(&c, x, c.core.d_in, &unused) &&
+          read_weights(&c, weights, &unused) && read_scalings(&c, scaling) &&
+          read_optional_rows(&c, base, c.core.d_out, &unused) && (base == Py_None || weight == Py_None) &&
+          (bias == Py_None || weight != Py_None);
+  plain = plain == YES ? is_frozen(&c, weight, true) : plain;
+  plain = plain == YES ? is_frozen(&c, bias, false) : plain;
+  if (plain != YES) {
+    goto done;
+  }
+  PyObject *const others[] = {x, weights, base, weight, bias};
+  PyObject *const *factors = &PyTuple_GET_ITEM(adapters, 0);
+  if (any_of(c.torch, others, 5, negated) || any_of(c.torch, factors, 2 * c.core.n_experts, negated)) {
+    plain = NO;
+    goto done;
+  }
+  int required = any_of(c.torch, factors, 2 * c.core.n_experts, requires_grad);
+  required = required == 0 ? any_of(c.torch, others, 3, requires_grad) : required;
+  result = required < 0
+               ? NULL
+               : Py_BuildValue("OOLO", adapters, scaling, (long long)c.total_rank, required ? Py_True : Py_False);
+done:
+  if (plain == NO) {
+    result = Py_NewRef(Py_None);
+  }
+  free_experts(c.experts, c.few);
+  Py_XDECREF(scaling);
+  Py_DECREF(adapters);
+  return result;
+}
+
+/* ---- forward and backward ---- */
+
+/* (x, adapters, routing_weights, scaling, base, y, hidden, dropout, n_threads) -> None */
+PyObject *forward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+  if (!takes("forward_tensors", 9, n_args)) {
+    return NULL;
+  }
+  PyObject *result = NULL;
+  ml_tokens base = {0}, y = {0}, hidden = {0};
+  tensor_call c;
+  answer plain = begin(&c, module, args[1]);
+  if (plain != YES || !read_n_threads(args[8], &c.core.n_threads)) {
+    goto done;
+  }
+  plain = read_shape(&c, args[0]) && read_experts(&c, args[1]) && read_rows(&c, args[0], c.core.d_in, &c.core.x) &&
+          read_weights(&c, args[2], &c.core.routing_weights) && read_scalings(&c, args[3]) &&
+          read_optional_rows(&c, args[4], c.core.d_out, &base) && read_rows(&c, args[5], c.core.d_out, &y) &&
+          read_optional_rows(&c, args[6], c.total_rank, &hidden) && read_dropout(&c, args[7]);
+  if (plain != YES) {
+    goto done;
+  }
+  ml_status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = ml_routed_lora_forward(&c.core, y, hidden, base, NULL, 0);
+  Py_END_ALLOW_THREADS;
+  if (!raise_status(status)) {
+    result = Py_NewRef(Py_None);
+  }
+done:
+  if (plain == NO) {
+    PyErr_SetString(PyExc_ValueError, "forward_tensors takes plain tensors of one dtype and of shapes that agree");
+  }
+  free_experts(c.experts, c.few);
+  return result;
+}
+
+static bool read_grads(tensor_call *c, PyObject *grads) {
+  Py_ssize_t n = (Py_ssize_t)c->core.n_experts;
+  for (Py_ssize_t e = 0; e < n; e++) {
+    ml_expert *expert = &c->experts[e];
+    if (!read_grad(c, PySequence_Fast_GET_ITEM(grads, e), expert->rank, c->core.d_in, &expert->grad_a) ||
+        !read_grad(c, PySequence_Fast_GET_ITEM(grads, n + e), c->core.d_out, expert->rank, &expert->grad_b)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+/* (x, adapters, routing_weights, scaling, grad_y, hidden, grad_x, grad_adapters, grad_w, add_to_grad_x, dropout,
+ * n_threads) -> bool: False, and nothing is written, where this is not the plain case */
+PyObject *backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+  if (!takes("backward_tensors", 12, n_args)) {
+    return NULL;
+  }
+  PyObject *result = NULL, *adapters = args[1], *grads = args[7];
+  ml_tokens grad_y = {0}, hidden = {0}, grad_x = {0}, grad_w = {0};
+  tensor_call c;
+  answer plain = begin(&c, module, adapters);
+  if (plain != YES || !is_items(grads, "grad_adapters", PyTuple_GET_SIZE(adapters)) ||
+      !read_n_threads(args[11], &c.core.n_threads)) {
+    goto done;
+  }
+  /* First, for a mode may answer this in Python, and pointers are good only until anybody else runs. */
+  PyObject *const read[] = {args[0], args[2], args[4], args[5], args[6]};
+  if (any_of(c.torch, read, 5, negated) ||
+      any_of(c.torch, &PyTuple_GET_ITEM(adapters, 0), PyTuple_GET_SIZE(adapters), negated)) {
+    plain = NO;
+    goto done;
+  }
+  plain = read_shape(&c, args[4]) && read_experts(&c, adapters) &&
+          read_optional_rows(&c, args[0], c.core.d_in, &c.core.x) &&
+          read_weights(&c, args[2], &c.core.routing_weights) && read_scalings(&c, args[3]) &&
+          read_rows(&c, args[4], c.core.d_out, &grad_y) && read_optional_rows(&c, args[5], c.total_rank, &hidden) &&
+          read_optional_rows(&c, args[6], c.core.d_in, &grad_x) && read_grads(&c, grads) &&
+          (args[8] == Py_None || read_weights(&c, args[8], &grad_w)) && read_dropout(&c, args[10]);
+  if (plain != YES) {
+    goto done;
+  }
+  ml_status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = ml_routed_lora_backward(&c.core, grad_y, hidden, grad_x, grad_w,
+                                   args[9] == Py_True ? (unsigned)ML_ACCUMULATE_X : 0u);
+  Py_END_ALLOW_THREADS;
+  if (!raise_status(status)) {
+    result = Py_NewRef(Py_True);
+  }
+done:
+  if (plain == NO) {
+    result = Py_NewRef(Py_False);
+  }
+  free_experts(c.experts, c.few);
+  return result;
+}

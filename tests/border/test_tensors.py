@@ -1,0 +1,350 @@
+"""The entries for torch tensors: what they take by pointer, what they leave to moelora.nn.autograd, and no leaks."""
+
+import gc
+import importlib
+import sys
+import tracemalloc
+
+import pytest
+
+from moelora import runtime
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("moelora.nn")
+
+core = runtime._core
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def negated(t):
+    return torch._neg_view(t)
+
+
+def freed(t):
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def arguments(tokens=(2, 3), n=2, dtype=torch.float64):
+    """Of a plain call with experts of rank 2, d_in = 4 and d_out = 5."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return {
+        "x": random(*tokens, 4),
+        "lora_A": [random(2, 4) for _ in range(n)],
+        "lora_B": [random(5, 2) for _ in range(n)],
+        "routing_weights": random(*tokens, n),
+        "scaling": [0.5 + e for e in range(n)],
+        "base_output": None,
+        "weight": random(5, 4),
+        "bias": random(5),
+    }
+
+
+def plain_call(**replaced):
+    return core.plain_call(*(arguments() | replaced).values())
+
+
+def with_base(**replaced):
+    return plain_call(weight=None, bias=None, **{"base_output": torch.zeros(2, 3, 5, dtype=torch.float64)} | replaced)
+
+
+# ---- what is plain ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 70])
+@pytest.mark.parametrize("tokens", [(3,), (2, 3)], ids=str)
+def test_the_plain_case_comes_back_in_its_final_form(tokens, n, dtype):
+    given = arguments(tokens, n, dtype)
+    adapters, scaling, total_rank, requires_grad = core.plain_call(*given.values())
+    expected = given["lora_A"] + given["lora_B"]
+    assert len(adapters) == 2 * n and all(a is b for a, b in zip(adapters, expected, strict=True))
+    assert scaling == tuple(given["scaling"]) and total_rank == 2 * n and requires_grad is False
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"routing_weights": torch.ones(2, dtype=torch.float64)},
+        {"routing_weights": torch.ones(2, 2, dtype=torch.float64)},
+        {"routing_weights": torch.ones(2, dtype=torch.float64).expand(2, 3, 2)},
+        {"x": torch.ones(4, dtype=torch.float64).expand(2, 3, 4)},
+        {"x": torch.ones(4, 3, 2, dtype=torch.float64).transpose(0, 2)},
+        {"x": torch.nn.Parameter(torch.ones(2, 3, 4, dtype=torch.float64)).view(2, 3, 4)},
+        {"lora_A": tuple(torch.ones(4, 2, dtype=torch.float64).t() for _ in range(2))}
+        | {"lora_B": tuple(torch.ones(5, 2, dtype=torch.float64) for _ in range(2))},
+        {"weight": torch.nn.Parameter(torch.ones(5, 4, dtype=torch.float64), requires_grad=False)},
+        {"bias": None},
+        {"weight": None, "bias": None},
+        {"scaling": 2.0},
+        {"scaling": (1.0, -1.0)},
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+def test_strides_parameters_and_options_are_plain_too(changes):
+    assert plain_call(**changes) is not None
+
+
+def test_scaling_is_spread():
+    assert plain_call(scaling=2.0)[1] == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("name", ["x", "routing_weights", "base_output", "lora_A", "lora_B"])
+def test_requires_grad_is_seen_wherever_it_is(name):
+    given = arguments()
+    value = given[name] if name != "base_output" else torch.zeros(2, 3, 5, dtype=torch.float64)
+    (value[1] if isinstance(value, list) else value).requires_grad_()
+    assert with_base()[3] is False
+    assert with_base(**{name: value})[3] is True
+
+
+SPOIL = {
+    "a subclass": lambda t: t.as_subclass(Subclass),
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "negated": negated,
+    "complex": lambda t: t.to(torch.complex128),
+    "conjugated": lambda t: t.to(torch.complex128).conj(),
+    "another float": lambda t: t.float(),
+    "half": lambda t: t.half(),
+    "bfloat16": lambda t: t.bfloat16(),
+    "integers": lambda t: t.long(),
+    "bool": lambda t: t > 0,
+    "one axis less": lambda t: t[0],
+    "one axis more": lambda t: t[None, None],
+    "one row more": lambda t: torch.cat([t, t[:1]]),
+    "no rows": lambda t: t[:0],
+    "another width": lambda t: t[..., :1],
+    "no width": lambda t: t[..., :0],
+    "freed": freed,
+    "NumPy": lambda t: t.numpy(),
+    "nothing of the kind": lambda t: object(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+@pytest.mark.parametrize("spoil", SPOIL)
+@pytest.mark.parametrize("name", ["x", "lora_A", "lora_B", "routing_weights", "base_output", "weight", "bias"])
+def test_unusual_tensors_are_not(name, spoil):
+    given = arguments()
+    if name == "base_output":
+        call, value = with_base, torch.ones(2, 3, 5, dtype=torch.float64)
+    else:
+        call, value = plain_call, given[name]
+    value = [value[0], SPOIL[spoil](value[1])] if isinstance(value, list) else SPOIL[spoil](value)
+    assert call() is not None
+    assert call(**{name: value}) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"x": torch.ones(2, 0, 4, dtype=torch.float64), "routing_weights": torch.ones(2, dtype=torch.float64)},
+        {"x": torch.ones(1, 2, 3, 4, dtype=torch.float64), "routing_weights": torch.ones(2, dtype=torch.float64)},
+        {"routing_weights": torch.ones(3, 2, dtype=torch.float64)},
+        {"routing_weights": torch.tensor(1.0, dtype=torch.float64)},
+        {"lora_A": []},
+        {"lora_A": [], "lora_B": []},
+        {"lora_A": arguments()["lora_A"][:1]},
+        {"lora_A": torch.ones(2, 2, 4, dtype=torch.float64)},
+        {"lora_A": tuple(arguments()["lora_A"])},  # one a tuple, one a list: not worth a look
+        {"lora_A": torch.nn.ParameterList(arguments()["lora_A"])},
+        {"lora_A": None},
+        {"scaling": [1.0]},
+        {"scaling": [1.0, float("nan")]},
+        {"scaling": float("inf")},
+        {"scaling": 1},
+        {"scaling": [1.0, 1]},
+        {"scaling": "12"},
+        {"scaling": None},
+        {"weight": None},  # and a bias
+        {"weight": torch.ones(5, 4, dtype=torch.float64, requires_grad=True)},
+        {"bias": torch.ones(5, dtype=torch.float64, requires_grad=True)},
+        {"base_output": torch.ones(2, 3, 5, dtype=torch.float64)},  # and a weight
+    ],
+    ids=str,
+)
+def test_unusual_calls_are_not(changes):
+    assert plain_call(**changes) is None
+
+
+def test_are_plain_passes_over_none():
+    t = torch.ones(2)
+    assert core.are_plain() and core.are_plain(t, None, t > 0, t.half(), t[:0])
+    assert not core.are_plain(t, t.to("meta")) and not core.are_plain(negated(t)) and not core.are_plain([1.0])
+
+
+# ---- the calls themselves ----
+
+
+def run(given=None, *, y=None, hidden=None, dropout=None, **replaced):
+    given = (given or arguments()) | replaced
+    adapters = (*given["lora_A"], *given["lora_B"])
+    y = torch.full((2, 3, 5), 7.0, dtype=torch.float64) if y is None else y
+    scaling = tuple(given["scaling"])
+    core.forward_tensors(
+        given["x"], adapters, given["routing_weights"], scaling, given["base_output"], y, hidden, dropout, 1
+    )
+    return y
+
+
+def gradients(**replaced):
+    given = arguments() | {
+        "adapters": None,
+        "grad_y": torch.ones(2, 3, 5, dtype=torch.float64),
+        "hidden": torch.ones(2, 3, 4, dtype=torch.float64),
+        "grad_x": torch.full((2, 3, 4), 7.0, dtype=torch.float64),
+        "grads": None,
+        "grad_w": torch.full((2, 3, 2), 7.0, dtype=torch.float64),
+        "dropout": None,
+    }
+    given |= replaced
+    adapters = given["adapters"] or (*given["lora_A"], *given["lora_B"])
+    outputs = [given["grad_x"], given["grad_w"], *[torch.full_like(a, 7.0) for a in adapters]]
+    grads = given["grads"] or outputs[2:]
+    names = ("x", "adapters", "routing_weights", "scaling", "grad_y", "hidden", "grad_x", "grads", "grad_w")
+    given |= {"adapters": adapters, "scaling": tuple(given["scaling"]), "grads": grads}
+    done = core.backward_tensors(*(given[name] for name in names), False, given["dropout"], 1)
+    untouched = all((t == 7).all() for t in outputs if isinstance(t, torch.Tensor) and t.dtype.is_floating_point)
+    return done, untouched
+
+
+def test_forward_refuses_what_does_not_fit_and_writes_nothing():
+    assert not (run() == 7).any()
+    for changes in (
+        {"x": torch.ones(2, 3, 3, dtype=torch.float64)},
+        {"x": torch.ones(2, 3, 4)},
+        {"x": None},
+        {"routing_weights": torch.ones(2, 3, 3, dtype=torch.float64)},
+        {"lora_B": arguments()["lora_A"]},
+        {"base_output": torch.ones(2, 3, 4, dtype=torch.float64)},
+        {"hidden": torch.ones(2, 3, 5, dtype=torch.float64)},
+        {"scaling": [1.0]},
+        {"scaling": [1, 2]},
+        {"dropout": 0.5},
+        {"dropout": (1, (0.5,))},
+        {"dropout": (-1, (0.5, 0.5))},
+        {"dropout": (2**64, (0.5, 0.5))},
+        {"dropout": (1, (0.5, 1.5))},
+        {"dropout": (1, (0.5, float("nan")))},
+    ):
+        y = torch.full((2, 3, 5), 7.0, dtype=torch.float64)
+        with pytest.raises(ValueError, match="forward_tensors takes plain tensors"):
+            run(y=y, **changes)
+        assert (y == 7).all()
+    for y in (torch.ones(2, 3, 4, dtype=torch.float64), torch.ones(6, 5, dtype=torch.float64), torch.ones(2, 3, 5)):
+        with pytest.raises(ValueError, match="forward_tensors takes plain tensors"):
+            run(y=y)
+
+
+def test_backward_says_no_to_what_does_not_fit_and_writes_nothing():
+    assert gradients() == (True, False)
+    assert gradients(x=None, grads=[None] * 4, grad_x=None, hidden=torch.ones(2, 3, 4, dtype=torch.float64))[0]
+    double = torch.float64
+    for changes in (
+        {"x": torch.ones(2, 3, 3, dtype=double)},
+        {"routing_weights": torch.ones(3, dtype=double)},
+        {"grad_y": torch.ones(2, 3, 5)},
+        {"grad_y": torch.ones(2, 3, 4, dtype=double)},
+        {"grad_y": negated(torch.ones(2, 3, 5, dtype=double))},
+        {"grad_y": torch.ones(2, 3, 5, dtype=double).as_subclass(Subclass)},
+        {"grad_y": torch.ones(0, 3, 5, dtype=double)},
+        {"hidden": torch.ones(2, 3, 5, dtype=double)},
+        {"grad_x": torch.full((2, 3, 5), 7.0, dtype=double)},
+        {"grad_x": torch.full((2, 3, 4), 7.0)},
+        {"grad_w": torch.full((2, 3), 7.0, dtype=double)},
+        {"grads": [torch.full((4, 2), 7.0, dtype=double), None, None, None]},
+        {"scaling": (1.0,)},
+        {"dropout": 0.5},
+        {"lora_A": [negated(a) for a in arguments()["lora_A"]]},
+    ):
+        assert gradients(**changes) == (False, True), changes
+    with pytest.raises(ValueError, match="grad_adapters must hold 4 items, got 1"):
+        gradients(grads=[None])
+    with pytest.raises(ValueError, match="missing"):  # hidden, for the gradient of B
+        gradients(hidden=None)
+
+
+def test_arguments_are_counted():
+    for name, n in (("use_torch", 2), ("plain_call", 8), ("forward_tensors", 9), ("backward_tensors", 12)):
+        with pytest.raises(TypeError, match=f"{name} takes {n} arguments, got 1"):
+            getattr(core, name)(1)
+    with pytest.raises(TypeError, match="n_threads must be an int"):
+        core.forward_tensors(torch.ones(1), (1, 2), 3, 4, 5, 6, 7, None, 1.5)
+
+
+def test_a_torch_without_the_exchange_api_is_left_alone():
+    class Tensor:
+        is_neg = None
+
+    try:
+        assert core.use_torch(Tensor, Tensor) is False
+        assert not core.are_plain(torch.ones(1)) and not core.are_plain(Tensor())
+        assert plain_call() is None
+        Tensor.__dlpack_c_exchange_api__ = object()
+        assert core.use_torch(Tensor, Tensor) is False
+        with pytest.raises(AttributeError):
+            core.use_torch(object, object)
+        assert not core.are_plain(torch.ones(1))
+    finally:
+        assert core.use_torch(torch.Tensor, torch.nn.Parameter) is True
+    assert core.are_plain(torch.ones(1))
+
+
+def test_before_torch_is_known_nothing_is_plain(monkeypatch):
+    monkeypatch.delitem(sys.modules, "moelora._core")
+    other = importlib.import_module("moelora._core")
+    assert other is not core
+    assert not other.are_plain(torch.ones(1))
+    monkeypatch.setitem(globals(), "core", other)
+    assert plain_call() is None and gradients() == (False, True)
+    with pytest.raises(ValueError, match="forward_tensors takes plain tensors"):
+        run()
+
+
+def test_nothing_leaks_whether_a_call_is_plain_or_not():
+    given = arguments()
+    bad = torch.ones(3)
+    y, hidden = torch.zeros(2, 3, 5, dtype=torch.float64), torch.zeros(2, 3, 4, dtype=torch.float64)
+    watched = [given["x"], given["routing_weights"], given["weight"], given["bias"], given["scaling"], bad, y, hidden]
+    watched += [*given["lora_A"], *given["lora_B"], given["lora_A"], given["lora_B"], torch.Tensor.is_neg]
+    calls = [given, given | {"scaling": 0.25}]
+    calls += [given | {name: bad} for name in given]
+    calls += [given | {"lora_A": [given["lora_A"][0], bad]}, given | {"lora_B": (bad,)}, given | {"scaling": [0.25]}]
+    calls += [given | {"x": given["x"].to("meta")}]
+
+    def everything():
+        for call in calls:
+            core.plain_call(*call.values())
+            core.are_plain(*call.values())
+        for changes in ({}, {"x": bad}, {"routing_weights": bad}, {"hidden": bad}, {"dropout": (1, (0.5, bad))}):
+            try:
+                run(given, **{"y": y, "hidden": hidden} | changes)
+            except ValueError:
+                continue
+
+    for _ in range(3):
+        everything()
+    gc.collect()
+    references = [sys.getrefcount(t) for t in watched]
+    tracemalloc.start()
+    try:
+        everything()
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(200):
+            everything()
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert [sys.getrefcount(t) for t in watched] == references
+    assert grown < 200 * 16  # one object lost in each round would be more; free lists come and go
