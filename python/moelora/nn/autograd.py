@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch.utils._device import DeviceContext
 
 from moelora import runtime
 from moelora.functional import HAS_EXT
+from moelora.nn.dropout import draw_seed, dropped_grads, dropped_linear
 
 if HAS_EXT:
     from moelora import _core
@@ -27,6 +28,10 @@ _ACCUMULATE_X = 1  # ML_ACCUMULATE_X of moelora.h
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+_Dropout: TypeAlias = tuple[int, tuple[float, ...]]
+"""The seed of the masks and the experts' probabilities."""
 
 
 class _Call(NamedTuple):
@@ -68,8 +73,8 @@ def routed_lora(
     Differentiable once in `x`, `lora_A`, `lora_B`, `routing_weights` and `base_output`. Every gradient is in the dtype
     and shape of its tensor, and a zero tensor, not None, for an expert that no token uses. Plain CPU tensors run in
     the C core, which keeps for the backward x, x A^T, the weights and the adapters. All others (on a GPU, meta, fake,
-    traced, DTensor, subclasses, inside torch.func transforms or torch.compile), empty inputs and calls with dropout
-    take `routed_lora_formula`.
+    traced, DTensor, subclasses, inside torch.func transforms or torch.compile) and empty inputs take
+    `routed_lora_formula`.
 
     Parameters
     ----------
@@ -90,8 +95,10 @@ def routed_lora(
     top_k : int, optional
         Keep each token's k largest weights, ties to the lower index, without renormalising.
     dropout_p : real number in [0, 1], or N of them
-        Every expert drops elements of x by its own mask, drawn in the order of the experts as PEFT does. Whether the
-        model trains is the caller's business: p > 0 drops.
+        Every expert drops elements of x by its own mask, as in PEFT. The masks follow from a seed that each call draws
+        from torch's generator of the CPU; they are not PEFT's, which draws from the generator of x's device for each
+        element. Nothing of a mask is kept: the backward computes it again. Probabilities are rounded to multiples of
+        2^-16. Whether the model trains is the caller's business: p > 0 drops.
 
     Returns
     -------
@@ -119,8 +126,9 @@ def routed_lora(
     tensors = [t for t in (call.x, call.routing_weights, call.base_output, call.weight, call.bias) if t is not None]
     tensors += call.lora_A
     tensors += call.lora_B
-    if any(call.dropout_p) or not call.x.numel() or not uses_core(*tensors):
+    if not call.x.numel() or not uses_core(*tensors):
         return _formula(call)
+    dropout = (int(draw_seed()), call.dropout_p) if any(call.dropout_p) else None
 
     lead = call.x.shape[:-2]
     if len(lead) > 1:
@@ -140,11 +148,12 @@ def routed_lora(
             call.bias,
             call.scaling,
             call.top_k,
+            dropout,
             *call.lora_A,
             *call.lora_B,
         )
     else:
-        y, _ = _core_forward(call, keep_hidden=False)
+        y, _ = _core_forward(call, dropout, keep_hidden=False)
     return y.unflatten(0, lead) if len(lead) > 1 else y
 
 
@@ -342,8 +351,8 @@ def _formula(call: _Call) -> Tensor:
     a, b = a.to(dtype), b.to(dtype)
 
     if any(call.dropout_p):
-        drawn = [F.dropout(x.to(dtype), p) if p else x.to(dtype) for p in call.dropout_p]
-        hidden = torch.cat([F.linear(x_e, a_e) for x_e, a_e in zip(drawn, a.split(ranks), strict=True)], -1)
+        seed = draw_seed(x.device if torch.compiler.is_compiling() else "cpu")
+        hidden = dropped_linear(x.to(dtype), a, ranks, seed, call.dropout_p)
     else:
         hidden = F.linear(x.to(dtype), a)
     mixed = _mix(hidden, w, ranks, call.scaling, call.top_k)
@@ -388,7 +397,7 @@ def _mix(
     return (rows * spread(w)).to(hidden.dtype).reshape(hidden.shape)
 
 
-def _core_forward(call: _Call, *, keep_hidden: bool) -> tuple[Tensor, Tensor | None]:
+def _core_forward(call: _Call, dropout: _Dropout | None, *, keep_hidden: bool) -> tuple[Tensor, Tensor | None]:
     """y in x's dtype, and hidden in the core's where it is wanted; x has two or three axes."""
     x, base = call.x, call.base_output
     n, ranks, d_out = len(call.scaling), call.ranks, call.lora_B[0].shape[0]
@@ -416,29 +425,30 @@ def _core_forward(call: _Call, *, keep_hidden: bool) -> tuple[Tensor, Tensor | N
         None if hidden is None else _tokens(hidden),
         call.top_k or 0,
         runtime.get_num_threads(),
+        dropout,
     )
     return _as(x.dtype, y), hidden
 
 
 class _RoutedLoRA(torch.autograd.Function):
-    """The C core under autograd: the fields of a _Call but dropout_p; the adapters come last, all A before all B."""
+    """The C core under autograd: the fields of a _Call, dropout with its seed; the adapters last, all A before all B."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, routing_weights: Tensor, *others: Any) -> Tensor:
-        base_output, weight, bias, scaling, top_k, *adapters = others
+        base_output, weight, bias, scaling, top_k, dropout, *adapters = others
         n, need = len(scaling), ctx.needs_input_grad
         call = _Call(
             x, tuple(adapters[:n]), tuple(adapters[n:]), routing_weights, scaling, base_output, weight, bias, top_k, ()
         )
-        y, hidden = _core_forward(call, keep_hidden=need[1] or any(need[-n:]))
-        ctx.x_shape, ctx.scaling, ctx.top_k = x.shape, scaling, top_k
+        y, hidden = _core_forward(call, dropout, keep_hidden=need[1] or any(need[-n:]))
+        ctx.x_shape, ctx.scaling, ctx.top_k, ctx.dropout = x.shape, scaling, top_k, dropout
         kept_x = x if any(need[-2 * n : -n]) else None
         ctx.save_for_backward(kept_x, hidden, routing_weights, weight if need[0] else None, *adapters)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-        need_x, need_w, need_base, _, _, _, _, *need_adapters = ctx.needs_input_grad
+        need_x, need_w, need_base, _, _, _, _, _, *need_adapters = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * (2 + len(need_adapters))
         if need_x or need_w or any(need_adapters):
             saved = ctx.saved_tensors  # once: checkpointing recomputes on every reading
@@ -450,13 +460,13 @@ class _RoutedLoRA(torch.autograd.Function):
                 raise RuntimeError(_TWICE)
             else:
                 grads = _formula_backward(ctx, saved, grad_y)
-        return (*grads[:2], grad_y if need_base else None, None, None, None, None, *grads[2:])
+        return (*grads[:2], grad_y if need_base else None, None, None, None, None, None, *grads[2:])
 
 
 def _core_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None]:
     """Gradients of x, the routing weights and the adapters, None where not needed."""
     x, hidden, routing_weights, weight, *adapters = saved
-    need_x, need_w, _, _, _, _, _, *need_adapters = ctx.needs_input_grad
+    need_x, need_w, _, _, _, _, _, _, *need_adapters = ctx.needs_input_grad
     dtype = _core_dtype(grad_y.dtype)
     n, axes = len(ctx.scaling), grad_y.dim()
     wanted = zip((routing_weights, *adapters), (need_w, *need_adapters), strict=True)
@@ -488,6 +498,7 @@ def _core_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tenso
         ctx.top_k or 0,
         runtime.get_num_threads(),
         0 if weight is None else _ACCUMULATE_X,
+        ctx.dropout,
     )
     inputs = zip((grad_x, grad_w, *grad_adapters), (grad_y, routing_weights, *adapters), strict=True)
     return [None if g is None else _as(t.dtype, g) for g, t in inputs]
@@ -506,12 +517,12 @@ def _formula_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Te
     with torch.enable_grad():
         y = F.linear(_mix(leaves[0], leaves[1], ranks, ctx.scaling, ctx.top_k), torch.cat(leaves[2:], 1).to(dtype))
     grad_hidden, grad_w, *grad_B = torch.autograd.grad(y, leaves, grad_y.to(dtype))
-    grad_x = grad_hidden @ torch.cat(lora_A).to(dtype)
+    seed, dropout_p = ctx.dropout or (0, (0.0,) * n)
+    c_x, c_A = None if x is None else x.to(dtype), [a.to(dtype) for a in lora_A]
+    grad_x, grads_A = dropped_grads(grad_hidden, c_x, c_A, seed, dropout_p, need_x=True)
     if weight is not None:
         grad_x = grad_x + grad_y @ weight
-    grad_A: Sequence[Tensor | None] = [None] * n
-    if x is not None:
-        grad_A = (grad_hidden.reshape(-1, sum(ranks)).mT @ x.reshape(-1, x.shape[-1]).to(dtype)).split(ranks)
+    grad_A = grads_A or [None] * n
     inputs = zip((grad_x, grad_w, *grad_A, *grad_B), (grad_y, routing_weights, *adapters), strict=True)
     return [None if g is None else _as(t.dtype, g) for g, t in inputs]
 
