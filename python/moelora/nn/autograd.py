@@ -96,9 +96,9 @@ def routed_lora(
         Keep each token's k largest weights, ties to the lower index, without renormalising.
     dropout_p : real number in [0, 1], or N of them
         Every expert drops elements of x by its own mask, as in PEFT. The masks follow from a seed that each call draws
-        from torch's generator of the CPU; they are not PEFT's, which draws from the generator of x's device for each
-        element. Nothing of a mask is kept: the backward computes it again. Probabilities are rounded to multiples of
-        2^-16. Whether the model trains is the caller's business: p > 0 drops.
+        from torch's CPU generator, so they are distributed as PEFT's, but not the same. No mask is kept: the backward
+        computes it again. Probabilities are rounded to multiples of 2^-16. torch.compile, tracing and DTensor take
+        torch's own dropout. Whether the model trains is the caller's business: p > 0 drops.
 
     Returns
     -------
@@ -350,11 +350,8 @@ def _formula(call: _Call) -> Tensor:
         x, w, a, b = _Once.apply(x, w, a, b)  # type: ignore[no-untyped-call]
     a, b = a.to(dtype), b.to(dtype)
 
-    if any(call.dropout_p):
-        seed = draw_seed(x.device if torch.compiler.is_compiling() else "cpu")
-        hidden = dropped_linear(x.to(dtype), a, ranks, seed, call.dropout_p)
-    else:
-        hidden = F.linear(x.to(dtype), a)
+    wide = x.to(dtype)
+    hidden = dropped_linear(wide, a, ranks, call.dropout_p) if any(call.dropout_p) else F.linear(wide, a)
     mixed = _mix(hidden, w, ranks, call.scaling, call.top_k)
     base = call.base_output if call.weight is None else F.linear(x, call.weight, call.bias)
     if base is None:
@@ -431,7 +428,7 @@ def _core_forward(call: _Call, dropout: _Dropout | None, *, keep_hidden: bool) -
 
 
 class _RoutedLoRA(torch.autograd.Function):
-    """The C core under autograd: the fields of a _Call, dropout with its seed; the adapters last, all A before all B."""
+    """The C core under autograd: the fields of a _Call, dropout with its seed; adapters last, all A before all B."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, routing_weights: Tensor, *others: Any) -> Tensor:
@@ -522,7 +519,7 @@ def _formula_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Te
     grad_x, grads_A = dropped_grads(grad_hidden, c_x, c_A, seed, dropout_p, need_x=True)
     if weight is not None:
         grad_x = grad_x + grad_y @ weight
-    grad_A = grads_A or [None] * n
+    grad_A: Sequence[Tensor | None] = grads_A or [None] * n
     inputs = zip((grad_x, grad_w, *grad_A, *grad_B), (grad_y, routing_weights, *adapters), strict=True)
     return [None if g is None else _as(t.dtype, g) for g, t in inputs]
 

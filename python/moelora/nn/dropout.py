@@ -16,13 +16,12 @@ from torch import Tensor
 __all__ = ["draw_seed", "dropped", "dropped_grads", "dropped_linear"]
 
 
-def draw_seed(device: torch.device | str = "cpu") -> Tensor:
-    """Seed of one call's masks: int64, no axes.
+def draw_seed() -> Tensor:
+    """Seed of one call's masks: int64, no axes, from the CPU's generator whatever device computes.
 
-    Eager code draws it from the generator of the CPU, whatever device computes: nothing waits for the device then, and
-    checkpointing always restores that generator.
+    Nothing waits for another device then, and checkpointing always restores that generator.
     """
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
 def dropped(x: Tensor, seed: Tensor | int, expert: int, p: float) -> Tensor:
@@ -39,21 +38,17 @@ def dropped(x: Tensor, seed: Tensor | int, expert: int, p: float) -> Tensor:
     return torch.where(_kept(x, seed, expert, drops), x * (numbers / (numbers - drops)), 0)
 
 
-def dropped_linear(
-    x: Tensor, lora_A: Tensor, ranks: Sequence[int], seed: Tensor, dropout_p: Sequence[float]
-) -> Tensor:
+def dropped_linear(x: Tensor, lora_A: Tensor, ranks: Sequence[int], dropout_p: Sequence[float]) -> Tensor:
     """Every expert's own x times its A [r_e, d], which are stacked in `lora_A` [R, d]: [..., R].
 
-    Keeps for the backward what a plain product does, and the seed.
+    Keeps for the backward what a plain product does, and a seed. Compilers and tracers get torch's own dropout instead:
+    they know it, and the many small operations of a mask would cost them minutes. So does a DTensor, which meets no
+    plain mask.
     """
-    if type(x).__name__ == "DTensor":  # which meets no plain mask: torch's own dropout, which keeps its masks
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or type(x).__name__ == "DTensor":
         parts = zip(lora_A.split(list(ranks)), dropout_p, strict=True)
         return torch.cat([F.linear(F.dropout(x, p), a) for a, p in parts], -1)
-    compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._is_tracing():
-        return _linear(x, lora_A, ranks, seed, dropout_p)
-    function = _CompiledLinear if compiling else _Linear
-    hidden: Tensor = function.apply(x, lora_A, seed, tuple(ranks), tuple(dropout_p))  # type: ignore[no-untyped-call]
+    hidden: Tensor = _Linear.apply(x, lora_A, draw_seed(), tuple(ranks), tuple(dropout_p))  # type: ignore[no-untyped-call]
     return hidden
 
 
@@ -68,7 +63,7 @@ def dropped_grads(
 ) -> tuple[Tensor | None, list[Tensor] | None]:
     """Gradients of `dropped_linear`'s x, if needed, and A's, if x is given, from that of its result [..., R]."""
     grad_x: Any = 0 if need_x else None
-    grads_A = None if x is None else []
+    grads_A: list[Tensor] | None = None if x is None else []
     for e, (a, g) in enumerate(zip(lora_A, grad.split([a.shape[0] for a in lora_A], -1), strict=True)):
         if need_x:
             grad_x = grad_x + dropped(g @ a, seed, e, dropout_p[e])
@@ -78,24 +73,27 @@ def dropped_grads(
     return grad_x, grads_A
 
 
-def _linear(
-    x: Tensor, lora_A: Tensor, ranks: Sequence[int], seed: Tensor, dropout_p: Sequence[float]
-) -> Tensor:
+def _linear(x: Tensor, lora_A: Tensor, ranks: Sequence[int], seed: Tensor, dropout_p: Sequence[float]) -> Tensor:
     parts = [F.linear(dropped(x, seed, e, dropout_p[e]), a) for e, a in enumerate(lora_A.split(list(ranks)))]
     return torch.cat(parts, -1)
 
 
-class _CompiledLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     """`_linear`, with a backward that draws the masks again."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(x: Tensor, lora_A: Tensor, seed: Tensor, ranks: tuple[int, ...], dropout_p: tuple[float, ...]) -> Tensor:
+    def forward(
+        x: Tensor, lora_A: Tensor, seed: Tensor, ranks: tuple[int, ...], dropout_p: tuple[float, ...]
+    ) -> Tensor:
         return _linear(x, lora_A, ranks, seed, dropout_p)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, lora_A, seed, ctx.ranks, ctx.dropout_p = inputs
         ctx.save_for_backward(x, lora_A, seed)
+        ctx.save_for_forward(x, lora_A, seed)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
@@ -105,17 +103,6 @@ class _CompiledLinear(torch.autograd.Function):
             grad, x if need_A else None, lora_A.split(list(ctx.ranks)), seed, ctx.dropout_p, need_x=need_x
         )
         return grad_x, None if grads_A is None else torch.cat(grads_A), None, None, None
-
-
-class _Linear(_CompiledLinear):
-    """The same for eager code, with what torch.compile does not take: vmap and forward-mode derivatives."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _CompiledLinear.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:3])
 
     @staticmethod
     def jvp(ctx: Any, tangent_x: Any, tangent_A: Any, *_: Any) -> Any:

@@ -95,7 +95,8 @@ class Routed(nn.Module, LoraLayer):
         lora_A = [all_A[name].weight for name in present]
         lora_B = [all_B[name].weight for name in present]
         scaling = [self.scaling[name] for name in present]
-        dropout_p = [_drop_probability(self.lora_dropout[name]) for name in present] if self.training else 0.0
+        dropouts = modules["lora_dropout"]._modules
+        dropout_p = [_drop_probability(dropouts[name]) for name in present]
         if not all(type(factor) is nn.Parameter for factor in (*lora_A, *lora_B)):
             self._refuse_sharded([*lora_A, *lora_B])
         if weights.device != x.device:
