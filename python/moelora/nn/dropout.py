@@ -26,16 +26,7 @@ def draw_seed() -> Tensor:
 
 def dropped(x: Tensor, seed: Tensor | int, expert: int, p: float) -> Tensor:
     """`x` [..., d] as an expert sees it: dropped elements are 0, the others divided by the share that is kept."""
-    # Of 2^16 numbers that an element may draw. A p below 1 is never rounded to 1.
-    numbers = 2**16
-    drops = math.floor(p * numbers + 0.5)
-    if drops == numbers and p < 1:
-        drops -= 1
-    if drops == 0:
-        return x
-    if drops == numbers:
-        return torch.zeros_like(x)
-    return torch.where(_kept(x, seed, expert, drops), x * (numbers / (numbers - drops)), 0)
+    return _masked(x, *_mask(x, seed, expert, p))
 
 
 def dropped_linear(x: Tensor, lora_A: Tensor, ranks: Sequence[int], dropout_p: Sequence[float]) -> Tensor:
@@ -65,11 +56,12 @@ def dropped_grads(
     grad_x: Any = 0 if need_x else None
     grads_A: list[Tensor] | None = None if x is None else []
     for e, (a, g) in enumerate(zip(lora_A, grad.split([a.shape[0] for a in lora_A], -1), strict=True)):
+        grad_seen = g @ a if need_x or x is None else x
+        mask = _mask(grad_seen, seed, e, dropout_p[e])
         if need_x:
-            grad_x = grad_x + dropped(g @ a, seed, e, dropout_p[e])
+            grad_x = grad_x + _masked(grad_seen, *mask)
         if x is not None and grads_A is not None:
-            seen = dropped(x, seed, e, dropout_p[e])
-            grads_A.append(g.reshape(-1, g.shape[-1]).mT @ seen.reshape(-1, seen.shape[-1]))
+            grads_A.append(g.reshape(-1, g.shape[-1]).mT @ _masked(x, *mask).reshape(-1, x.shape[-1]))
     return grad_x, grads_A
 
 
@@ -116,6 +108,25 @@ class _Linear(torch.autograd.Function):
 
 
 # ---- the masks ----
+
+
+def _masked(x: Tensor, kept: Tensor | None, scale: float) -> Tensor:
+    return x if kept is None else torch.where(kept, x * scale, 0)
+
+
+def _mask(like: Tensor, seed: Tensor | int, expert: int, p: float) -> tuple[Tensor | None, float]:
+    """Which elements of a tensor such as this are kept, None for all of them, and what those are multiplied by."""
+    # Of 2^16 numbers that an element may draw. A p below 1 is never rounded to 1.
+    numbers = 2**16
+    drops = math.floor(p * numbers + 0.5)
+    if drops == numbers and p < 1:
+        drops -= 1
+    if drops == 0:
+        return None, 1.0
+    if drops == numbers:
+        return torch.zeros_like(like, dtype=torch.bool), 0.0
+    return _kept(like, seed, expert, drops), numbers / (numbers - drops)
+
 
 _LOW = 2**32 - 1
 _COLUMNS, _LANES = 128, 16  # columns drawn at a time, by so many counters
