@@ -21,7 +21,7 @@ typedef enum {
   ML_ERR_DTYPE,     /* not one of ml_dtype */
   ML_ERR_SHAPE,     /* a dimension that must be positive is not (N, d, r), or a negative T */
   ML_ERR_TOP_K,     /* top_k outside [0, N] */
-  ML_ERR_VALUE,     /* a scalar out of its domain: temperature <= 0, a non-finite scaling */
+  ML_ERR_VALUE,     /* a scalar out of its domain: temperature <= 0, a non-finite scaling, a dropout outside [0, 1] */
   ML_ERR_OVERFLOW,  /* a size does not fit in the address space */
   ML_ERR_NO_MEMORY, /* a workspace could not be allocated */
   ML_ERR_ISA        /* an instruction set that is unknown or that this CPU lacks */
@@ -64,13 +64,17 @@ typedef struct {
   int64_t top_k;             /* 0: dense; k: each token's k largest weights, ties to the lower index */
   ml_matrix weight;          /* the frozen base [d_out, d_in]; data == NULL: the mixture alone */
   int n_threads;             /* 0: ml_get_num_threads() */
-  uint64_t dropout_seed;     /* with dropout: forward and backward of one call take the same */
+  uint64_t dropout_seed;     /* of the masks: the same in forward and backward of one call */
 } ml_routed_lora;
 
-/* y = base or x W^T + bias or 0, plus sum_e (s_e w_e * (x A_e^T)) B_e^T.
+/* D_e x is x as expert e sees it: with dropout, some elements are 0 and the others divided by the share that is kept.
+ * Which follows from dropout_seed, e, the token's place b * S + s and the column alone (kernels/philox.h). Probabilities
+ * are rounded to multiples of 2^-16; those below 1 never to 1.
+ *
+ * y = base or x W^T + bias or 0, plus sum_e (s_e w_e * (D_e x A_e^T)) B_e^T.
  *
  *   y      [B, S, d_out]  out; written whole
- *   hidden [B, S, R]      out; x A_e^T side by side, unweighted, 0 where top_k drops the expert; data == NULL: not kept
+ *   hidden [B, S, R]      out; D_e x A_e^T side by side, unweighted, 0 where top_k drops the expert; data == NULL: none
  *   base   [B, S, d_out]  in; NULL: none. May be y itself (added in place). Not together with p->weight.
  *   bias   [d_out], stride bias_stride; NULL: none. Only with p->weight.
  */
@@ -83,8 +87,8 @@ enum { ML_ACCUMULATE_X = 1, ML_ACCUMULATE_A = 2, ML_ACCUMULATE_B = 4, ML_ACCUMUL
 /* With g = grad_y [B, S, d_out] and hidden as the forward left it:
  *
  *   P_e = g B_e, Q_e = s_e w_e * P_e          [T, r_e]
- *   grad_x   [B, S, d_in] = g W + sum_e Q_e A_e   (g W only with p->weight)
- *   grad_a_e [r_e, d_in]  = Q_e^T x               in p->experts
+ *   grad_x   [B, S, d_in] = g W + sum_e D_e (Q_e A_e)   (g W only with p->weight)
+ *   grad_a_e [r_e, d_in]  = Q_e^T (D_e x)         in p->experts
  *   grad_b_e [d_out, r_e] = g^T (s_e w_e * H_e)   in p->experts
  *   grad_w   [B, S, N]    = s_e <P_e, H_e>        strides as routing_weights has them: a zero stride sums over that axis
  *

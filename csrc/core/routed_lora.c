@@ -6,7 +6,9 @@
  *   spread    out [T, d] = init + h M   Y = base + Hs M_B,  dX = Q M_A
  *   collect   grad M = h^T x            dA = Q^T x,  dB^T = Hs^T g
  *
- * M is never formed: the kernels pack its panels straight from the experts' own arrays. Work is cut into tasks by shape
+ * M is never formed: the kernels pack its panels straight from the experts' own arrays. With dropout every expert has an
+ * x of its own, D_e x, and what it adds to dX goes through D_e too; so those products run expert by expert, and the
+ * masks are drawn where they are needed, a block of tokens at a time. Work is cut into tasks by shape
  * alone and every sum runs in an order fixed by shape, so the bits do not depend on the number of threads.
  */
 #include <stdlib.h>
@@ -25,6 +27,8 @@ enum {
   IN_PLACE_COLUMNS = 64, /* outputs of one task of it */
   SPREAD_TOKENS = 512,   /* tokens that share one packing of a panel in spread */
   ROW_BLOCK = 48,        /* tokens that a group of panels is applied to at a time */
+  MASKED_TOKENS = 128,   /* tokens of a masked panel of x in collect */
+  ROW_PADDING = 16,      /* between rows of a masked block: a power of two apart, they would share few cache sets */
   BASE_COLUMNS = 512,    /* output features of one slice of the base product */
   BASE_TOKENS = 256,     /* tokens of the same */
   SMALL_WORK = 1 << 18   /* multiply-adds below which starting threads costs more than it saves */
@@ -55,6 +59,7 @@ typedef struct {
   const ml_products *products;
   const ml_elementwise *elementwise;
   int64_t T, R;
+  bool drops;       /* whether any expert has dropout */
   int64_t size;     /* bytes of an element */
   int64_t *offsets; /* [N + 1] */
   ml_matrix *a;     /* [N] parts of M_A */
@@ -100,6 +105,14 @@ static int threads_for(const call *c, int64_t multiply_adds) {
   return multiply_adds < SMALL_WORK ? 1 : c->p->n_threads;
 }
 
+static ml_mask mask_of(const ml_routed_lora *p, int64_t e) {
+  /* A probability below 1 drops at most all numbers but one. */
+  double probability = p->experts[e].dropout;
+  uint32_t all = 1 << 16, threshold = (uint32_t)(probability * all + 0.5);
+  if (threshold == all && probability < 1) threshold--;
+  return (ml_mask){p->dropout_seed, (uint32_t)e, threshold, threshold < all ? (double)all / (all - threshold) : 0};
+}
+
 /* Checks p and fills in what follows from it alone; allocates nothing. */
 static ml_status begin(call *c, const ml_routed_lora *p) {
   *c = (call){.p = p};
@@ -111,7 +124,7 @@ static ml_status begin(call *c, const ml_routed_lora *p) {
   for (int64_t e = 0; e < p->n_experts; e++) {
     const ml_expert *expert = &p->experts[e];
     if (expert->rank <= 0) return ML_ERR_SHAPE;
-    if (!ML_ISFINITE(expert->scaling)) return ML_ERR_VALUE;
+    if (!ML_ISFINITE(expert->scaling) || !(expert->dropout >= 0 && expert->dropout <= 1)) return ML_ERR_VALUE;
     if (!expert->a.data || !expert->b.data) return ML_ERR_NULL;
     if (ML_ADD_OVERFLOWS(c->R, expert->rank, &c->R)) return ML_ERR_OVERFLOW;
   }
@@ -119,6 +132,7 @@ static ml_status begin(call *c, const ml_routed_lora *p) {
   c->products = ml_active_kernels()->products[p->dtype];
   c->elementwise = &ml_elementwise_table[p->dtype];
   c->size = (int64_t)c->elementwise->size;
+  for (int64_t e = 0; e < p->n_experts; e++) c->drops |= mask_of(p, e).threshold > 0;
   return ML_OK;
 }
 
@@ -228,10 +242,12 @@ typedef struct {
   rows x;
   rows out;
   bool add;
-  epilogue *then; /* NULL: nothing */
+  const ml_mask *mask; /* of x; NULL: none */
+  epilogue *then;      /* NULL: nothing */
   const void *context;
   int64_t block;           /* tokens of a task */
   char *packed;            /* [panels][d][width]; NULL: M in place */
+  char *masked;            /* with a mask, per thread [block][DEPTH_BLOCK + ROW_PADDING] */
   const void **factor_row; /* [R], for dot products */
 } projection;
 
@@ -249,11 +265,20 @@ static bool has_dense_columns(factor m) {
   return true;
 }
 
+/* Tokens of a task: enough tasks to keep threads busy to the end, few enough tokens for x to stay in the cache. */
+static int64_t projection_block(int64_t T) { return min_(96, round_up(ceil_div(T, 24), 6)); }
+
+static int64_t masked_block(const call *c) { return projection_block(c->T) * (DEPTH_BLOCK + ROW_PADDING); }
+static int masked_blocks(const call *c) {
+  return ml_thread_bound(c->p->n_threads, ceil_div(c->T, projection_block(c->T)));
+}
+
 /* R is given apart: while the budget is drawn up, a factor has no offsets yet. */
-static void reserve_projection(const call *c, budget *b, int64_t R, int64_t d) {
+static void reserve_projection(const call *c, budget *b, int64_t R, int64_t d, bool masked) {
   budget phase = {0};
   reserve(&phase, round_up(R, c->products->lanes), d, c->size);
   reserve(&phase, R, 1, sizeof(void *));
+  if (masked && c->T) reserve(&phase, masked_block(c), masked_blocks(c), c->size);
   reserve_phase(b, phase);
 }
 
@@ -277,19 +302,25 @@ static void pack_projection(void *context, int64_t task, int thread) {
 }
 
 static void project_packed(void *context, int64_t task, int thread) {
-  (void)thread;
   const projection *j = context;
   const call *c = j->c;
   int64_t full = c->products->panel_width;
   int64_t t0 = task * j->block, tokens = min_(j->block, c->T - t0);
-  for (int64_t k0 = 0; k0 < j->m.d; k0 += DEPTH_BLOCK)
+  for (int64_t k0 = 0; k0 < j->m.d; k0 += DEPTH_BLOCK) {
+    int64_t depth = min_(DEPTH_BLOCK, j->m.d - k0);
+    rows x = {at(c, j->x.data, t0 * j->x.row + k0), j->x.row};
+    if (j->mask) {
+      rows masked = {at(c, j->masked, thread * masked_block(c)), DEPTH_BLOCK + ROW_PADDING};
+      c->products->keep(j->mask, t0, k0, tokens, depth, x.data, x.row, masked.data, masked.row, NULL, 0);
+      x = masked;
+    }
     for (int64_t first = 0; first < j->R; first += full) {
       int64_t cols = min_(full, j->R - first), width = round_up(cols, c->products->lanes);
       void *out = at(c, j->out.data, t0 * j->out.row + first);
-      c->products->product(tokens, cols, min_(DEPTH_BLOCK, j->m.d - k0), at(c, j->x.data, t0 * j->x.row + k0), j->x.row,
-                           1, at(c, j->packed, first * j->m.d + k0 * width), width, out, j->out.row,
-                           k0 || j->add ? out : NULL, j->out.row);
+      c->products->product(tokens, cols, depth, x.data, x.row, 1, at(c, j->packed, first * j->m.d + k0 * width), width,
+                           out, j->out.row, k0 || j->add ? out : NULL, j->out.row);
     }
+  }
   if (j->then) j->then(j->context, t0, t0 + tokens);
 }
 
@@ -313,18 +344,19 @@ static void project_sums(void *context, int64_t task, int thread) {
                           j->m.parts[task].col, at(c, j->out.data, first), j->out.row);
 }
 
-/* Tokens of a task: enough tasks to keep threads busy to the end, few enough tokens for x to stay in the cache. */
-static int64_t projection_block(int64_t T) { return min_(96, round_up(ceil_div(T, 24), 6)); }
-
-static void project(call *c, factor m, rows x, rows out, bool add, epilogue *then, const void *context) {
+static void project(call *c, factor m, rows x, rows out, bool add, const ml_mask *mask, epilogue *then,
+                    const void *context) {
   int64_t R = m.offsets[m.n_parts], work = c->T * R * m.d;
   size_t used = c->used;
-  projection j = {.c = c, .m = m, .R = R, .x = x, .out = out, .add = add, .then = then, .context = context};
+  projection j = {.c = c, .m = m, .R = R, .x = x, .out = out, .add = add};
+  j.mask = mask;
+  j.then = then;
+  j.context = context;
   j.block = projection_block(c->T);
-  if (!add && c->T < VERY_FEW_TOKENS && has_dense_columns(m)) {
+  if (!add && !mask && c->T < VERY_FEW_TOKENS && has_dense_columns(m)) {
     ml_parallel_for(threads_for(c, work), m.n_parts, project_sums, &j);
     if (then) then(context, 0, c->T);
-  } else if (!add && c->T < FEW_TOKENS && has_dense_rows(m)) {
+  } else if (!add && !mask && c->T < FEW_TOKENS && has_dense_rows(m)) {
     j.factor_row = take(c, R, 1, sizeof(void *));
     for (int64_t e = 0; e < m.n_parts; e++)
       for (int64_t r = m.offsets[e]; r < m.offsets[e + 1]; r++)
@@ -333,11 +365,22 @@ static void project(call *c, factor m, rows x, rows out, bool add, epilogue *the
     if (then) then(context, 0, c->T);
   } else {
     j.packed = take(c, round_up(R, c->products->lanes), m.d, c->size);
+    if (mask) j.masked = take(c, masked_block(c), masked_blocks(c), c->size);
     int64_t panels = ceil_div(R, c->products->panel_width);
     ml_parallel_for(threads_for(c, work), panels * ceil_div(m.d, DEPTH_BLOCK), pack_projection, &j);
     ml_parallel_for(threads_for(c, work), ceil_div(c->T, j.block), project_packed, &j);
   }
   c->used = used;
+}
+
+/* The same for M_A, with dropout: each expert's columns from its own x. */
+static void project_masked(call *c, factor m, rows x, rows out, epilogue *then, const void *context) {
+  for (int64_t e = 0; e < m.n_parts; e++) {
+    int64_t offsets[2] = {0, m.offsets[e + 1] - m.offsets[e]};
+    ml_mask mask = mask_of(c->p, e);
+    project(c, (factor){m.d, 1, offsets, &m.parts[e]}, x, (rows){at(c, out.data, m.offsets[e]), out.row}, false,
+            mask.threshold ? &mask : NULL, e + 1 == m.n_parts ? then : NULL, context);
+  }
 }
 
 /* ---- spread: out [T, d] = init + h M ---- */
@@ -351,6 +394,7 @@ typedef struct {
   int64_t group;  /* panels of a task */
   int64_t groups; /* tasks of the same tokens */
   char *packed;   /* per thread [group][R][panel_width] */
+  char *products; /* with masks, per thread [ROW_BLOCK][ML_MASK_COLUMNS + ROW_PADDING] */
 } spreading;
 
 static int64_t spread_group(const call *c, int64_t d) {
@@ -369,6 +413,22 @@ static void reserve_spreading(const call *c, budget *b, int64_t d) {
   reserve_phase(b, phase);
 }
 
+/* Columns first .. last - 1 of M as panels [R][width], one after the other. */
+static void pack_spread(const spreading *s, int64_t first, int64_t last, char *packed) {
+  const call *c = s->c;
+  const ml_products *k = c->products;
+  for (int64_t d0 = first; d0 < last; d0 += k->panel_width) {
+    int64_t cols = min_(k->panel_width, last - d0), width = round_up(cols, k->lanes);
+    char *panel = at(c, packed, (d0 - first) * c->R);
+    if (width > cols) memset(panel, 0, (size_t)(c->R * width * c->size));
+    for (int64_t e = 0; e < s->m.n_parts; e++) {
+      ml_matrix part = s->m.parts[e];
+      k->pack(at(c, panel, s->m.offsets[e] * width), width, s->m.offsets[e + 1] - s->m.offsets[e], cols,
+              at(c, part.data, d0 * part.col), part.row, part.col);
+    }
+  }
+}
+
 static void spread_task(void *context, int64_t task, int thread) {
   const spreading *s = context;
   const call *c = s->c;
@@ -377,16 +437,7 @@ static void spread_task(void *context, int64_t task, int thread) {
   int64_t t0 = task / s->groups * SPREAD_TOKENS, t1 = min_(t0 + SPREAD_TOKENS, c->T);
   int64_t first = task % s->groups * s->group * full, last = min_(first + s->group * full, s->m.d);
   char *packed = at(c, s->packed, thread * s->group * full * R);
-  for (int64_t d0 = first; d0 < last; d0 += full) {
-    int64_t cols = min_(full, last - d0), width = round_up(cols, k->lanes);
-    char *panel = at(c, packed, (d0 - first) * R);
-    if (width > cols) memset(panel, 0, (size_t)(R * width * c->size));
-    for (int64_t e = 0; e < s->m.n_parts; e++) {
-      ml_matrix part = s->m.parts[e];
-      k->pack(at(c, panel, s->m.offsets[e] * width), width, s->m.offsets[e + 1] - s->m.offsets[e], cols,
-              at(c, part.data, d0 * part.col), part.row, part.col);
-    }
-  }
+  pack_spread(s, first, last, packed);
   for (int64_t t = t0; t < t1; t += ROW_BLOCK)
     for (int64_t d0 = first; d0 < last; d0 += full) {
       int64_t cols = min_(full, last - d0), width = round_up(cols, k->lanes);
@@ -457,6 +508,67 @@ static void spread(call *c, factor m, const char *h, rows out, rows init) {
   c->used = used;
 }
 
+/* With dropout: out [T, d_in] = init + sum_e D_e (h_e M_e), for the groups of columns that masks come in. */
+
+static int64_t masked_spread_tasks(const call *c, int64_t d) {
+  return ceil_div(d, ML_MASK_COLUMNS) * ceil_div(c->T, SPREAD_TOKENS);
+}
+
+static void reserve_masked_spreading(const call *c, budget *b, int64_t d) {
+  budget phase = {0};
+  int n_threads = ml_thread_bound(c->p->n_threads, masked_spread_tasks(c, d));
+  reserve(&phase, c->R * ML_MASK_COLUMNS, n_threads, c->size);
+  reserve(&phase, ROW_BLOCK * (ML_MASK_COLUMNS + ROW_PADDING), n_threads, c->size);
+  reserve_phase(b, phase);
+}
+
+static void spread_masked_task(void *context, int64_t task, int thread) {
+  const spreading *s = context;
+  const call *c = s->c;
+  const ml_products *k = c->products;
+  int64_t t0 = task / s->groups * SPREAD_TOKENS, t1 = min_(t0 + SPREAD_TOKENS, c->T);
+  int64_t first = task % s->groups * ML_MASK_COLUMNS, last = min_(first + ML_MASK_COLUMNS, s->m.d);
+  char *packed = at(c, s->packed, thread * ML_MASK_COLUMNS * c->R);
+  rows products = {NULL, ML_MASK_COLUMNS + ROW_PADDING};
+  products.data = at(c, s->products, thread * ROW_BLOCK * products.row);
+  pack_spread(s, first, last, packed);
+  for (int64_t t = t0; t < t1; t += ROW_BLOCK) {
+    int64_t tokens = min_(ROW_BLOCK, t1 - t);
+    rows out = {at(c, s->out.data, t * s->out.row + first), s->out.row};
+    rows init = {s->init.data ? at(c, s->init.data, t * s->init.row + first) : NULL, s->init.row};
+    for (int64_t e = 0; e < s->m.n_parts; e++) {
+      ml_mask mask = mask_of(c->p, e);
+      rows to = mask.threshold ? products : out;
+      for (int64_t d0 = first; d0 < last; d0 += k->panel_width) {
+        int64_t cols = min_(k->panel_width, last - d0), width = round_up(cols, k->lanes);
+        const char *panel = at(c, packed, (d0 - first) * c->R);
+        char *sum = at(c, to.data, d0 - first);
+        rows from = {mask.threshold || !init.data ? NULL : at(c, init.data, d0 - first), init.row};
+        for (int64_t r0 = s->m.offsets[e]; r0 < s->m.offsets[e + 1]; r0 += DEPTH_BLOCK) {
+          k->product(tokens, cols, min_(DEPTH_BLOCK, s->m.offsets[e + 1] - r0), at(c, s->h, t * c->R + r0), c->R, 1,
+                     at(c, panel, r0 * width), width, sum, to.row, from.data, from.row);
+          from = (rows){sum, to.row};
+        }
+      }
+      if (mask.threshold)
+        k->keep(&mask, t, first, tokens, last - first, products.data, products.row, out.data, out.row, init.data,
+                init.row);
+      init = out;
+    }
+  }
+}
+
+static void spread_masked(call *c, factor m, const char *h, rows out, rows init) {
+  size_t used = c->used;
+  spreading s = {.c = c, .m = m, .h = h, .out = out, .init = init, .groups = ceil_div(m.d, ML_MASK_COLUMNS)};
+  int64_t tasks = masked_spread_tasks(c, m.d);
+  int n_threads = ml_thread_bound(c->p->n_threads, tasks);
+  s.packed = take(c, c->R * ML_MASK_COLUMNS, n_threads, c->size);
+  s.products = take(c, ROW_BLOCK * (ML_MASK_COLUMNS + ROW_PADDING), n_threads, c->size);
+  ml_parallel_for(threads_for(c, c->T * c->R * m.d), tasks, spread_masked_task, &s);
+  c->used = used;
+}
+
 /* ---- collect: the gradient of M, h^T x, for the experts that want it ---- */
 
 typedef struct {
@@ -485,6 +597,18 @@ static void store_grads(const call *c, const char *sums, int64_t width, int64_t 
     c->elementwise->copy(rank, cols, c->T ? sums : NULL, width, 1, to.data, to.row, to.col, add);
 }
 
+/* The same for all: sums [R, cols] are columns d0 .. of the gradients. */
+static void finish_collection(const collection *g, const char *sums, int64_t width, int64_t d0, int64_t cols) {
+  const call *c = g->c;
+  for (int64_t e = 0; e < g->grads.n_parts; e++) {
+    ml_matrix to = g->grads.parts[e];
+    if (!to.data) continue;
+    int64_t r0 = g->grads.offsets[e], rank = g->grads.offsets[e + 1] - r0;
+    store_grads(c, at(c, sums, r0 * width), width, rank, cols, (ml_matrix){at(c, to.data, d0 * to.col), to.row, to.col},
+                g->add);
+  }
+}
+
 static void collect_task(void *context, int64_t task, int thread) {
   const collection *g = context;
   const call *c = g->c;
@@ -505,13 +629,7 @@ static void collect_task(void *context, int64_t task, int thread) {
                    t0 ? out : NULL, width);
     }
   }
-  for (int64_t e = 0; e < g->grads.n_parts; e++) {
-    ml_matrix to = g->grads.parts[e];
-    if (!to.data) continue;
-    int64_t r0 = g->grads.offsets[e], rank = g->grads.offsets[e + 1] - r0;
-    store_grads(c, at(c, sums, r0 * width), width, rank, cols, (ml_matrix){at(c, to.data, d0 * to.col), to.row, to.col},
-                g->add);
-  }
+  finish_collection(g, sums, width, d0, cols);
 }
 
 static void collect(call *c, factor grads, const char *h, rows x, bool add) {
@@ -520,6 +638,53 @@ static void collect(call *c, factor grads, const char *h, rows x, bool add) {
   int64_t tasks = ceil_div(grads.d, c->products->panel_width);
   g.scratch = take(c, collect_scratch(c), ml_thread_bound(c->p->n_threads, tasks), c->size);
   ml_parallel_for(threads_for(c, c->T * c->R * grads.d), tasks, collect_task, &g);
+  c->used = used;
+}
+
+/* The same for the experts that dropout gives an x of their own: each in blocks of the columns that masks come in, which
+ * are panels side by side. */
+
+static int64_t masked_collect_scratch(const call *c) {
+  return MASKED_TOKENS * (ML_MASK_COLUMNS + ROW_PADDING) + c->R * ML_MASK_COLUMNS;
+}
+
+static void reserve_masked_collection(const call *c, budget *b, int64_t d) {
+  budget phase = {0};
+  reserve(&phase, masked_collect_scratch(c), ml_thread_bound(c->p->n_threads, ceil_div(d, ML_MASK_COLUMNS)), c->size);
+  reserve_phase(b, phase);
+}
+
+static void collect_masked_task(void *context, int64_t task, int thread) {
+  const collection *g = context;
+  const call *c = g->c;
+  const ml_products *k = c->products;
+  int64_t first = task * ML_MASK_COLUMNS, all = min_(ML_MASK_COLUMNS, g->grads.d - first);
+  rows x = {at(c, g->scratch, thread * masked_collect_scratch(c)), ML_MASK_COLUMNS + ROW_PADDING};
+  char *sums = at(c, x.data, MASKED_TOKENS * x.row);
+  memset(x.data, 0, (size_t)(MASKED_TOKENS * x.row * c->size)); /* what pads the last columns to whole vectors */
+  for (int64_t t0 = 0; t0 < c->T; t0 += MASKED_TOKENS) {
+    int64_t tokens = min_(MASKED_TOKENS, c->T - t0);
+    for (int64_t e = 0; e < g->grads.n_parts; e++) {
+      if (!g->grads.parts[e].data) continue;
+      ml_mask mask = mask_of(c->p, e);
+      int64_t r0 = g->grads.offsets[e], rank = g->grads.offsets[e + 1] - r0;
+      k->keep(&mask, t0, first, tokens, all, at(c, g->x.data, t0 * g->x.row + first), g->x.row, x.data, x.row, NULL, 0);
+      for (int64_t d0 = 0; d0 < all; d0 += k->panel_width) {
+        char *out = at(c, sums, r0 * ML_MASK_COLUMNS + d0);
+        k->product(rank, min_(k->panel_width, all - d0), tokens, at(c, g->h, t0 * c->R + r0), 1, c->R,
+                   at(c, x.data, d0), x.row, out, ML_MASK_COLUMNS, t0 ? out : NULL, ML_MASK_COLUMNS);
+      }
+    }
+  }
+  finish_collection(g, sums, ML_MASK_COLUMNS, first, all);
+}
+
+static void collect_masked(call *c, factor grads, const char *h, rows x, bool add) {
+  size_t used = c->used;
+  collection g = {.c = c, .grads = grads, .h = h, .x = x, .add = add};
+  int64_t tasks = ceil_div(grads.d, ML_MASK_COLUMNS);
+  g.scratch = take(c, masked_collect_scratch(c), ml_thread_bound(c->p->n_threads, tasks), c->size);
+  ml_parallel_for(threads_for(c, c->T * c->R * grads.d), tasks, collect_masked_task, &g);
   c->used = used;
 }
 
@@ -546,7 +711,7 @@ static void base_task(void *context, int64_t task, int thread) {
 }
 
 static void reserve_base(const call *c, budget *b, int64_t n, int64_t k) {
-  reserve_projection(c, b, min_(n, BASE_COLUMNS), k);
+  reserve_projection(c, b, min_(n, BASE_COLUMNS), k, false);
 }
 
 static void add_base(call *c, rows left, int64_t k, ml_matrix right, int64_t n, rows out) {
@@ -561,7 +726,7 @@ static void add_base(call *c, rows left, int64_t k, ml_matrix right, int64_t n, 
   for (int64_t j0 = 0; j0 < n; j0 += BASE_COLUMNS) { /* as a projection, slice by slice */
     int64_t offsets[2] = {0, min_(BASE_COLUMNS, n - j0)};
     ml_matrix part = {at(c, right.data, j0 * right.col), right.col, right.row};
-    project(c, (factor){k, 1, offsets, &part}, left, (rows){at(c, out.data, j0), out.row}, true, NULL, NULL);
+    project(c, (factor){k, 1, offsets, &part}, left, (rows){at(c, out.data, j0), out.row}, true, NULL, NULL, NULL);
   }
 }
 
@@ -599,7 +764,7 @@ ml_status ml_routed_lora_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens
   if (own_hidden) reserve(&need, c.T, c.R, c.size);
   if (hidden.data) reserve(&need, c.T, c.R, c.size);
   if (bias) reserve(&need, 1, p->d_out, c.size);
-  reserve_projection(&c, &need, c.R, p->d_in);
+  reserve_projection(&c, &need, c.R, p->d_in, c.drops);
   reserve_spreading(&c, &need, p->d_out);
   if (p->weight.data) reserve_base(&c, &need, p->d_out, p->d_in);
   status = allocate(&c, need);
@@ -618,7 +783,10 @@ ml_status ml_routed_lora_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens
     init = out;
   }
 
-  project(&c, factor_a(&c), x, (rows){h, c.R}, false, weigh, &w);
+  if (c.drops)
+    project_masked(&c, factor_a(&c), x, (rows){h, c.R}, weigh, &w);
+  else
+    project(&c, factor_a(&c), x, (rows){h, c.R}, false, NULL, weigh, &w);
   spread(&c, factor_b(&c), w.weighted, out, init);
   if (p->weight.data)
     add_base(&c, x, p->d_in, (ml_matrix){p->weight.data, p->weight.col, p->weight.row}, p->d_out, out);
@@ -655,6 +823,17 @@ static void weigh_gradients(const void *context, int64_t first, int64_t last) {
   if (w->weighted) f->weigh(first, last, N, c->offsets, c->factors, w->h, w->weighted);
 }
 
+/* Makes M_A the wanted gradients of A, of the experts with dropout or of those without; false: there are none. */
+static bool place_grads_a(call *c, bool with_dropout) {
+  bool any = false;
+  for (int64_t e = 0; e < c->p->n_experts; e++) {
+    bool here = (mask_of(c->p, e).threshold > 0) == with_dropout;
+    c->a[e] = here ? c->p->experts[e].grad_a : (ml_matrix){0};
+    any |= c->a[e].data != NULL;
+  }
+  return any;
+}
+
 ml_status ml_routed_lora_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_tokens hidden, ml_tokens grad_x,
                                   ml_tokens grad_w, unsigned accumulate) {
   call c;
@@ -678,10 +857,14 @@ ml_status ml_routed_lora_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_
   if (need_p) reserve(&need, c.T, c.R, c.size);
   if (any_b) reserve(&need, c.T, c.R, c.size);
   if (grad_w.data) reserve(&need, c.T, p->n_experts, c.size);
-  if (need_p) reserve_projection(&c, &need, c.R, p->d_out);
-  if (grad_x.data) reserve_spreading(&c, &need, p->d_in);
+  if (need_p) reserve_projection(&c, &need, c.R, p->d_out, false);
+  if (grad_x.data && c.drops)
+    reserve_masked_spreading(&c, &need, p->d_in);
+  else if (grad_x.data)
+    reserve_spreading(&c, &need, p->d_in);
   if (grad_x.data && p->weight.data) reserve_base(&c, &need, p->d_in, p->d_out);
   if (any_a) reserve_collection(&c, &need, p->d_in);
+  if (any_a && c.drops) reserve_masked_collection(&c, &need, p->d_in);
   if (any_b) reserve_collection(&c, &need, p->d_out);
   status = allocate(&c, need);
   if (status != ML_OK) goto done;
@@ -698,7 +881,7 @@ ml_status ml_routed_lora_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_
   if (grad_w.data) w.token_grads = take(&c, c.T, p->n_experts, c.size);
 
   if (need_p && c.T)
-    project(&c, factor_b(&c), g, (rows){w.p, c.R}, false, weigh_gradients, &w);
+    project(&c, factor_b(&c), g, (rows){w.p, c.R}, false, NULL, weigh_gradients, &w);
   else
     weigh_gradients(&w, 0, c.T);
 
@@ -709,17 +892,24 @@ ml_status ml_routed_lora_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_
       if (out.data != grad_x.data) copy_tokens(&c, grad_x, dense(&c, out.data, p->d_in), p->d_in);
       init = out;
     }
-    spread(&c, factor_a(&c), w.p, out, init);
+    if (c.drops)
+      spread_masked(&c, factor_a(&c), w.p, out, init);
+    else
+      spread(&c, factor_a(&c), w.p, out, init);
     if (p->weight.data) add_base(&c, g, p->d_out, p->weight, p->d_in, out);
     finish_rows(&c, out, grad_x, p->d_in);
   }
   /* A and B have been read for the last time: their places in the factors now say where the gradients go. */
+  if (any_a) {
+    rows x = input_rows(&c, p->x, p->d_in);
+    bool add = (accumulate & ML_ACCUMULATE_A) != 0;
+    if (place_grads_a(&c, false)) collect(&c, factor_a(&c), w.p, x, add);
+    if (c.drops && place_grads_a(&c, true)) collect_masked(&c, factor_a(&c), w.p, x, add);
+  }
   for (int64_t e = 0; e < p->n_experts; e++) {
     ml_matrix grad_b = p->experts[e].grad_b;
-    c.a[e] = p->experts[e].grad_a;
     c.b[e] = (ml_matrix){grad_b.data, grad_b.col, grad_b.row};
   }
-  if (any_a) collect(&c, factor_a(&c), w.p, input_rows(&c, p->x, p->d_in), (accumulate & ML_ACCUMULATE_A) != 0);
   if (any_b) collect(&c, factor_b(&c), w.weighted, g, (accumulate & ML_ACCUMULATE_B) != 0);
   if (grad_w.data)
     c.elementwise->sum_weight_grads(p->batch, p->seq, p->n_experts, w.token_grads, grad_w,

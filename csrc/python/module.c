@@ -605,15 +605,40 @@ static bool read_raw_mixture(raw_mixture *m, PyObject *const *args, PyObject *to
   return true;
 }
 
-/* (dtype, shape, x, lora_A, lora_B, ranks, routing_weights, scaling, base, y, hidden, top_k, n_threads) -> None */
+/* None, or (seed, the experts' probabilities); the last argument, which may be left out. */
+static bool read_raw_dropout(raw_mixture *m, PyObject *obj) {
+  int64_t seed = 0;
+  if (obj == Py_None) {
+    return true;
+  }
+  if (!is_items(obj, "dropout", 2)) {
+    return false;
+  }
+  PyObject *probabilities = PySequence_Fast_GET_ITEM(obj, 1);
+  if (!read_int64(PySequence_Fast_GET_ITEM(obj, 0), "dropout", &seed) ||
+      !is_items(probabilities, "dropout", (Py_ssize_t)m->core.n_experts)) {
+    return false;
+  }
+  m->core.dropout_seed = (uint64_t)seed;
+  for (Py_ssize_t e = 0; e < m->core.n_experts; e++) {
+    PyObject *probability = PySequence_Fast_GET_ITEM(probabilities, e);
+    if (!read_float(probability, (argument){"dropout", e}, &m->experts[e].dropout)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+/* (dtype, shape, x, lora_A, lora_B, ranks, routing_weights, scaling, base, y, hidden, top_k, n_threads, dropout)
+ * -> None */
 static PyObject *forward_raw(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
   (void)module;
   PyObject *result = NULL;
   raw_mixture m = {.experts = m.few};
   ml_tokens base = {0}, y = {0}, hidden = {0};
-  if (!takes("forward_raw", 13, n_args) || !read_raw_mixture(&m, args, args[11], args[12]) ||
-      !read_optional_tokens(args[8], "base", &base) || !read_tokens(args[9], "y", &y) ||
-      !read_optional_tokens(args[10], "hidden", &hidden)) {
+  if (!takes("forward_raw", n_args == 14 ? 14 : 13, n_args) || !read_raw_mixture(&m, args, args[11], args[12]) ||
+      (n_args == 14 && !read_raw_dropout(&m, args[13])) || !read_optional_tokens(args[8], "base", &base) ||
+      !read_tokens(args[9], "y", &y) || !read_optional_tokens(args[10], "hidden", &hidden)) {
     goto done;
   }
   ml_status status;
@@ -629,17 +654,17 @@ done:
 }
 
 /* (dtype, shape, x, lora_A, lora_B, ranks, routing_weights, scaling, grad_y, hidden, grad_x, grad_A, grad_B, grad_w,
- * top_k, n_threads, accumulate) -> None */
+ * top_k, n_threads, accumulate, dropout) -> None */
 static PyObject *backward_raw(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
   (void)module;
   PyObject *result = NULL;
   raw_mixture m = {.experts = m.few};
   ml_tokens grad_y = {0}, hidden = {0}, grad_x = {0}, grad_w = {0};
   int64_t accumulate = 0;
-  if (!takes("backward_raw", 17, n_args) || !read_raw_mixture(&m, args, args[14], args[15]) ||
-      !read_tokens(args[8], "grad_y", &grad_y) || !read_optional_tokens(args[9], "hidden", &hidden) ||
-      !read_optional_tokens(args[10], "grad_x", &grad_x) || !read_optional_tokens(args[13], "grad_w", &grad_w) ||
-      !read_int64(args[16], "accumulate", &accumulate)) {
+  if (!takes("backward_raw", n_args == 18 ? 18 : 17, n_args) || !read_raw_mixture(&m, args, args[14], args[15]) ||
+      (n_args == 18 && !read_raw_dropout(&m, args[17])) || !read_tokens(args[8], "grad_y", &grad_y) ||
+      !read_optional_tokens(args[9], "hidden", &hidden) || !read_optional_tokens(args[10], "grad_x", &grad_x) ||
+      !read_optional_tokens(args[13], "grad_w", &grad_w) || !read_int64(args[16], "accumulate", &accumulate)) {
     goto done;
   }
   if (accumulate & ~(int64_t)(ML_ACCUMULATE_X | ML_ACCUMULATE_A | ML_ACCUMULATE_B | ML_ACCUMULATE_W)) {

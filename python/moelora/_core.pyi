@@ -11,7 +11,7 @@ from moelora.reference import Array
 # (pointer, strides in elements)
 _Tokens: TypeAlias = tuple[int, int, int, int]  # (pointer, batch, seq, col)
 _Matrix: TypeAlias = tuple[int, int, int]  # (pointer, row, col)
-_Dropout: TypeAlias = tuple[int, tuple[float, ...]]  # (seed, a probability for each expert)
+_Dropout: TypeAlias = tuple[int, Sequence[float]]  # (seed, probabilities of the experts)
 
 def routed_lora_forward(
     x: Array,
@@ -74,6 +74,7 @@ def forward_raw(
     hidden: _Tokens | None,
     top_k: int,
     n_threads: int,
+    dropout: _Dropout | None = None,
     /,
 ) -> None: ...
 def backward_raw(
@@ -94,6 +95,7 @@ def backward_raw(
     top_k: int,
     n_threads: int,
     accumulate: int,
+    dropout: _Dropout | None = None,
     /,
 ) -> None: ...
 

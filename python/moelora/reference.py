@@ -4,6 +4,7 @@ Signatures, results and errors are those of `moelora.functional`, which document
 float64 and rounded once, at the end.
 """
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, SupportsFloat, SupportsIndex, TypeAlias
@@ -65,22 +66,11 @@ def routed_lora_forward(
         inputs |= {f"lora_A[{e}]": a for e, a in enumerate(lora_A)} | {f"lora_B[{e}]": b for e, b in enumerate(lora_B)}
         _check_out(out, (*m.tokens, m.d_out), m.x.dtype, inputs)
 
-    x64 = m.x.astype(np.float64)
-    y = np.zeros((*m.tokens, m.d_out))
-    if m.weight is not None:
-        y += x64 @ m.weight.T.astype(np.float64)
-    if bias is not None:
-        y += bias
-    hidden = []
-    for e in range(m.n_experts):
-        h = np.where(m.kept[..., e, None], x64 @ m.A[e].T.astype(np.float64), 0.0)
-        y += (m.scaling[e] * m.weights[..., e, None] * h) @ m.B[e].T.astype(np.float64)
-        hidden.append(h)
-
+    y, hidden = _forward(m, bias)
     if out is None:
         out = np.empty(y.shape, m.x.dtype)
     out[...] = y
-    return out, np.concatenate(hidden, axis=-1).astype(m.x.dtype)
+    return out, hidden.astype(m.x.dtype)
 
 
 @np.errstate(invalid="ignore", over="ignore")
@@ -102,29 +92,13 @@ def routed_lora_backward(
     m = _Mixture(x, lora_A, lora_B, routing_weights, scaling, weight, top_k)
     grad_y = _array(grad_y, "grad_y", (*m.tokens, m.d_out), m.x.dtype)
     hidden = _array(hidden, "hidden", (*m.tokens, sum(a.shape[0] for a in m.A)), m.x.dtype)
-
-    g = grad_y.astype(np.float64)
-    flat_g, flat_x = g.reshape(-1, m.d_out), m.x.astype(np.float64).reshape(-1, m.d_in)
-    grad_x = np.zeros(m.x.shape) if m.weight is None else g @ m.weight.astype(np.float64)
-    grad_A, grad_B, grad_w = [], [], np.zeros((*m.tokens, m.n_experts))
-    first = 0
-    for e in range(m.n_experts):
-        rank = m.A[e].shape[0]
-        h = hidden[..., first : first + rank].astype(np.float64)
-        first += rank
-        p = g @ m.B[e].astype(np.float64)
-        sw = m.scaling[e] * m.weights[..., e, None]
-        grad_x += (sw * p) @ m.A[e].astype(np.float64)
-        grad_A.append(((sw * p).reshape(-1, rank).T @ flat_x).astype(m.x.dtype))
-        grad_B.append((flat_g.T @ (sw * h).reshape(-1, rank)).astype(m.x.dtype))
-        grad_w[..., e] = np.where(m.kept[..., e], m.scaling[e] * (p * h).sum(-1), 0.0)
-
+    grad_x, grad_A, grad_B, grad_w = _backward(m, grad_y, hidden)
     # [N] and [B, N] weights served many tokens: their gradient is the sum over those
     grad_w = grad_w.sum(tuple(range(routing_weights.ndim - 1, m.x.ndim - 1)))
     return RoutedLoraGrads(
         grad_x.astype(m.x.dtype) if "x" in need else None,
-        grad_A if "lora_A" in need else None,
-        grad_B if "lora_B" in need else None,
+        [a.astype(m.x.dtype) for a in grad_A] if "lora_A" in need else None,
+        [b.astype(m.x.dtype) for b in grad_B] if "lora_B" in need else None,
         grad_w.astype(m.x.dtype) if "routing_weights" in need else None,
     )
 
@@ -241,6 +215,79 @@ class _Mixture:
         kept = _largest(weights, _check_top_k(top_k, self.n_experts))
         self.kept = np.broadcast_to(kept, (*self.tokens, self.n_experts))
         self.weights = np.where(self.kept, weights.astype(np.float64), 0.0)
+
+
+class _Dropout(NamedTuple):
+    """The masks of the C core: see csrc/core/kernels/philox.h."""
+
+    seed: int
+    probabilities: Sequence[float]
+
+    def factors(self, expert: int, tokens: tuple[int, ...], d_in: int) -> NDArray[np.float64]:
+        """[*tokens, d_in]: what the expert's x is multiplied by, 0 where it is dropped."""
+        token = np.arange(math.prod(tokens), dtype=np.uint64)[:, None]
+        lanes = np.arange(-(-d_in // 128) * 16, dtype=np.uint64)
+        counter = (lanes, token & _LOW, token >> _32, np.uint64(expert))
+        words = np.stack(np.broadcast_arrays(*_philox(counter, self.seed)), -1).astype("<u4")  # [T, 16 per group, 4]
+        drawn = words.view("<u2").reshape(len(token), -1, 16, 8)  # a word's low half comes first
+        drawn = drawn.swapaxes(-1, -2).reshape(len(token), -1)[:, :d_in]
+        p = self.probabilities[expert]
+        threshold = math.floor(p * 2**16 + 0.5) if p == 1 else min(math.floor(p * 2**16 + 0.5), 2**16 - 1)
+        factors = np.where(drawn >= threshold, 2**16 / max(2**16 - threshold, 1), 0.0)
+        return factors.reshape(*tokens, d_in)
+
+
+_32, _LOW = np.uint64(32), np.uint64(2**32 - 1)
+
+
+def _philox(counter: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
+    """Philox4x32 with 7 rounds: four words, each an array of numbers below 2^32 as the counter's are."""
+    c0, c1, c2, c3 = counter
+    for i in range(7):
+        key = (np.uint64(((seed >> shift) + i * step) % 2**32) for shift, step in ((0, 0x9E3779B9), (32, 0xBB67AE85)))
+        p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = p1 >> _32 ^ c1 ^ next(key), p1 & _LOW, p0 >> _32 ^ c3 ^ next(key), p0 & _LOW
+    return c0, c1, c2, c3
+
+
+def _forward(m: _Mixture, bias: Array | None, dropout: _Dropout | None = None) -> tuple[Any, Any]:
+    """y and hidden, in float64."""
+    x = m.x.astype(np.float64)
+    y = np.zeros((*m.tokens, m.d_out))
+    if m.weight is not None:
+        y += x @ m.weight.T.astype(np.float64)
+    if bias is not None:
+        y += bias
+    hidden = []
+    for e in range(m.n_experts):
+        seen = x if dropout is None else x * dropout.factors(e, m.tokens, m.d_in)
+        h = np.where(m.kept[..., e, None], seen @ m.A[e].T.astype(np.float64), 0.0)
+        y += (m.scaling[e] * m.weights[..., e, None] * h) @ m.B[e].T.astype(np.float64)
+        hidden.append(h)
+    return y, np.concatenate(hidden, axis=-1)
+
+
+def _backward(
+    m: _Mixture, grad_y: Array, hidden: Array, dropout: _Dropout | None = None
+) -> tuple[Any, list[Any], list[Any], Any]:
+    """Gradients of x, lora_A, lora_B and each token's routing weights, in float64."""
+    x, g = m.x.astype(np.float64), grad_y.astype(np.float64)
+    flat_g = g.reshape(-1, m.d_out)
+    grad_x = np.zeros(m.x.shape) if m.weight is None else g @ m.weight.astype(np.float64)
+    grad_A, grad_B, grad_w = [], [], np.zeros((*m.tokens, m.n_experts))
+    first = 0
+    for e in range(m.n_experts):
+        rank = m.A[e].shape[0]
+        h = hidden[..., first : first + rank].astype(np.float64)
+        first += rank
+        p = g @ m.B[e].astype(np.float64)
+        sw = m.scaling[e] * m.weights[..., e, None]
+        factors = 1.0 if dropout is None else dropout.factors(e, m.tokens, m.d_in)
+        grad_x += factors * ((sw * p) @ m.A[e].astype(np.float64))
+        grad_A.append((sw * p).reshape(-1, rank).T @ (factors * x).reshape(-1, m.d_in))
+        grad_B.append(flat_g.T @ (sw * h).reshape(-1, rank))
+        grad_w[..., e] = np.where(m.kept[..., e], m.scaling[e] * (p * h).sum(-1), 0.0)
+    return grad_x, grad_A, grad_B, grad_w
 
 
 def _largest(weights: Array, k: int) -> NDArray[np.bool_]:

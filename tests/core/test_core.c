@@ -82,8 +82,38 @@ typedef struct {
   ml_tokens base, grad_y;
   void *bias;
   int64_t R;
+  double *factors;            /* [T, N, d_in]: what dropout multiplies x by */
   double *hidden, *projected; /* [T, R]: the twin's H and P */
 } problem;
+
+/* Philox4x32 with 7 rounds, as its authors write it. */
+static void philox(uint32_t c[4], uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < 7; round++, k0 += 0x9E3779B9, k1 += 0xBB67AE85) {
+    uint64_t p0 = (uint64_t)0xD2511F53 * c[0], p1 = (uint64_t)0xCD9E8D57 * c[2];
+    uint32_t next[4] = {(uint32_t)(p1 >> 32) ^ c[1] ^ k0, (uint32_t)p1, (uint32_t)(p0 >> 32) ^ c[3] ^ k1, (uint32_t)p0};
+    memcpy(c, next, sizeof next);
+  }
+}
+
+static double *twin_factors(const problem *q) {
+  const ml_routed_lora *p = &q->p;
+  double *out = malloc((size_t)(p->batch * p->seq * p->n_experts * p->d_in + 1) * sizeof *out), *next = out;
+  for (int64_t t = 0; t < p->batch * p->seq; t++)
+    for (int64_t e = 0; e < p->n_experts; e++) {
+      double drops = round(p->experts[e].dropout * 65536);
+      for (int64_t k = 0; k < p->d_in; k++, next++) {
+        uint32_t c[4] = {(uint32_t)(k / 128 * 16 + k % 16), (uint32_t)t, (uint32_t)(t >> 32), (uint32_t)e};
+        philox(c, (uint32_t)p->dropout_seed, (uint32_t)(p->dropout_seed >> 32));
+        uint32_t drawn = c[k % 128 / 32] >> (k % 32 < 16 ? 0 : 16) & 0xffff;
+        *next = drawn >= drops ? 65536 / (65536 - drops) : 0;
+      }
+    }
+  return out;
+}
+/* What expert e is multiplied with in column k of x, and what it sees there. */
+static double factor(const problem *q, int64_t b, int64_t s, int64_t e, int64_t k) {
+  return q->factors[((b * q->p.seq + s) * q->p.n_experts + e) * q->p.d_in + k];
+}
 
 static int64_t offset_of(const problem *q, int64_t e) {
   int64_t o = 0;
@@ -112,8 +142,9 @@ static double *twin_products(const problem *q, ml_tokens v, int64_t width, bool 
         bool keep = kept(q, b, s, e);
         for (int64_t r = 0; r < q->experts[e].rank; r++, next++)
           for (int64_t k = 0; k < width && keep; k++)
-            *next += tget(p->dtype, v, b, s, k) *
-                     (of_b ? mget(p->dtype, q->experts[e].b, k, r) : mget(p->dtype, q->experts[e].a, r, k));
+            *next +=
+                tget(p->dtype, v, b, s, k) * (of_b ? mget(p->dtype, q->experts[e].b, k, r)
+                                                   : factor(q, b, s, e, k) * mget(p->dtype, q->experts[e].a, r, k));
       }
   return out;
 }
@@ -216,7 +247,8 @@ static void check_backward(problem *q, layout l, unsigned wanted, bool add, bool
         for (int64_t r = 0; r < x->rank; r++) {
           double projected = twin_projected(q, b, s, e, r), h = twin_hidden(q, b, s, e, r);
           grad += x->scaling * projected * h;
-          for (int64_t k = 0; k < p->d_in; k++) grad_a[r * p->d_in + k] += f * projected * tget(t, p->x, b, s, k);
+          for (int64_t k = 0; k < p->d_in; k++)
+            grad_a[r * p->d_in + k] += f * projected * factor(q, b, s, e, k) * tget(t, p->x, b, s, k);
           for (int64_t o = 0; o < p->d_out; o++) grad_b[o * x->rank + r] += f * h * tget(t, q->grad_y, b, s, o);
         }
         if (grad_w.data && per_token) expect_close(q, "grad_w", tget(t, grad_w, b, s, e), start + grad);
@@ -241,7 +273,7 @@ static void check_backward(problem *q, layout l, unsigned wanted, bool add, bool
         for (int64_t e = 0; e < p->n_experts; e++)
           for (int64_t r = 0; r < q->experts[e].rank; r++)
             v += q->experts[e].scaling * routing_weight(q, b, s, e) * twin_projected(q, b, s, e, r) *
-                 mget(t, q->experts[e].a, r, k);
+                 factor(q, b, s, e, k) * mget(t, q->experts[e].a, r, k);
         expect_close(q, "grad_x", tget(t, grad_x, b, s, k), v);
       }
 }
@@ -264,7 +296,8 @@ static const shape shapes[] = {
     {1, 2, 130, 520, 1, {260}, 0},
 };
 
-static void check_shape(const shape *s, ml_dtype t, layout l, bool per_token) {
+/* With dropout, every other expert has it. */
+static void check_shape(const shape *s, ml_dtype t, layout l, bool per_token, bool dropout) {
   problem q = {.p = {.dtype = t, .batch = s->batch, .seq = s->seq, .d_in = s->d_in, .d_out = s->d_out}};
   q.p.n_experts = s->n_experts;
   q.p.top_k = s->top_k;
@@ -274,12 +307,15 @@ static void check_shape(const shape *s, ml_dtype t, layout l, bool per_token) {
     q.experts[e] = (ml_expert){.a = matrix(t, s->ranks[e], s->d_in, l), .b = matrix(t, s->d_out, s->ranks[e], l)};
     q.experts[e].rank = s->ranks[e];
     q.experts[e].scaling = 0.5 + (double)e;
+    q.experts[e].dropout = dropout && e % 2 == 0 ? 1 / (2 + (double)e) : 0;
     q.R += s->ranks[e];
   }
   q.p.x = tokens(t, s->batch, s->seq, s->d_in, l);
   q.grad_y = tokens(t, s->batch, s->seq, s->d_out, l);
   q.p.routing_weights =
       per_token ? tokens(t, s->batch, s->seq, s->n_experts, l) : (ml_tokens){block(t, s->n_experts), 0, 0, 1};
+  q.p.dropout_seed = 0x9876543210ABCDEF;
+  q.factors = twin_factors(&q);
   q.hidden = twin_products(&q, q.p.x, s->d_in, false);
   q.projected = twin_products(&q, q.grad_y, s->d_out, true);
   check_forward(&q, l);
@@ -295,6 +331,7 @@ static void check_shape(const shape *s, ml_dtype t, layout l, bool per_token) {
   check_backward(&q, l, 1, true, per_token);
   q.bias = block(t, s->d_out);
   check_forward(&q, l);
+  free(q.factors);
   free(q.hidden);
   free(q.projected);
   free_blocks();
@@ -302,12 +339,13 @@ static void check_shape(const shape *s, ml_dtype t, layout l, bool per_token) {
 
 /* ---- bits, statuses, base in place ---- */
 
-static void check_threads_leave_the_bits_alone(ml_dtype t) {
+static void check_threads_leave_the_bits_alone(ml_dtype t, bool dropout) {
   enum { T = 300, D = 200, R = 24, N = 3 };
   problem q = {.p = {.dtype = t, .batch = 1, .seq = T, .d_in = D, .d_out = D, .n_experts = N}, .R = R};
   for (int e = 0; e < N; e++)
     q.experts[e] = (ml_expert){
-        matrix(t, 8, D, DENSE), matrix(t, D, 8, DENSE), matrix(t, 8, D, DENSE), matrix(t, D, 8, DENSE), 8, 2.0};
+        matrix(t, 8, D, DENSE),    matrix(t, D, 8, DENSE), matrix(t, 8, D, DENSE), matrix(t, D, 8, DENSE), 8, 2.0,
+        dropout && e > 0 ? 0.5 : 0};
   q.p.experts = q.experts;
   q.p.x = tokens(t, 1, T, D, DENSE);
   q.p.routing_weights = tokens(t, 1, T, N, DENSE);
@@ -316,6 +354,7 @@ static void check_threads_leave_the_bits_alone(ml_dtype t) {
   ml_tokens grad_x = tokens(t, 1, T, D, DENSE), grad_w = tokens(t, 1, T, N, DENSE);
   size_t bytes = T * D * size_of(t);
   void *first_y = malloc(bytes), *first_x = malloc(bytes), *first_b = malloc(D * 8 * size_of(t));
+  void *first_a = malloc(D * 8 * size_of(t));
   for (int n = 1; n <= 5; n++) {
     q.p.n_threads = n;
     EXPECT(ml_routed_lora_forward(&q.p, y, hidden, none, NULL, 0) == ML_OK, "forward on %d threads", n);
@@ -323,14 +362,17 @@ static void check_threads_leave_the_bits_alone(ml_dtype t) {
     if (n == 1) {
       memcpy(first_y, y.data, bytes);
       memcpy(first_x, grad_x.data, bytes);
+      memcpy(first_a, q.experts[1].grad_a.data, D * 8 * size_of(t));
       memcpy(first_b, q.experts[1].grad_b.data, D * 8 * size_of(t));
     }
     EXPECT(memcmp(first_y, y.data, bytes) == 0, "y differs on %d threads", n);
     EXPECT(memcmp(first_x, grad_x.data, bytes) == 0, "grad_x differs on %d threads", n);
+    EXPECT(memcmp(first_a, q.experts[1].grad_a.data, D * 8 * size_of(t)) == 0, "grad_a differs on %d threads", n);
     EXPECT(memcmp(first_b, q.experts[1].grad_b.data, D * 8 * size_of(t)) == 0, "grad_b differs on %d threads", n);
   }
   free(first_y);
   free(first_x);
+  free(first_a);
   free(first_b);
   free_blocks();
 }
@@ -380,6 +422,9 @@ static void check_statuses_leave_outputs_untouched(void) {
   STATUS(ML_ERR_TOP_K, z.p.top_k = 2);
   STATUS(ML_ERR_TOP_K, z.p.top_k = -1);
   STATUS(ML_ERR_VALUE, z.experts[0].scaling = (double)NAN);
+  STATUS(ML_ERR_VALUE, z.experts[0].dropout = (double)NAN);
+  STATUS(ML_ERR_VALUE, z.experts[0].dropout = -0.1);
+  STATUS(ML_ERR_VALUE, z.experts[0].dropout = 1.1);
   STATUS(ML_ERR_NULL, z.experts[0].a.data = NULL);
   STATUS(ML_ERR_NULL, z.p.routing_weights.data = NULL);
   STATUS(ML_ERR_NULL, z.p.experts = NULL);
@@ -454,9 +499,12 @@ int main(void) {
       for (int t = ML_F32; t <= ML_F64; t++)
         for (int l = DENSE; l < LAYOUTS; l++)
           for (int per_token = 0; per_token <= 1; per_token++)
-            check_shape(&shapes[i], (ml_dtype)t, (layout)l, per_token != 0);
-    check_threads_leave_the_bits_alone(ML_F32);
-    check_threads_leave_the_bits_alone(ML_F64);
+            for (int dropout = 0; dropout <= per_token; dropout++)
+              check_shape(&shapes[i], (ml_dtype)t, (layout)l, per_token != 0, dropout != 0);
+    for (int dropout = 0; dropout <= 1; dropout++) {
+      check_threads_leave_the_bits_alone(ML_F32, dropout != 0);
+      check_threads_leave_the_bits_alone(ML_F64, dropout != 0);
+    }
   }
   EXPECT(ml_set_isa(NULL) == ML_OK, "the default can't be restored");
   for (int t = ML_F32; t <= ML_F64; t++)

@@ -323,6 +323,15 @@ def mesh(tmp_path):
     dist.destroy_process_group()
 
 
+def test_dtensors_with_dropout(make_mixture, no_core, mesh):
+    m = make_mixture()
+    spread = m.replace([dtensor.distribute_tensor(t, mesh, [dtensor.Replicate()]) for t in m.leaves])
+    first, second = (routed_lora(*spread, dropout_p=0.5) for _ in range(2))
+    assert not torch.equal(first.full_tensor(), second.full_tensor())
+    (grad,) = torch.autograd.grad(first.full_tensor().sum(), spread.x)
+    torch.testing.assert_close((grad * spread.x).sum().full_tensor(), first.full_tensor().sum())  # y is linear in x
+
+
 @pytest.mark.parametrize("given", ["none", "top_k", "base_output", "weight"])
 def test_dtensors(make_mixture, no_core, mesh, given):
     m = make_mixture()

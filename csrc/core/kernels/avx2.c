@@ -1,12 +1,16 @@
 /* AVX2 and FMA: 16 registers of 32 bytes, 12 of them accumulators. */
 #include "../compiler.h"
 #include "kernels.h"
+#include "philox.h"
 
 #if ML_X86
+
+#include <immintrin.h>
 
 #define VECTOR_BYTES 32
 #define TILE_ROWS 6
 #define TILE_VECTORS 2
+#define MULTIPLY_LOW(a, b) ((__typeof__(a))_mm256_mul_epu32((__m256i)(a), (__m256i)(b)))
 
 #define REAL float
 #define NAME(op) ml_##op##_f32_avx2

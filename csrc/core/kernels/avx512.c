@@ -1,12 +1,16 @@
 /* AVX-512: 32 registers of 64 bytes, 24 of them accumulators. */
 #include "../compiler.h"
 #include "kernels.h"
+#include "philox.h"
 
 #if ML_X86
+
+#include <immintrin.h>
 
 #define VECTOR_BYTES 64
 #define TILE_ROWS 6
 #define TILE_VECTORS 4
+#define MULTIPLY_LOW(a, b) ((__typeof__(a))_mm512_mul_epu32((__m512i)(a), (__m512i)(b)))
 
 #define REAL float
 #define NAME(op) ml_##op##_f32_avx512

@@ -9,6 +9,16 @@
 
 #include "../moelora.h"
 
+/* Which elements of x an expert sees, as a pure function of these and of the element's token and column. */
+typedef struct {
+  uint64_t seed;
+  uint32_t expert;
+  uint32_t threshold; /* of the 2^16 numbers that an element may draw, those below drop it; 0: nothing is dropped */
+  double scale; /* of the others: 2^16 over how many they are, so that the mean is exact; 0 where there are none */
+} ml_mask;
+
+enum { ML_MASK_COLUMNS = 128 }; /* drawn at a time; panel widths divide it */
+
 typedef struct {
   int64_t lanes;       /* elements in a vector; panel widths are multiples of it */
   int64_t panel_width; /* columns of a full panel */
@@ -36,6 +46,12 @@ typedef struct {
   /* out[t, j] = sum_k x[t, k] rows[k, j], the rows row_stride apart: product for a few tokens and columns, in place */
   void (*short_sums)(int64_t tokens, int64_t n, int64_t depth, const void *x, int64_t x_row, const void *rows,
                      int64_t row_stride, void *out, int64_t out_row);
+
+  /* out[t, j] = init[t, j] + (mask keeps element (token + t, column + j) ? scale * in[t, j] : 0)
+   *
+   *   t < rows, j < cols; column a multiple of ML_MASK_COLUMNS; init NULL: zeros; may be out itself, as may in */
+  void (*keep)(const ml_mask *mask, int64_t token, int64_t column, int64_t rows, int64_t cols, const void *in,
+               int64_t in_row, void *out, int64_t out_row, const void *init, int64_t init_row);
 } ml_products;
 
 typedef struct {

@@ -1,6 +1,14 @@
 /* Vectors of 16 bytes: SSE2, NEON, or what the compiler makes of them elsewhere. */
 #include "../compiler.h"
 #include "kernels.h"
+#include "philox.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#define MULTIPLY_LOW(a, b) ((__typeof__(a))_mm_mul_epu32((__m128i)(a), (__m128i)(b)))
+#else
+#define MULTIPLY_LOW(a, b) (((a) & UINT32_MAX) * (b))
+#endif
 
 #define VECTOR_BYTES 16
 #define TILE_ROWS 4

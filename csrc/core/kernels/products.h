@@ -6,6 +6,7 @@
  *   VECTOR_BYTES     bytes in a vector register
  *   TILE_ROWS        rows of a register tile, at most 6
  *   TILE_VECTORS     vectors in a row of a tile, at most 4
+ *   MULTIPLY_LOW     see dropout.h
  *
  * TILE_ROWS * TILE_VECTORS accumulators, TILE_VECTORS panel vectors and a broadcast must fit in the registers.
  */
@@ -255,6 +256,8 @@ static void NAME(short_sums)(int64_t tokens, int64_t n, int64_t depth, const voi
   }
 }
 
+#include "dropout.h"
+
 static const ml_products NAME(table) = {
     .lanes = NAME(lanes),
     .panel_width = TILE_VECTORS * NAME(lanes),
@@ -263,6 +266,7 @@ static const ml_products NAME(table) = {
     .dots = NAME(dots),
     .short_dots = NAME(short_dots),
     .short_sums = NAME(short_sums),
+    .keep = NAME(keep),
 };
 
 #undef REAL

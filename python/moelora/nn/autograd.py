@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch.utils._device import DeviceContext
 
 from moelora import runtime
 from moelora.functional import HAS_EXT
+from moelora.nn.dropout import draw_seed, dropped_grads, dropped_linear
 
 if HAS_EXT:
     from moelora import _core
@@ -37,6 +38,10 @@ _ACCUMULATE_X = 1  # ML_ACCUMULATE_X of moelora.h
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+_Dropout: TypeAlias = tuple[int, tuple[float, ...]]
+"""The seed of the masks and the experts' probabilities."""
 
 
 class _Call(NamedTuple):
@@ -78,8 +83,8 @@ def routed_lora(
     Differentiable once in `x`, `lora_A`, `lora_B`, `routing_weights` and `base_output`. Every gradient is in the dtype
     and shape of its tensor, and a zero tensor, not None, for an expert that no token uses. Plain CPU tensors run in
     the C core, which keeps for the backward x, x A^T, the weights and the adapters. All others (on a GPU, meta, fake,
-    traced, DTensor, subclasses, inside torch.func transforms or torch.compile), empty inputs and calls with dropout
-    take `routed_lora_formula`.
+    traced, DTensor, subclasses, inside torch.func transforms or torch.compile) and empty inputs take
+    `routed_lora_formula`.
 
     Parameters
     ----------
@@ -100,8 +105,10 @@ def routed_lora(
     top_k : int, optional
         Keep each token's k largest weights, ties to the lower index, without renormalising.
     dropout_p : real number in [0, 1], or N of them
-        Every expert drops elements of x by its own mask, drawn in the order of the experts as PEFT does. Whether the
-        model trains is the caller's business: p > 0 drops.
+        Every expert drops elements of x by its own mask, as in PEFT. The masks follow from a seed that each call draws
+        from torch's CPU generator, so they are distributed as PEFT's, but not the same. No mask is kept: the backward
+        computes it again. Probabilities are rounded to multiples of 2^-16. torch.compile, tracing and DTensor take
+        torch's own dropout. Whether the model trains is the caller's business: p > 0 drops.
 
     Returns
     -------
@@ -125,21 +132,24 @@ def routed_lora(
     >>> routed_lora(x, A, B, torch.tensor([0.25, 0.5]), 1.0)[0]
     tensor([6., 6., 6., 6., 6.])
     """
-    if top_k is None and type(dropout_p) is float and not dropout_p and _is_unwatched():
+    if top_k is None and _is_unwatched():
         # The plain case costs no more than a few looks from C. All that is unusual, or wrong, goes on below.
         plain = _plain_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
         if plain is not None and not torch._C._is_any_autocast_enabled():
             adapters, scales, total_rank, needs_grad = plain
+            dropout = _draw(_probabilities(dropout_p, len(scales)))
             if needs_grad and torch.is_grad_enabled():
-                return _apply(x, routing_weights, base_output, weight, bias, scales, None, total_rank, *adapters)
-            return _plain_forward(x, routing_weights, base_output, weight, bias, scales, adapters, None)
+                more = (scales, None, dropout, total_rank, *adapters)
+                return _apply(x, routing_weights, base_output, weight, bias, *more)
+            return _plain_forward(x, routing_weights, base_output, weight, bias, scales, adapters, None, dropout)
 
     call = _check(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
     tensors = [t for t in (call.x, call.routing_weights, call.base_output, call.weight, call.bias) if t is not None]
     tensors += call.lora_A
     tensors += call.lora_B
-    if any(call.dropout_p) or not call.x.numel() or not uses_core(*tensors):
+    if not call.x.numel() or not uses_core(*tensors):
         return _formula(call)
+    dropout = _draw(call.dropout_p)
 
     lead = call.x.shape[:-2]
     if len(lead) > 1:
@@ -158,12 +168,13 @@ def routed_lora(
             call.bias,
             call.scaling,
             call.top_k,
+            dropout,
             None,
             *call.lora_A,
             *call.lora_B,
         )
     else:
-        y, _ = _core_forward(call, keep_hidden=False)
+        y, _ = _core_forward(call, dropout, keep_hidden=False)
     return y.unflatten(0, lead) if len(lead) > 1 else y
 
 
@@ -298,10 +309,21 @@ def _check(
             raise ValueError(f"top_k must lie in [1, {n}], the number of experts, got {top_k}")
         top_k = int(top_k) if top_k < n else None
     scales = _numbers("scaling", scaling, n)
-    drops = (0.0,) if type(dropout_p) is float and not dropout_p else _numbers("dropout_p", dropout_p, n)
-    if min(drops) < 0 or max(drops) > 1:
-        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p!r}")
+    drops = _probabilities(dropout_p, n)
     return _Call(x, lora_A, lora_B, routing_weights, scales, base_output, weight, bias, top_k, drops)
+
+
+def _probabilities(dropout_p: Any, n: int) -> tuple[float, ...]:
+    if type(dropout_p) is float and not dropout_p:
+        return (0.0,)
+    probabilities = _numbers("dropout_p", dropout_p, n)
+    if min(probabilities) < 0 or max(probabilities) > 1:
+        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p!r}")
+    return probabilities
+
+
+def _draw(probabilities: tuple[float, ...]) -> _Dropout | None:
+    return (int(draw_seed()), probabilities) if any(probabilities) else None
 
 
 def _autocast_enabled(kind: str) -> bool:
@@ -357,11 +379,8 @@ def _formula(call: _Call) -> Tensor:
         x, w, a, b = _Once.apply(x, w, a, b)  # type: ignore[no-untyped-call]
     a, b = a.to(dtype), b.to(dtype)
 
-    if any(call.dropout_p):
-        drawn = [F.dropout(x.to(dtype), p) if p else x.to(dtype) for p in call.dropout_p]
-        hidden = torch.cat([F.linear(x_e, a_e) for x_e, a_e in zip(drawn, a.split(ranks), strict=True)], -1)
-    else:
-        hidden = F.linear(x.to(dtype), a)
+    wide = x.to(dtype)
+    hidden = dropped_linear(wide, a, ranks, call.dropout_p) if any(call.dropout_p) else F.linear(wide, a)
     mixed = _mix(hidden, w, ranks, call.scaling, call.top_k)
     base = call.base_output if call.weight is None else F.linear(x, call.weight, call.bias)
     if base is None:
@@ -404,7 +423,7 @@ def _mix(
     return (rows * spread(w)).to(hidden.dtype).reshape(hidden.shape)
 
 
-def _core_forward(call: _Call, *, keep_hidden: bool) -> tuple[Tensor, Tensor | None]:
+def _core_forward(call: _Call, dropout: _Dropout | None, *, keep_hidden: bool) -> tuple[Tensor, Tensor | None]:
     """y in x's dtype, and hidden in the core's where it is wanted; x has two or three axes."""
     x, base = call.x, call.base_output
     n, ranks, d_out = len(call.scaling), call.ranks, call.lora_B[0].shape[0]
@@ -432,6 +451,7 @@ def _core_forward(call: _Call, *, keep_hidden: bool) -> tuple[Tensor, Tensor | N
         None if hidden is None else _tokens(hidden),
         call.top_k or 0,
         runtime.get_num_threads(),
+        dropout,
     )
     return _as(x.dtype, y), hidden
 
@@ -445,6 +465,7 @@ def _plain_forward(
     scaling: tuple[float, ...],
     adapters: tuple[Tensor, ...],
     hidden: Tensor | None,
+    dropout: _Dropout | None,
 ) -> Tensor:
     """y, and hidden if it is wanted, of a call that `plain_call` has let pass."""
     if weight is not None:
@@ -454,12 +475,12 @@ def _plain_forward(
     else:
         y = x.new_empty((*x.shape[:-1], adapters[-1].shape[0]))
     threads = runtime.get_num_threads()
-    _core.forward_tensors(x, adapters, routing_weights, scaling, base_output, y, hidden, None, threads)
+    _core.forward_tensors(x, adapters, routing_weights, scaling, base_output, y, hidden, dropout, threads)
     return y
 
 
 class _RoutedLoRA(torch.autograd.Function):
-    """The C core under autograd: the fields of a _Call but dropout_p; the adapters come last, all A before all B.
+    """The C core under autograd: the fields of a _Call, dropout with its seed; adapters last, all A before all B.
 
     Before them comes the sum of the ranks where the call is plain (`plain_call`), else None.
     """
@@ -474,6 +495,7 @@ class _RoutedLoRA(torch.autograd.Function):
         bias: Tensor | None,
         scaling: tuple[float, ...],
         top_k: int | None,
+        dropout: _Dropout | None,
         total_rank: int | None,
         *adapters: Tensor,
     ) -> Tensor:
@@ -482,12 +504,12 @@ class _RoutedLoRA(torch.autograd.Function):
         if total_rank is None:
             lora_A, lora_B = adapters[:n], adapters[n:]
             call = _Call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, ())
-            y, hidden = _core_forward(call, keep_hidden=keep_hidden)
+            y, hidden = _core_forward(call, dropout, keep_hidden=keep_hidden)
         else:
             if keep_hidden:
                 hidden = x.new_empty((*x.shape[:-1], total_rank))
-            y = _plain_forward(x, routing_weights, base_output, weight, bias, scaling, adapters, hidden)
-        ctx.x_shape, ctx.scaling, ctx.top_k = x.shape, scaling, top_k
+            y = _plain_forward(x, routing_weights, base_output, weight, bias, scaling, adapters, hidden, dropout)
+        ctx.x_shape, ctx.scaling, ctx.top_k, ctx.dropout = x.shape, scaling, top_k, dropout
         kept_x = x if any(need[-2 * n : -n]) else None
         ctx.save_for_backward(kept_x, hidden, routing_weights, weight if need[0] else None, *adapters)
         return y
@@ -512,7 +534,7 @@ class _RoutedLoRA(torch.autograd.Function):
                 grads = _formula_backward(ctx, saved, grad_y)
         else:
             grads = (None,) * (2 + len(need_adapters))
-        return (*grads[:2], grad_y if need[2] else None, None, None, None, None, None, *grads[2:])
+        return (*grads[:2], grad_y if need[2] else None, None, None, None, None, None, None, *grads[2:])
 
 
 # What Function.apply comes down to where no torch.func transform is active, which routed_lora has made sure of.
@@ -528,7 +550,8 @@ def _plain_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> Sequence[
         grad_x = grad_y.new_empty(ctx.x_shape) if weight is None else grad_y @ weight
     if need[1]:
         grad_w = empty_like(routing_weights)
-    grads = [empty_like(t) if needed else None for t, needed in zip(adapters, need[8:], strict=True)]
+    needed_adapters = need[-len(adapters) :]
+    grads = [empty_like(t) if needed else None for t, needed in zip(adapters, needed_adapters, strict=True)]
     threads = runtime.get_num_threads()
     done = _core.backward_tensors(
         x,
@@ -541,7 +564,7 @@ def _plain_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> Sequence[
         grads,
         grad_w,
         weight is not None,
-        None,
+        ctx.dropout,
         threads,
     )
     return (grad_x, grad_w, *grads) if done else None
@@ -550,7 +573,8 @@ def _plain_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> Sequence[
 def _core_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None]:
     """Gradients of x, the routing weights and the adapters, None where not needed."""
     x, hidden, routing_weights, weight, *adapters = saved
-    need_x, need_w, _, _, _, _, _, _, *need_adapters = ctx.needs_input_grad
+    need_x, need_w, *_ = ctx.needs_input_grad
+    need_adapters = ctx.needs_input_grad[-len(adapters) :]
     dtype = _core_dtype(grad_y.dtype)
     n, axes = len(ctx.scaling), grad_y.dim()
     wanted = zip((routing_weights, *adapters), (need_w, *need_adapters), strict=True)
@@ -582,6 +606,7 @@ def _core_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tenso
         ctx.top_k or 0,
         runtime.get_num_threads(),
         0 if weight is None else _ACCUMULATE_X,
+        ctx.dropout,
     )
     inputs = zip((grad_x, grad_w, *grad_adapters), (grad_y, routing_weights, *adapters), strict=True)
     return [None if g is None else _as(t.dtype, g) for g, t in inputs]
@@ -600,12 +625,12 @@ def _formula_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Te
     with torch.enable_grad():
         y = F.linear(_mix(leaves[0], leaves[1], ranks, ctx.scaling, ctx.top_k), torch.cat(leaves[2:], 1).to(dtype))
     grad_hidden, grad_w, *grad_B = torch.autograd.grad(y, leaves, grad_y.to(dtype))
-    grad_x = grad_hidden @ torch.cat(lora_A).to(dtype)
+    seed, dropout_p = ctx.dropout or (0, (0.0,) * n)
+    c_x, c_A = None if x is None else x.to(dtype), [a.to(dtype) for a in lora_A]
+    grad_x, grads_A = dropped_grads(grad_hidden, c_x, c_A, seed, dropout_p, need_x=True)
     if weight is not None:
         grad_x = grad_x + grad_y @ weight
-    grad_A: Sequence[Tensor | None] = [None] * n
-    if x is not None:
-        grad_A = (grad_hidden.reshape(-1, sum(ranks)).mT @ x.reshape(-1, x.shape[-1]).to(dtype)).split(ranks)
+    grad_A: Sequence[Tensor | None] = grads_A or [None] * n
     inputs = zip((grad_x, grad_w, *grad_A, *grad_B), (grad_y, routing_weights, *adapters), strict=True)
     return [None if g is None else _as(t.dtype, g) for g, t in inputs]
 

@@ -1,0 +1,166 @@
+"""Dropout of x, apart for each expert, by masks that are drawn again wherever they are needed, never kept.
+
+A mask is a pure function of a seed and of expert, token and column: the one that the C core computes
+(csrc/core/kernels/philox.h), here in torch operations; on a GPU the one that torch's own generator draws there, in one
+kernel, when it is given that seed. The seed comes from torch's generator on the CPU: what reproduces or restores that,
+as `torch.manual_seed` and checkpointing do, reproduces the masks.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["draw_seed", "dropped", "dropped_grads", "dropped_linear"]
+
+
+def draw_seed() -> Tensor:
+    """Seed of one call's masks: int64, no axes, from the CPU's generator whatever device computes.
+
+    Nothing waits for another device then, and checkpointing always restores that generator.
+    """
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+
+
+def dropped(x: Tensor, seed: Tensor | int, expert: int, p: float) -> Tensor:
+    """`x` [..., d] as an expert sees it: dropped elements are 0, the others divided by the share that is kept."""
+    return _masked(x, *_mask(x, seed, expert, p))
+
+
+def dropped_linear(x: Tensor, lora_A: Tensor, ranks: Sequence[int], dropout_p: Sequence[float]) -> Tensor:
+    """Every expert's own x times its A [r_e, d], which are stacked in `lora_A` [R, d]: [..., R].
+
+    Keeps for the backward what a plain product does, and a seed. Compilers and tracers get torch's own dropout instead:
+    they know it, and the many small operations of a mask would cost them minutes. So does a CUDA graph, which would
+    repeat one seed for ever, and a DTensor, which meets no plain mask.
+    """
+    recorded = torch.compiler.is_compiling() or torch._C._is_tracing()
+    if recorded or type(x).__name__ == "DTensor" or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        parts = zip(lora_A.split(list(ranks)), dropout_p, strict=True)
+        return torch.cat([F.linear(F.dropout(x, p), a) for a, p in parts], -1)
+    hidden: Tensor = _Linear.apply(x, lora_A, draw_seed(), tuple(ranks), tuple(dropout_p))  # type: ignore[no-untyped-call]
+    return hidden
+
+
+def dropped_grads(
+    grad: Tensor,
+    x: Tensor | None,
+    lora_A: Sequence[Tensor],
+    seed: Tensor | int,
+    dropout_p: Sequence[float],
+    *,
+    need_x: bool,
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """Gradients of `dropped_linear`'s x, if needed, and A's, if x is given, from that of its result [..., R]."""
+    grad_x: Any = 0 if need_x else None
+    grads_A: list[Tensor] | None = None if x is None else []
+    for e, (a, g) in enumerate(zip(lora_A, grad.split([a.shape[0] for a in lora_A], -1), strict=True)):
+        grad_seen = g @ a if need_x or x is None else x
+        mask = _mask(grad_seen, seed, e, dropout_p[e])
+        if need_x:
+            grad_x = grad_x + _masked(grad_seen, *mask)
+        if x is not None and grads_A is not None:
+            grads_A.append(g.reshape(-1, g.shape[-1]).mT @ _masked(x, *mask).reshape(-1, x.shape[-1]))
+    return grad_x, grads_A
+
+
+def _linear(x: Tensor, lora_A: Tensor, ranks: Sequence[int], seed: Tensor, dropout_p: Sequence[float]) -> Tensor:
+    parts = [F.linear(dropped(x, seed, e, dropout_p[e]), a) for e, a in enumerate(lora_A.split(list(ranks)))]
+    return torch.cat(parts, -1)
+
+
+class _Linear(torch.autograd.Function):
+    """`_linear`, with a backward that draws the masks again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, lora_A: Tensor, seed: Tensor, ranks: tuple[int, ...], dropout_p: tuple[float, ...]
+    ) -> Tensor:
+        return _linear(x, lora_A, ranks, seed, dropout_p)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, lora_A, seed, ctx.ranks, ctx.dropout_p = inputs
+        ctx.save_for_backward(x, lora_A, seed)
+        ctx.save_for_forward(x, lora_A, seed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        x, lora_A, seed = ctx.saved_tensors
+        need_x, need_A, *_ = ctx.needs_input_grad
+        grad_x, grads_A = dropped_grads(
+            grad, x if need_A else None, lora_A.split(list(ctx.ranks)), seed, ctx.dropout_p, need_x=need_x
+        )
+        return grad_x, None if grads_A is None else torch.cat(grads_A), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent_x: Any, tangent_A: Any, *_: Any) -> Any:
+        x, lora_A, seed = ctx.saved_tensors
+        terms = []
+        if tangent_x is not None:
+            terms.append(_linear(tangent_x, lora_A, ctx.ranks, seed, ctx.dropout_p))
+        if tangent_A is not None:
+            terms.append(_linear(x, tangent_A, ctx.ranks, seed, ctx.dropout_p))
+        return sum(terms)
+
+
+# ---- the masks ----
+
+
+def _masked(x: Tensor, kept: Tensor | None, scale: float) -> Tensor:
+    return x if kept is None else torch.where(kept, x * scale, 0)
+
+
+def _mask(like: Tensor, seed: Tensor | int, expert: int, p: float) -> tuple[Tensor | None, float]:
+    """Which elements of a tensor such as this are kept, None for all of them, and what those are multiplied by."""
+    # Of 2^16 numbers that an element may draw. A p below 1 is never rounded to 1.
+    numbers = 2**16
+    drops = math.floor(p * numbers + 0.5)
+    if drops == numbers and p < 1:
+        drops -= 1
+    if drops == 0:
+        return None, 1.0
+    if drops == numbers:
+        return torch.zeros_like(like, dtype=torch.bool), 0.0
+    return _kept(like, seed, expert, drops), numbers / (numbers - drops)
+
+
+_LOW = 2**32 - 1
+_COLUMNS, _LANES = 128, 16  # columns drawn at a time, by so many counters
+
+
+def _kept(x: Tensor, seed: Tensor | int, expert: int, drops: int) -> Tensor:
+    """Which elements of `x` are not among those that draw one of the first `drops` of 2^16 numbers."""
+    if x.is_cuda and not torch._C._are_functorch_transforms_active():
+        generator = torch.Generator(x.device).manual_seed((int(seed) + expert * 0x9E3779B97F4A7C15) % 2**63)
+        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        return kept.bernoulli_(1 - drops / 2**16, generator=generator)
+    d = x.shape[-1]
+    groups = -(-d // _COLUMNS)
+    tokens = torch.arange(math.prod(x.shape[:-1]), device=x.device)[:, None]
+    lanes = torch.arange(groups * _LANES, device=x.device)
+    slices = []
+    for word in _philox(lanes, tokens, expert, seed):
+        slices += [word & 0xFFFF >= drops, word >> 16 >= drops]
+    kept = torch.stack([s.unflatten(-1, (groups, _LANES)) for s in slices], -2)
+    return kept.reshape(*kept.shape[:-3], groups * _COLUMNS)[..., :d].reshape(x.shape)
+
+
+def _philox(lanes: Tensor, tokens: Tensor, expert: int, seed: Tensor | int) -> tuple[Any, Any, Any, Any]:
+    """Four 32-bit words for each token and lane.
+
+    Products of two 32-bit numbers may wrap to negative ones in int64; their halves are cut out by masks all the same.
+    """
+    c0: Any = lanes
+    c1, c2, c3 = tokens & _LOW, tokens >> 32, expert
+    for i in range(7):
+        key0, key1 = (seed + i * 0x9E3779B9) & _LOW, ((seed >> 32) + i * 0xBB67AE85) & _LOW
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1 = (p1 >> 32 & _LOW) ^ c1 ^ key0, p1 & _LOW
+        c2, c3 = (p0 >> 32 & _LOW) ^ c3 ^ key1, p0 & _LOW
+    return c0, c1, c2, c3
