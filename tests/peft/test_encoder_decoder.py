@@ -387,12 +387,12 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("part", "message", "error"),
         [
-            (torch.rand(2, 7, 2, N), r"must have shape \[N\], \[B, N\] or \[B, S, N\]", ValueError),
-            (torch.rand(2), "one column for each active adapter", ValueError),
-            (torch.rand(3, N), "is for 3 sequences, the batch has 2", ValueError),
-            (torch.rand(1, N), "is for 1 sequences, the batch has 2", ValueError),
-            (torch.rand(2, 6, N), "is for 6 tokens, the input has 7", ValueError),
-            (torch.rand(2, 8, N), "is for 8 tokens, the input has 7", ValueError),
+            (torch.ones(2, 7, 2, N), r"must have shape \[N\], \[B, N\] or \[B, S, N\]", ValueError),
+            (torch.ones(2), "one column for each active adapter", ValueError),
+            (torch.ones(3, N), "is for 3 sequences, the batch has 2", ValueError),
+            (torch.ones(1, N), "is for 1 sequences, the batch has 2", ValueError),
+            (torch.ones(2, 6, N), "is for 6 tokens, the input has 7", ValueError),
+            (torch.ones(2, 8, N), "is for 8 tokens, the input has 7", ValueError),
             ([1.0, 0.0, 0.0], "must be a torch.Tensor, got list", TypeError),
             (None, "must be a torch.Tensor, got NoneType", TypeError),
         ],
