@@ -16,11 +16,12 @@ from peft.tuners import lora as _lora
 from torch import nn
 
 from moelora.peft import mirror as _mirror
+from moelora.peft.adoption import activate_all_experts, adopt, open_pretrained, release
 from moelora.peft.config import MoELoraConfig, mark_hosted
 from moelora.peft.data import RoutingWeightsCollator
 from moelora.peft.embedding import Embedding
 from moelora.peft.layers import Linear, LoraLayer
-from moelora.peft.model import LoraModel, activate_all_experts, adopt, open_pretrained, release
+from moelora.peft.model import LoraModel
 from moelora.peft.patch import patch_peft, stock_get_peft_model
 
 __all__ = [

@@ -16,16 +16,18 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moelora.nn.routers import Router, RoutingOutput
 from moelora.peft.balance import Balance
+from moelora.peft.call import Call
 
 MIXTURES = ("layer", "logits")
 TAILS = ("hold", "uniform", "error")
+KEYWORDS = frozenset({"routing_weights", "mixture", "routing_tail"})
 STACKS = ("encoder", "decoder")
 
 
@@ -62,23 +64,6 @@ class Site:
     aligned: bool  # its rows are the tokens of the text
     head: bool  # the output embeddings: sees only the positions of logits_to_keep
     ids: bool  # an embedding: its input has no axis of features
-
-
-class Call(NamedTuple):
-    """What the hook on the model has seen of one forward."""
-
-    batch: int | None
-    seq: int | None
-    past: int
-    keep: int | Tensor | None  # logits_to_keep
-    mask: Tensor | None  # [B, S] attention mask of these tokens
-    device: torch.device | None
-
-    def kept(self, weights: Tensor) -> Tensor:
-        """Of weights [B, S, N], those of the positions whose logits are computed."""
-        if self.keep is None:
-            return weights
-        return weights[:, -self.keep :] if isinstance(self.keep, int) else weights[:, self.keep]
 
 
 class Frame:
@@ -460,6 +445,11 @@ def as_given(weights: Any) -> Tensor | dict[str, Tensor]:
     if isinstance(weights, Mapping):
         return {stack: as_weights(part, f"routing_weights[{stack!r}]") for stack, part in weights.items()}
     return as_weights(weights)
+
+
+def check_mixture(mixture: str) -> None:
+    if mixture not in MIXTURES:
+        raise ValueError(f"mixture must be one of {MIXTURES}, got {mixture!r}")
 
 
 def as_weights(weights: Any, title: str = "routing_weights") -> Tensor:

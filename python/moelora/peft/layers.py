@@ -194,7 +194,6 @@ class Linear(Routed, lora.Linear):
     """`peft.tuners.lora.Linear` that takes routing weights; the base may be `nn.Linear` or GPT-2's `Conv1D`."""
 
 
-
 def _is_plain(layer: nn.Module, x: Tensor) -> bool:
     """Whether the base is exactly ``F.linear(x, weight, bias)`` with frozen weights, and nobody watches its call."""
     if type(layer) is not nn.Linear or nn.Linear.forward is not _linear_forward or "forward" in layer.__dict__:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from moelora.peft.frame import Call, Frame
+from moelora.peft.call import Call
+from moelora.peft.frame import Frame
 
 _BATCHED = (
     "input_ids",

@@ -1,48 +1,44 @@
-"""Hosting in PEFT: `adopt` a model, and the tuner class that routes it."""
+"""The tuner class of an adopted model: `peft.LoraModel` that routes."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-import peft
 import torch
 from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moelora.nn.losses import router_aux_loss
 from moelora.nn.routers import Router, build_router
 from moelora.peft import logits, quantized
+from moelora.peft.anatomy import decoder, parameters, reads_encoder, token_embeddings
 from moelora.peft.balance import Balance, loss_shifts_labels, share_of_step
-from moelora.peft.checkpoint import read_mixture
+from moelora.peft.call import check_consumed, read_call
 from moelora.peft.config import MoELoraConfig, mark_hosted
 from moelora.peft.embedding import Embedding
 from moelora.peft.frame import (
-    MIXTURES,
+    KEYWORDS,
     TAILS,
-    Call,
     Entered,
     Frame,
     Host,
     Recompute,
     Site,
     as_given,
+    check_mixture,
     columns,
     current,
     put,
 )
+from moelora.peft.generation import check_generate, continuous_batching
 from moelora.peft.layers import Linear, Routed
-from moelora.peft.peft_model import RoutedPeftModel, routed_class
 
 # Stock class -> the routed class that takes its place. Everything else is refused when weights arrive.
 ROUTED: dict[type[lora.LoraLayer], type[Routed]] = {
@@ -50,148 +46,9 @@ ROUTED: dict[type[lora.LoraLayer], type[Routed]] = {
     lora.Embedding: Embedding,
 } | quantized.ROUTED
 
-# The arguments of generate whose first axis is the batch, as many sequences as there are weights for.
-_PROMPTS = ("inputs", "inputs_embeds", "input_ids", "input_features", "input_values", "pixel_values")
 
-KEYWORDS = frozenset({"routing_weights", "mixture", "routing_tail"})
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-def adopt(model: Model, *, mixture: str = "layer") -> Model:
-    """Make a PEFT model routable, in place.
-
-    It, its LoRA layers and its ``base_model`` become routed subclasses of themselves: same parameters, same names, same
-    checkpoint, and the same bits as long as no routing weights are in play. Afterwards ``model(...)`` and
-    ``model.generate(...)`` take ``routing_weights``, and ``model.base_model`` takes a router
-    (`LoraModel.attach_router`). A model that can't be routed (IA3, DoRA, ...) is adopted too: it runs PEFT's code, and
-    weights are refused.
-
-    Parameters
-    ----------
-    model : peft.PeftModel or peft.PeftMixedModel
-        Adopting it again only changes `mixture`.
-    mixture : {"layer", "logits"}
-        What routing weights mix when a call does not say: the adapters in each layer, in one pass; or the logits of the
-        experts, as N passes did.
-
-    Returns
-    -------
-    peft.PeftModel
-        The model itself.
-
-    Raises
-    ------
-    TypeError
-        If `model` is not a PEFT model.
-    ValueError
-        If `mixture` is neither of the two.
-    """
-    if not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
-        raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
-    _check_mixture(mixture)
-    tuner = model.base_model
-    if type(tuner) is lora.LoraModel:
-        tuner.__class__ = LoraModel
-        tuner._route_layers()
-    if isinstance(tuner, LoraModel):
-        tuner._host.mixture = mixture
-        model.special_peft_forward_args.update(KEYWORDS)
-        if not isinstance(model, RoutedPeftModel):
-            stock: Any = type(model)
-            model.__class__ = routed_class(stock)
-    else:
-        reason = f"{type(model).__name__} with {type(tuner).__name__} can't be routed, only LoRA in a PeftModel can"
-        for module in _entrances(model):
-            if not any(isinstance(hook, _Refusal) for hook in module._forward_pre_hooks.values()):
-                module.register_forward_pre_hook(_Refusal(reason), with_kwargs=True)
-    return model
-
-
-def release(model: Model) -> Model:
-    """Undo `adopt`: detach the router and give the stock classes of PEFT back, in place.
-
-    Returns the model itself; one that is not adopted is left as it is.
-    """
-    if not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
-        raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
-    tuner = model.base_model
-    if isinstance(tuner, LoraModel):
-        tuner._leave_model()
-        for name in _ADOPTED:
-            vars(tuner).pop(name, None)
-        tuner.__class__ = lora.LoraModel  # type: ignore[assignment]
-        model.special_peft_forward_args.difference_update(KEYWORDS)
-        if isinstance(model, RoutedPeftModel):
-            model.__class__ = model._stock_class
-    else:
-        for module in _entrances(model):
-            for key, hook in list(module._forward_pre_hooks.items()):
-                if isinstance(hook, _Refusal):
-                    del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
-    return model
-
-
-def open_pretrained(
-    make: Callable[..., Any],
-    model: nn.Module,
-    model_id: str | os.PathLike[str],
-    adapter_name: str = "default",
-    is_trainable: bool = False,
-    **options: Any,
-) -> Any:
-    """PEFT's ``from_pretrained``, adopted; the folder of a whole mixture gives all its experts, and its router.
-
-    Parameters
-    ----------
-    make : callable
-        ``from_pretrained`` of the class that is wanted.
-    model, model_id, adapter_name, is_trainable, **options
-        As in PEFT. With another `adapter_name` than the default, one adapter is opened.
-    """
-    mixture = read_mixture(model_id) if adapter_name == "default" and not options.get("subfolder") else None
-    if mixture is None:
-        return adopt(make(model, model_id, adapter_name, is_trainable, **options))
-    first, *others = mixture.experts
-    opened = adopt(make(model, mixture.path(first), first, is_trainable, **options))
-    for name in others:
-        opened.load_adapter(str(mixture.path(name)), name, is_trainable=is_trainable, **options)
-    opened.base_model.set_adapter(mixture.active, inference_mode=not is_trainable)
-    if mixture.router is not None:
-        router = mixture.make_router().requires_grad_(is_trainable)
-        opened.base_model.attach_router(router.train(opened.training), mixture.config)
-    return opened
-
-
-def _entrances(model: nn.Module) -> list[nn.Module]:
-    """Where a call of a PEFT model that can't be routed may come in; some tuners pass over the model's own call."""
-    tuner: Any = model.base_model
-    return [model, tuner, tuner.model] if isinstance(tuner, BaseTuner) else [model, tuner]
-
-
-def activate_all_experts(model: nn.Module) -> list[str]:
-    """Make every LoRA adapter active and trainable; return their names in the order of registration.
-
-    Parameters
-    ----------
-    model : peft.PeftModel
-        With LoRA adapters.
-
-    Returns
-    -------
-    list of str
-        What the columns of routing weights mean from now on.
-    """
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(model, peft.PeftModel) or not isinstance(tuner, lora.LoraModel):
-        raise TypeError(f"model must be a PeftModel with LoRA adapters, got {type(model).__name__}")
-    names = list(tuner.peft_config)
-    tuner.set_adapter(names)
-    return names
-
-
-# Attributes that adopting adds to the tuner.
-_ADOPTED = (
+# Attributes that adopting adds to a tuner.
+ADDED = (
     "_checkpointing",
     "_decoder_layers",
     "_host",
@@ -237,8 +94,8 @@ class LoraModel(lora.LoraModel):
         host.transformer = isinstance(top, PreTrainedModel)
         host.encoder_decoder = bool(getattr(getattr(top, "config", None), "is_encoder_decoder", False))
         host.shifts_labels = loss_shifts_labels(top)
-        host.parameters = _parameters(top)
-        stack, self._decoder_layers = _decoder(top)
+        host.parameters = parameters(top)
+        stack, self._decoder_layers = decoder(top)
         host.num_layers = len(self._decoder_layers)
         layer_of = {id(m): i for i, layer in enumerate(self._decoder_layers) for m in layer.modules()}
         inside = {id(m) for m in stack.modules()}
@@ -247,7 +104,7 @@ class LoraModel(lora.LoraModel):
             id(m) in inside for m in top.modules() if isinstance(m, GradientCheckpointingLayer)
         )
         head = top.get_output_embeddings() if host.transformer else None
-        embeddings = _token_embeddings(top, stack) if host.transformer else set()
+        embeddings = token_embeddings(top, stack) if host.transformer else set()
         self._routed: list[Routed] = []
         self._unroutable: list[tuple[str, lora.LoraLayer]] = []
         index_of = {id(layer): i for i, layer in enumerate(self._decoder_layers)}
@@ -268,15 +125,15 @@ class LoraModel(lora.LoraModel):
         top: Any = self.model
         encoder, decoder = top.get_encoder(), top.get_decoder()
         for stack in {encoder, decoder} - {top}:
-            before = partial(self._before_stack, _parameters(stack), stack is encoder)
+            before = partial(self._before_stack, parameters(stack), stack is encoder)
             self._routing_hooks += [
                 stack.register_forward_pre_hook(before, with_kwargs=True),
                 stack.register_forward_hook(self._after_stack, always_call=True),
             ]
-        reading = {module: name for module in decoder.modules() if (name := _reads_encoder(module))}
+        reading = {module: name for module in decoder.modules() if (name := reads_encoder(module))}
         for module, name in reading.items():
             if not any(inner in reading for inner in module.modules() if inner is not module):
-                before = partial(self._before_attention, _parameters(module).index(name), name)
+                before = partial(self._before_attention, parameters(module).index(name), name)
                 self._routing_hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
 
     def _leave_model(self) -> None:
@@ -488,13 +345,13 @@ class LoraModel(lora.LoraModel):
         if frame is not None:
             frame.generating = True
             if frame.given is not None:
-                _check_generate(frame, self.model, args, kwargs)
+                check_generate(frame, self.model, args, kwargs)
         with Entered(frame):
             return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         if KEYWORDS & kwargs.keys():  # transformers would ignore them
-            raise _continuous()
+            raise continuous_batching()
         return self.model.generate_batch(*args, **kwargs)
 
     @contextmanager
@@ -506,7 +363,7 @@ class LoraModel(lora.LoraModel):
         if kwargs.get("adapter_names") is not None and (weights is not None or isinstance(self.router, Router)):
             raise ValueError("adapter_names can't be used together with routing weights or a router: use one of them")
         if weights is not None and kwargs.get("cache_implementation") == "paged":
-            raise _continuous()
+            raise continuous_batching()
         frame = self._frame(weights, mixture, tail)
         with _Undone(super()._enable_peft_forward_hooks(*args, **kwargs)), Entered(frame):
             yield
@@ -514,7 +371,7 @@ class LoraModel(lora.LoraModel):
     def _frame(self, weights: Any = None, mixture: str | None = None, tail: str = "hold") -> Frame | None:
         """The frame of a call with these keywords; None where nothing is to be routed."""
         if mixture is not None:
-            _check_mixture(mixture)
+            check_mixture(mixture)
         if tail not in TAILS:
             raise ValueError(f"routing_tail must be one of {TAILS}, got {tail!r}")
         router = self.router if weights is None and isinstance(self.router, Router) else None
@@ -557,7 +414,7 @@ class LoraModel(lora.LoraModel):
                     f"{type(module).__name__} was called while a routed call of it is under way, whose weights it "
                     "would take: call the adopted PeftModel, which keeps the two apart"
                 )
-        _check_consumed(module, kwargs)
+        check_consumed(module, kwargs)
         made_here = frame is None
         if frame is None:
             frame = self._frame()
@@ -567,7 +424,7 @@ class LoraModel(lora.LoraModel):
             raise RuntimeError(_REPLICA)
         arguments = dict(zip(host.parameters, args, strict=False)) | kwargs
         alone = not host.encoder_decoder
-        call = _read_call(host, arguments, per_token=alone and frame.per_token, of_text=alone)
+        call = read_call(arguments, transformer=host.transformer, per_token=alone and frame.per_token, of_text=alone)
         balance = None
         if frame.router is not None and module.training:
             share = share_of_step(arguments, shifted=host.shifts_labels)
@@ -639,7 +496,7 @@ class LoraModel(lora.LoraModel):
         kwargs: dict[str, Any],
     ) -> None:
         """The encoder or the decoder is about to run, within the model or, as generate does it, on its own."""
-        _check_consumed(module, kwargs)
+        check_consumed(module, kwargs)
         frame = self._running()
         if frame is None:
             frame = self._frame()
@@ -647,7 +504,8 @@ class LoraModel(lora.LoraModel):
                 return
             frame.enter_by_hook(module)
         arguments = dict(zip(parameters, args, strict=False)) | kwargs
-        frame.begin_stack(_read_call(self._host, arguments, per_token=frame.per_token), encoding=encoding)
+        call = read_call(arguments, transformer=self._host.transformer, per_token=frame.per_token)
+        frame.begin_stack(call, encoding=encoding)
         if not encoding and arguments.get("encoder_hidden_states") is not None:
             frame.see_encoded(arguments["encoder_hidden_states"])
 
@@ -697,125 +555,3 @@ _REPLICA = (
     "nn.DataParallel can't route: it would cut routing_weights [N] apart, and its replicas have no parameters: use "
     "DistributedDataParallel, or call without routing weights and router"
 )
-
-
-class _Refusal:
-    """Pre-hook of a model that can't be routed: weights must not be swallowed by its **kwargs."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if "routing_weights" in kwargs or "mixture" in kwargs:
-            raise TypeError(f"{self.reason}: call it without routing_weights and mixture")
-
-
-def _check_mixture(mixture: str) -> None:
-    if mixture not in MIXTURES:
-        raise ValueError(f"mixture must be one of {MIXTURES}, got {mixture!r}")
-
-
-def _decoder(top: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
-    """The stack that sees the text, and its layers in order; the model itself, and none, if it is not transformers'."""
-    stack: nn.Module = top.get_decoder() if isinstance(top, PreTrainedModel) else top  # type: ignore[no-untyped-call]
-    layers: list[nn.Module] = []
-    inner: set[int] = set()
-    for module in stack.modules():
-        if isinstance(module, GradientCheckpointingLayer) and id(module) not in inner:
-            layers.append(module)
-            inner.update(id(m) for m in module.modules())
-    return stack, layers
-
-
-def _token_embeddings(top: nn.Module, decoder: nn.Module) -> set[int]:
-    """By id, the embeddings that look up the tokens of the text; others look up positions, token types, ..."""
-    model: Any = top
-    stacks = [model, decoder]
-    if getattr(model.config, "is_encoder_decoder", False):
-        stacks.append(model.get_encoder())
-    found = set()
-    for stack in stacks:
-        with suppress(AttributeError, NotImplementedError):  # a stack that reads no text
-            found.add(id(stack.get_input_embeddings()))
-    return found
-
-
-def _check_generate(frame: Frame, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse, before generate begins, what given weights can't follow."""
-    if kwargs.get("cache_implementation") == "paged":
-        raise _continuous()
-    prompt = next((kwargs[name] for name in _PROMPTS if isinstance(kwargs.get(name), Tensor)), None)
-    frame.check_batch(args[0] if args and isinstance(args[0], Tensor) else prompt)
-    config = kwargs.get("generation_config") or model.generation_config
-    guidance = kwargs.get("guidance_scale", config.guidance_scale)
-    if frame.per_token and guidance not in (None, 1):
-        raise ValueError(
-            f"guidance_scale={guidance} runs the model on another prompt, for whose tokens there are no "
-            "routing_weights: pass [N] or [B, N], or attach a router"
-        )
-
-
-def _continuous() -> ValueError:
-    return ValueError(
-        "continuous batching packs the tokens of all requests into one row, on a thread of its own, where "
-        "routing_weights can't follow: attach a router, or call generate without cache_implementation='paged'"
-    )
-
-
-def _parameters(module: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments of a module's forward, in order."""
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def _reads_encoder(module: nn.Module) -> str | None:
-    """The argument in which a module of a decoder gets the encoder's output."""
-    names = _parameters(module)
-    return next((name for name in ("key_value_states", "encoder_hidden_states") if name in names), None)
-
-
-def _check_consumed(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raise where our keywords have come so far that a model would swallow them in its own keywords."""
-    for name in ("routing_weights", "mixture"):
-        if name in kwargs:
-            raise TypeError(
-                f"{name} reached {type(module).__name__}, which would ignore it: call the adopted PeftModel, not the "
-                "model inside it"
-            )
-
-
-def _cached(arguments: dict[str, Any]) -> int:
-    """How many tokens of the text the cache holds."""
-    cache = next((arguments[name] for name in ALL_CACHE_NAMES if arguments.get(name) is not None), None)
-    if cache is None:
-        return 0
-    try:
-        return int(cache.get_seq_length())
-    except (AttributeError, ValueError):
-        raise ValueError(
-            f"{type(cache).__name__} does not know how many tokens it holds, so routing_weights per token can't be "
-            "matched: pass use_cache=False, weights [N] or [B, N], or attach a router"
-        ) from None
-
-
-def _read_call(host: Host, arguments: dict[str, Any], *, per_token: bool, of_text: bool = True) -> Call:
-    """What this forward is about, from its arguments by name.
-
-    The cache matters to weights per token alone; `of_text`: the input is the one text that the model, or stack, reads.
-    """
-    tokens = arguments.get("inputs_embeds")
-    if tokens is None:
-        tokens = arguments.get("input_ids")
-    tensors = (a for a in arguments.values() if isinstance(a, Tensor) and a.dim() > 1)
-    first = tokens if tokens is not None else next(tensors, None)
-    device = None if first is None else first.device
-    if not host.transformer or first is None:
-        return Call(None, None, 0, None, None, device)
-    seq = tokens.shape[1] if tokens is not None and of_text else None
-    past = _cached(arguments) if per_token else 0
-    keep = arguments.get("logits_to_keep")
-    mask = arguments.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or seq is None or mask.shape[1] < seq:
-        mask = None
-    else:
-        mask = mask[:, mask.shape[1] - seq :]
-    return Call(first.shape[0], seq, past, None if isinstance(keep, int) and not keep else keep, mask, device)

@@ -12,8 +12,9 @@ from typing import Any
 import peft
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
+from moelora.peft.adoption import adopt
 from moelora.peft.config import MoELoraConfig
-from moelora.peft.model import LoraModel, adopt
+from moelora.peft.model import LoraModel
 
 
 def _copy(function: Any) -> Any:

@@ -1,0 +1,162 @@
+"""`adopt` a model of PEFT, and `release` it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import peft
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from moelora.peft.checkpoint import read_mixture
+from moelora.peft.frame import KEYWORDS, check_mixture
+from moelora.peft.model import ADDED, LoraModel
+from moelora.peft.peft_model import RoutedPeftModel, routed_class
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def adopt(model: Model, *, mixture: str = "layer") -> Model:
+    """Make a PEFT model routable, in place.
+
+    It, its LoRA layers and its ``base_model`` become routed subclasses of themselves: same parameters, same names, same
+    checkpoint, and the same bits as long as no routing weights are in play. Afterwards ``model(...)`` and
+    ``model.generate(...)`` take ``routing_weights``, and ``model.base_model`` takes a router
+    (`LoraModel.attach_router`). A model that can't be routed (IA3, DoRA, ...) is adopted too: it runs PEFT's code, and
+    weights are refused.
+
+    Parameters
+    ----------
+    model : peft.PeftModel or peft.PeftMixedModel
+        Adopting it again only changes `mixture`.
+    mixture : {"layer", "logits"}
+        What routing weights mix when a call does not say: the adapters in each layer, in one pass; or the logits of the
+        experts, as N passes did.
+
+    Returns
+    -------
+    peft.PeftModel
+        The model itself.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a PEFT model.
+    ValueError
+        If `mixture` is neither of the two.
+    """
+    if not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
+        raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
+    check_mixture(mixture)
+    tuner = model.base_model
+    if type(tuner) is lora.LoraModel:
+        tuner.__class__ = LoraModel
+        tuner._route_layers()
+    if isinstance(tuner, LoraModel):
+        tuner._host.mixture = mixture
+        model.special_peft_forward_args.update(KEYWORDS)
+        if not isinstance(model, RoutedPeftModel):
+            stock: Any = type(model)
+            model.__class__ = routed_class(stock)
+    else:
+        reason = f"{type(model).__name__} with {type(tuner).__name__} can't be routed, only LoRA in a PeftModel can"
+        for module in _entrances(model):
+            if not any(isinstance(hook, _Refusal) for hook in module._forward_pre_hooks.values()):
+                module.register_forward_pre_hook(_Refusal(reason), with_kwargs=True)
+    return model
+
+
+def release(model: Model) -> Model:
+    """Undo `adopt`: detach the router and give the stock classes of PEFT back, in place.
+
+    Returns the model itself; one that is not adopted is left as it is.
+    """
+    if not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
+        raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
+    tuner = model.base_model
+    if isinstance(tuner, LoraModel):
+        tuner._leave_model()
+        for name in ADDED:
+            vars(tuner).pop(name, None)
+        tuner.__class__ = lora.LoraModel  # type: ignore[assignment]
+        model.special_peft_forward_args.difference_update(KEYWORDS)
+        if isinstance(model, RoutedPeftModel):
+            model.__class__ = model._stock_class
+    else:
+        for module in _entrances(model):
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if isinstance(hook, _Refusal):
+                    del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    return model
+
+
+def open_pretrained(
+    make: Callable[..., Any],
+    model: nn.Module,
+    model_id: str | os.PathLike[str],
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    **options: Any,
+) -> Any:
+    """PEFT's ``from_pretrained``, adopted; the folder of a whole mixture gives all its experts, and its router.
+
+    Parameters
+    ----------
+    make : callable
+        ``from_pretrained`` of the class that is wanted.
+    model, model_id, adapter_name, is_trainable, **options
+        As in PEFT. With another `adapter_name` than the default, one adapter is opened.
+    """
+    mixture = read_mixture(model_id) if adapter_name == "default" and not options.get("subfolder") else None
+    if mixture is None:
+        return adopt(make(model, model_id, adapter_name, is_trainable, **options))
+    first, *others = mixture.experts
+    opened = adopt(make(model, mixture.path(first), first, is_trainable, **options))
+    for name in others:
+        opened.load_adapter(str(mixture.path(name)), name, is_trainable=is_trainable, **options)
+    opened.base_model.set_adapter(mixture.active, inference_mode=not is_trainable)
+    if mixture.router is not None:
+        router = mixture.make_router().requires_grad_(is_trainable)
+        opened.base_model.attach_router(router.train(opened.training), mixture.config)
+    return opened
+
+
+def activate_all_experts(model: nn.Module) -> list[str]:
+    """Make every LoRA adapter active and trainable; return their names in the order of registration.
+
+    Parameters
+    ----------
+    model : peft.PeftModel
+        With LoRA adapters.
+
+    Returns
+    -------
+    list of str
+        What the columns of routing weights mean from now on.
+    """
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(model, peft.PeftModel) or not isinstance(tuner, lora.LoraModel):
+        raise TypeError(f"model must be a PeftModel with LoRA adapters, got {type(model).__name__}")
+    names = list(tuner.peft_config)
+    tuner.set_adapter(names)
+    return names
+
+
+def _entrances(model: nn.Module) -> list[nn.Module]:
+    """Where a call of a PEFT model that can't be routed may come in; some tuners pass over the model's own call."""
+    tuner: Any = model.base_model
+    return [model, tuner, tuner.model] if isinstance(tuner, BaseTuner) else [model, tuner]
+
+
+class _Refusal:
+    """Pre-hook of a model that can't be routed: weights must not be swallowed by its **kwargs."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if "routing_weights" in kwargs or "mixture" in kwargs:
+            raise TypeError(f"{self.reason}: call it without routing_weights and mixture")
