@@ -76,7 +76,8 @@ class TestModules:
 
     STOCK = [module.name for module in pkgutil.walk_packages(peft.__path__, "peft.")]
     ROUTED = {id(getattr(peft, name)): name for name in ("get_peft_model", "LoraModel", *MAKERS)} | {
-        id(lora.Linear): "Linear"
+        id(lora.Linear): "Linear",
+        id(lora.Embedding): "Embedding",
     }
 
     @pytest.mark.parametrize("name", STOCK)
@@ -133,7 +134,7 @@ class TestModules:
             moelora.PeftModelForCausalLM,
             moelora.AutoPeftModelForCausalLM,
         )
-        assert (Embedding, LoraLayer) == (lora.Embedding, lora.LoraLayer)
+        assert (Embedding, LoraLayer) == (moelora.Embedding, lora.LoraLayer)
         assert save_and_load is importlib.import_module("peft.utils.save_and_load")
         assert save_and_load.set_peft_model_state_dict is set_peft_model_state_dict is peft.set_peft_model_state_dict
         assert _get_submodules is peft.utils._get_submodules

@@ -154,6 +154,7 @@ for _value in list(vars(_peft).values()):
 _mirror.stand_in(_peft.get_peft_model, get_peft_model)
 _mirror.stand_in(_lora.LoraModel, LoraModel)
 _mirror.stand_in(_lora.Linear, Linear)
+_mirror.stand_in(_lora.Embedding, Embedding)
 _mirror.install()
 
 

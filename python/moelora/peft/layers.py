@@ -6,7 +6,6 @@ runs PEFT's own forward.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from moelora.peft.frame import Site, as_weights, current
 __all__ = ["Linear", "LoraLayer", "Routed"]
 
 _linear_forward = nn.Linear.forward
-_is_meta = operator.attrgetter("is_meta")
 
 
 class Routed(nn.Module, LoraLayer):
@@ -104,7 +102,7 @@ class Routed(nn.Module, LoraLayer):
         drops = [self._drop_probability(dropout[name]) for name in present]
         dropout_p: float | list[float] = drops if any(drops) else 0.0
         factors = lora_A + lora_B
-        if {*map(type, factors)} != {nn.Parameter} or True in map(_is_meta, factors):
+        if {*map(type, factors)} != {nn.Parameter} or True in [factor.is_meta for factor in factors]:
             self._refuse_unreadable(factors, x)
         if weights.device != x.device:
             weights = weights.to(x.device)
