@@ -19,6 +19,7 @@
 #define TABLE(dtype, real)                          \
   {.size = sizeof(real),                            \
    .factors = ml_factors_##dtype,                   \
+   .unused = ml_unused_##dtype,                     \
    .drop = ml_drop_##dtype,                         \
    .weigh = ml_weigh_##dtype,                       \
    .weight_grads = ml_weight_grads_##dtype,         \

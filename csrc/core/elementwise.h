@@ -16,6 +16,9 @@ typedef struct {
   void (*factors)(int64_t first, int64_t last, int64_t seq, int64_t n_experts, ml_tokens weights,
                   const ml_expert *experts, int64_t top_k, void *factors, uint8_t *keep);
 
+  /* Bit e: weights [B, seq, N] are zero for each of the tokens; n_experts <= 64. */
+  uint64_t (*unused)(int64_t batch, int64_t seq, int64_t n_experts, ml_tokens weights);
+
   /* h[t, j] = 0 where keep[t, expert of j] == 0 */
   void (*drop)(int64_t first, int64_t last, int64_t n_experts, const int64_t *offsets, const uint8_t *keep, void *h);
 

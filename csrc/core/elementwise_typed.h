@@ -24,6 +24,17 @@ static void NAME(factors)(int64_t first, int64_t last, int64_t seq, int64_t n_ex
   }
 }
 
+static uint64_t NAME(unused)(int64_t batch, int64_t seq, int64_t n_experts, ml_tokens weights) {
+  uint64_t unused = UINT64_MAX >> (64 - n_experts);
+  for (int64_t b = 0; b < batch; b++)
+    for (int64_t s = 0; s < seq; s++) {
+      const REAL *w = (const REAL *)weights.data + b * weights.batch + s * weights.seq;
+      for (int64_t e = 0; e < n_experts; e++)
+        if (w[e * weights.col] != 0) unused &= ~(UINT64_C(1) << e);
+    }
+  return unused;
+}
+
 static void NAME(drop)(int64_t first, int64_t last, int64_t n_experts, const int64_t *offsets, const uint8_t *keep,
                        void *h_) {
   int64_t R = offsets[n_experts];

@@ -59,6 +59,7 @@ typedef struct {
   const ml_products *products;
   const ml_elementwise *elementwise;
   int64_t T, R;
+  uint64_t unused;  /* bit e: expert e, which no token uses, takes part with rank 0 */
   bool drops;       /* whether any expert has dropout */
   int64_t size;     /* bytes of an element */
   int64_t *offsets; /* [N + 1] */
@@ -113,8 +114,18 @@ static ml_mask mask_of(const ml_routed_lora *p, int64_t e) {
   return (ml_mask){p->dropout_seed, (uint32_t)e, threshold, threshold < all ? (double)all / (all - threshold) : 0};
 }
 
-/* Checks p and fills in what follows from it alone; allocates nothing. */
-static ml_status begin(call *c, const ml_routed_lora *p) {
+static int64_t rank_of(const call *c, int64_t e) { return e < 64 && c->unused >> e & 1 ? 0 : c->p->experts[e].rank; }
+
+/* The experts whose weights are zero for every token, of the first 64; none where that would be all. */
+static uint64_t unused_experts(const call *c) {
+  int64_t N = c->p->n_experts, n = min_(N, 64);
+  uint64_t unused = c->elementwise->unused(c->p->batch, c->p->seq, n, c->p->routing_weights);
+  return N == n && unused == UINT64_MAX >> (64 - n) ? 0 : unused;
+}
+
+/* Checks p and fills in what follows from it alone; allocates nothing. `leave_out`: of a few tokens, whose time goes into
+ * reading A and B, experts that none of them uses are not read. All sums stay in order, so the bits are the same. */
+static ml_status begin(call *c, const ml_routed_lora *p, bool leave_out) {
   *c = (call){.p = p};
   if (p->dtype != ML_F32 && p->dtype != ML_F64) return ML_ERR_DTYPE;
   if (p->batch < 0 || p->seq < 0 || p->d_in <= 0 || p->d_out <= 0 || p->n_experts <= 0) return ML_ERR_SHAPE;
@@ -126,13 +137,16 @@ static ml_status begin(call *c, const ml_routed_lora *p) {
     if (expert->rank <= 0) return ML_ERR_SHAPE;
     if (!ML_ISFINITE(expert->scaling) || !(expert->dropout >= 0 && expert->dropout <= 1)) return ML_ERR_VALUE;
     if (!expert->a.data || !expert->b.data) return ML_ERR_NULL;
-    if (ML_ADD_OVERFLOWS(c->R, expert->rank, &c->R)) return ML_ERR_OVERFLOW;
   }
   if (c->T > 0 && !p->routing_weights.data) return ML_ERR_NULL;
   c->products = ml_active_kernels()->products[p->dtype];
   c->elementwise = &ml_elementwise_table[p->dtype];
   c->size = (int64_t)c->elementwise->size;
-  for (int64_t e = 0; e < p->n_experts; e++) c->drops |= mask_of(p, e).threshold > 0;
+  if (leave_out && c->T > 0 && c->T < VERY_FEW_TOKENS) c->unused = unused_experts(c);
+  for (int64_t e = 0; e < p->n_experts; e++) {
+    c->drops |= mask_of(p, e).threshold > 0;
+    if (ML_ADD_OVERFLOWS(c->R, rank_of(c, e), &c->R)) return ML_ERR_OVERFLOW;
+  }
   return ML_OK;
 }
 
@@ -163,7 +177,7 @@ static ml_status allocate(call *c, budget b) {
   c->offsets[0] = 0;
   for (int64_t e = 0; e < p->n_experts; e++) {
     const ml_expert *expert = &p->experts[e];
-    c->offsets[e + 1] = c->offsets[e] + expert->rank;
+    c->offsets[e + 1] = c->offsets[e] + rank_of(c, e);
     c->a[e] = expert->a;
     c->b[e] = (ml_matrix){expert->b.data, expert->b.col, expert->b.row};
   }
@@ -463,6 +477,7 @@ static void spread_dots(void *context, int64_t task, int thread) {
     c->elementwise->copy(c->T, cols, s->init.data ? at(c, s->init.data, d0) : NULL, s->init.row, 1, out, s->out.row, 1,
                          false);
   for (int64_t e = 0; e < s->m.n_parts; e++) {
+    if (s->m.offsets[e] == s->m.offsets[e + 1]) continue;
     ml_matrix part = s->m.parts[e];
     c->products->short_dots(c->T, cols, s->m.offsets[e + 1] - s->m.offsets[e], at(c, s->h, s->m.offsets[e]), c->R,
                             at(c, part.data, d0 * part.col), part.col, out, s->out.row);
@@ -752,7 +767,7 @@ ml_status ml_routed_lora_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens
                                  const void *bias, int64_t bias_stride) {
   call c;
   budget need = {0};
-  ml_status status = begin(&c, p);
+  ml_status status = begin(&c, p, !hidden.data);
   if (status != ML_OK) return status;
   if (c.T > 0 && (!p->x.data || !y.data)) return ML_ERR_NULL;
   if ((base.data && p->weight.data) || (bias && !p->weight.data)) return ML_ERR_VALUE;
@@ -838,7 +853,7 @@ ml_status ml_routed_lora_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_
                                   ml_tokens grad_w, unsigned accumulate) {
   call c;
   budget need = {0};
-  ml_status status = begin(&c, p);
+  ml_status status = begin(&c, p, false);
   if (status != ML_OK) return status;
   bool any_a = false, any_b = false;
   for (int64_t e = 0; e < p->n_experts; e++) {

@@ -476,3 +476,24 @@ def test_gpu_tensors_take_the_formula(make_mixture, dtype, tolerance, top_k):
     )
     for got, wanted in results:
         assert (got.double().cpu() - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("tokens", "n"), [(1, 3), (3, 8), (8, 64), (8, 70)])
+def test_experts_that_no_token_uses_are_not_read_and_the_bits_are_the_same(tokens, n, dtype):
+    ranks, used = [1 + e % 5 for e in range(n)], torch.arange(n) % 3 == 1
+    x = torch.randn(tokens, 33, dtype=dtype)
+    lora_A, lora_B = (
+        [torch.randn(*s, dtype=dtype) for s in shapes]
+        for shapes in zip(*(((r, 33), (21, r)) for r in ranks), strict=True)
+    )
+    for weights in (torch.rand(tokens, n, dtype=dtype) * used, torch.rand(n, dtype=dtype) * used):
+        kept = routed_lora(x.clone().requires_grad_(), lora_A, lora_B, weights.requires_grad_(), 0.5)
+        with torch.no_grad():
+            assert torch.equal(routed_lora(x, lora_A, lora_B, weights, 0.5), kept)
+            broken = [a if e % 3 == 1 or e >= 64 else a + torch.nan for e, a in enumerate(lora_A)]
+            assert torch.equal(routed_lora(x, broken, lora_B, weights, 0.5), kept)
+            nothing = routed_lora(x, lora_A, lora_B, torch.zeros_like(weights), 0.5)
+            assert torch.equal(nothing, torch.zeros_like(kept))
+            unread = routed_lora(x, lora_A, lora_B, torch.full_like(weights, torch.nan), 0.5)
+            assert unread.isnan().all()

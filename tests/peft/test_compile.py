@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 from moelora import MoELoraConfig, adopt
 from moelora.nn import EmbeddingRouter, FixedRouter, HiddenStateRouter, PerLayerRouter, Router
@@ -15,6 +16,8 @@ from moelora.nn import EmbeddingRouter, FixedRouter, HiddenStateRouter, PerLayer
 NAMES = ["expert_0", "expert_1", "expert_2"]
 TARGETS = {"gpt2": ["c_attn"], "llama": ["q_proj"]}
 GIVEN = {"[N]": (3,), "[B, N]": (2, 3), "[B, S, N]": (2, 7, 3), "[B, S, L, N]": (2, 7, 3, 3)}
+
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +90,11 @@ def own_loss(ids: torch.Tensor) -> Callable[[Any], torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("kind", "how"),
-    [*(("llama", how) for how in (*GIVEN, "nothing", "embeddings", "layer", "layers")), ("gpt2", "layers")],
+    [
+        ("llama", "layers"),
+        *(pytest.param("llama", how, marks=SLOW) for how in (*GIVEN, "nothing", "embeddings", "layer")),
+        pytest.param("gpt2", "layers", marks=SLOW),
+    ],
 )
 def test_training_in_one_graph(kind, how, build, ids, gradients):
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
@@ -133,6 +140,7 @@ def test_the_routing_loss_counts_once_for_a_trainer_that_ignores_outputs_loss(bu
     assert gates and not any(torch.allclose(plain[name], expected[name]) for name in gates)
 
 
+@SLOW
 @pytest.mark.parametrize(("how", "reentrant"), [("[B, S, L, N]", True), ("layers", False)])
 def test_gradient_checkpointing(how, reentrant, build, ids, gradients):
     def prepared(how: str) -> tuple[Any, dict[str, Any]]:
@@ -153,6 +161,7 @@ def test_gradient_checkpointing(how, reentrant, build, ids, gradients):
     assert breaks() <= allowed
 
 
+@SLOW
 def test_compiles_anew_where_stock_peft_does(build):
     """Evaluation, training, other lengths; weights of its own in each step."""
 
@@ -176,6 +185,7 @@ def test_compiles_anew_where_stock_peft_does(build):
         assert run(how) == stock
 
 
+@SLOW
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generates_with_a_compiled_forward(cache, build, ids):
     """The length of the cache grows in every step, which must not compile anew in every step."""
@@ -219,10 +229,12 @@ def test_export_with_weights_as_an_input(build, ids):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@SLOW
 def test_inductor(build, ids, gradients):
     model, _ = build("llama", "layers")
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
     expected = train(model.train(), model, gradients, lambda out: out.loss, **inputs)
-    compiled = torch.compile(model, fullgraph=True)
-    assert_same(train(model, compiled, gradients, lambda out: out.loss, **inputs), expected)
-    assert_same(train(model, compiled, gradients, own_loss(ids), **inputs)[3], expected[3])
+    with fresh_cache():  # of code that was compiled before
+        compiled = torch.compile(model, fullgraph=True)
+        assert_same(train(model, compiled, gradients, lambda out: out.loss, **inputs), expected)
+        assert_same(train(model, compiled, gradients, own_loss(ids), **inputs)[3], expected[3])

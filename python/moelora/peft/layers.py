@@ -99,8 +99,10 @@ class Routed(nn.Module, LoraLayer):
         scalings = self.scaling
         scaling = [scalings[name] for name in present]
         dropout = modules["lora_dropout"]._modules
-        drops = [self._drop_probability(dropout[name]) for name in present]
-        dropout_p: float | list[float] = drops if any(drops) else 0.0
+        dropout_p: float | list[float] = 0.0
+        if {*map(type, dropout.values())} != {nn.Identity}:
+            drops = [self._drop_probability(dropout[name]) for name in present]
+            dropout_p = drops if any(drops) else 0.0
         factors = lora_A + lora_B
         if {*map(type, factors)} != {nn.Parameter} or True in [factor.is_meta for factor in factors]:
             self._refuse_unreadable(factors, x)

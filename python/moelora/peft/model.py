@@ -462,7 +462,8 @@ class LoraModel(lora.LoraModel):
                 return None
             if frame.mixture == "logits":
                 output = logits.mix(frame, module, output, frame.loss)
-            return self._with_balance(frame, output) if frame.outputs else output
+            # Nobody sees the outputs inside generate.
+            return self._with_balance(frame, output) if frame.outputs and not frame.generating else output
         finally:
             if frame.entered_by is module:
                 put(frame.around)
