@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moelora
 from moelora import reference
-from moelora.nn import autograd, routed_lora, routed_lora_formula
+from moelora.nn import autograd, dropout, routed_lora, routed_lora_formula
 from moelora.nn.dropout import draw_seed, dropped
 
 FUNCTIONS = [routed_lora, routed_lora_formula]
@@ -97,6 +97,33 @@ def test_with_everything_that_can_be_given(make_mixture, function, given):
     expected = expected + {"weight": F.linear(m.x, weight), "base_output": base}.get(given, 0)
     leaves = [*m.leaves, base] if given == "base_output" else m.leaves
     assert_same(seeded(lambda: function(*m, dropout_p=P, **options)), expected, leaves)
+
+
+def test_masks_that_the_generator_of_a_device_draws(make_mixture, monkeypatch):
+    """As on a GPU; here by the generator of the CPU."""
+    monkeypatch.setattr(dropout, "_kept", lambda x, seed, e, drops: dropout._drawn(x, int(seed), e, drops))
+    m = make_mixture(tokens=(2, 5))
+    y = seeded(lambda: routed_lora_formula(*m, dropout_p=P))
+    assert_same(y, with_masks(m, drawn(), P), m.leaves)
+    assert not torch.equal(seeded(lambda: routed_lora_formula(*m, dropout_p=P), 4), y)
+
+    x = torch.ones(400, 300)
+    first, second = (dropped(x, 7, e, 0.3) for e in (0, 1))
+    assert abs((first == 0).double().mean() - 0.3) < 4 * (0.3 * 0.7 / x.numel()) ** 0.5
+    both = ((first == 0) & (second == 0)).double().mean()
+    assert abs(both - 0.09) < 4 * (0.09 * 0.91 / x.numel()) ** 0.5
+    torch.testing.assert_close(first.max(), torch.tensor(1 / 0.7), atol=1e-4, rtol=0)
+    assert torch.equal(dropped(torch.ones(300, 400).T, 7, 0, 0.3), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_on_a_gpu(make_mixture, top_k):
+    m = make_mixture(tokens=(2, 5))
+    m = m.replace([t.detach().cuda().requires_grad_() for t in m.leaves])
+    y = seeded(lambda: routed_lora(*m, dropout_p=P, top_k=top_k))
+    assert_same(y, with_masks(m, drawn(), P, top_k), m.leaves, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("top_k", [None, 2])

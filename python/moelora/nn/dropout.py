@@ -137,9 +137,7 @@ _COLUMNS, _LANES = 128, 16  # columns drawn at a time, by so many counters
 def _kept(x: Tensor, seed: Tensor | int, expert: int, drops: int) -> Tensor:
     """Which elements of `x` are not among those that draw one of the first `drops` of 2^16 numbers."""
     if x.is_cuda and not torch._C._are_functorch_transforms_active():
-        generator = torch.Generator(x.device).manual_seed((int(seed) + expert * 0x9E3779B97F4A7C15) % 2**63)
-        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        return kept.bernoulli_(1 - drops / 2**16, generator=generator)
+        return _drawn(x, int(seed), expert, drops)
     d = x.shape[-1]
     groups = -(-d // _COLUMNS)
     tokens = torch.arange(math.prod(x.shape[:-1]), device=x.device)[:, None]
@@ -149,6 +147,13 @@ def _kept(x: Tensor, seed: Tensor | int, expert: int, drops: int) -> Tensor:
         slices += [word & 0xFFFF >= drops, word >> 16 >= drops]
     kept = torch.stack([s.unflatten(-1, (groups, _LANES)) for s in slices], -2)
     return kept.reshape(*kept.shape[:-3], groups * _COLUMNS)[..., :d].reshape(x.shape)
+
+
+def _drawn(x: Tensor, seed: int, expert: int, drops: int) -> Tensor:
+    """The same by the generator of x's device."""
+    generator = torch.Generator(x.device).manual_seed((seed + expert * 0x9E3779B97F4A7C15) % 2**63)
+    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)  # in the order of its elements whatever x's strides
+    return kept.bernoulli_(1 - drops / 2**16, generator=generator)
 
 
 def _philox(lanes: Tensor, tokens: Tensor, expert: int, seed: Tensor | int) -> tuple[Any, Any, Any, Any]:
