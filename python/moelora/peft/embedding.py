@@ -25,10 +25,6 @@ class Embedding(Routed, lora.Embedding):
     def _mixed(
         self, x: Tensor, weights: Tensor, experts: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        adapter_names = kwargs.pop("adapter_names", None)
-        if self.merged_adapters or self.lora_variant or adapter_names is not None:
-            self._refuse(experts, adapter_names)
-        kwargs.pop("alora_offsets", None)
         all_A, all_B = self.lora_embedding_A, self.lora_embedding_B
         present = [(i, name) for i, name in enumerate(experts) if name in all_A]
         self._refuse_unreadable([factor for _, name in present for factor in (all_A[name], all_B[name])], x)

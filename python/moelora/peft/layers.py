@@ -72,15 +72,15 @@ class Routed(nn.Module, LoraLayer):
                     f"routing_weights must have one column for each active adapter {experts}, got shape "
                     f"{tuple(weights.shape)}"
                 )
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.merged_adapters or self.lora_variant or adapter_names is not None:
+            self._refuse(experts, adapter_names)
+        kwargs.pop("alora_offsets", None)
         return self._mixed(x, weights, experts, args, kwargs)
 
     def _mixed(
         self, x: Tensor, weights: Tensor, experts: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        adapter_names = kwargs.pop("adapter_names", None)
-        if self.merged_adapters or self.lora_variant or adapter_names is not None:
-            self._refuse(experts, adapter_names)
-        kwargs.pop("alora_offsets", None)
         # Every lookup of a submodule by attribute is a call of nn.Module.__getattr__, so each is done once.
         modules: dict[str, Any] = self._modules
         all_A, all_B = modules["lora_A"]._modules, modules["lora_B"]._modules
