@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moelora.nn.autograd import uses_core
 from moelora.nn.route import route
 
 __all__ = [
@@ -356,8 +357,10 @@ class LearnedRouter(Router):
             kept = torch.tensor(columns, device=activated.device)
             activated, maturity = activated[kept], maturity[kept]
         logits = self._logits(hidden_states, layer, kept)
-        bias = torch.where(activated, maturity.to(logits.dtype).log() * self.temperature, _EXCLUDED)
-        scores, allowed = logits + bias, activated
+        scores, allowed, plain = logits, activated, _are_ones(activated) and _are_ones(maturity)
+        if not plain:
+            bias = maturity.to(logits.dtype).log() * self.temperature
+            scores = logits + torch.where(activated, bias, _EXCLUDED)
         if self.training and self.expert_dropout:
             allowed = self._draw(activated, hidden_states.shape[:-1])
             scores = scores.masked_fill(~allowed, _EXCLUDED)
@@ -365,8 +368,11 @@ class LearnedRouter(Router):
         top_k = None if self.top_k is None else min(self.top_k, n)
         routing = route(scores, top_k=top_k, temperature=self.temperature, renormalize=self.renormalize, mask=mask)
         n_tokens = math.prod(hidden_states.shape[:-1]) if mask is None else mask.sum()
-        # An expert that is excluded can be among the k largest where fewer than k are left; it isn't picked.
-        weights, counts = routing.weights, routing.counts * (routing.prob_sums != 0)
+        weights, counts = routing.weights, routing.counts
+        if (
+            not plain
+        ):  # an expert that is excluded can be among the k largest where fewer than k are left; it isn't picked
+            counts = counts * (routing.prob_sums != 0)
         if self.training and (self.expert_dropout or self.capacity_factor is not None):
             picks = allowed.expand(weights.shape)
             if routing.indices is not None:
@@ -462,7 +468,8 @@ class PerLayerRouter(LearnedRouter):
             layer = self.num_layers - 1
         if not 0 <= layer < self.num_layers:
             raise IndexError(f"layer must lie in [0, {self.num_layers}), got {layer}")
-        return self.gate[layer]
+        gate: nn.Module = self.gate._modules[str(layer)]
+        return gate
 
 
 class GateLinear(nn.Linear):
@@ -472,6 +479,12 @@ class GateLinear(nn.Linear):
     """
 
     def forward(self, input: Tensor, rows: Tensor | None = None) -> Tensor:
+        if (
+            rows is None
+            and input.dtype is self.weight.dtype is torch.float32
+            and not torch._C._is_any_autocast_enabled()
+        ):
+            return F.linear(input, self.weight, self.bias)
         dtype = torch.promote_types(torch.promote_types(input.dtype, self.weight.dtype), torch.float32)
         weight, bias = (t.to(dtype) if rows is None else t[rows].to(dtype) for t in (self.weight, self.bias))
         kind = input.device.type
@@ -543,6 +556,12 @@ def _check_kind(kind: type, *, optional: bool = False, **arguments: Any) -> None
             continue
         what = ("an integer" if kind is Integral else "a real number") + (" or None" if optional else "")
         raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
+
+
+def _are_ones(values: Tensor) -> bool:
+    """Whether all values are 1, where it costs nothing to look; False means nothing."""
+    look = values.is_cpu and not torch.compiler.is_compiling() and uses_core(values)
+    return look and all(value == 1 for value in values.tolist())
 
 
 def _as_mask(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
