@@ -2,7 +2,7 @@
 
     python benchmarks/generation/run.py --out benchmarks/results/generation_cpu_f32.csv
 
-Greedy, a prompt of B x 32 tokens and 64 new ones, all linear layers adapted with rank r = 16, float32. The models are
+Greedy, a prompt of B x 32 tokens and 32 new ones, all linear layers adapted with rank r = 16, float32. The models are
 those of benchmarks/models/small.py; B = 1 is one token through the model at a time, nearly all of it memory traffic and
 host time.
 
@@ -97,7 +97,7 @@ def main() -> None:
     cells = [(1, 2)] if args.smoke else list(itertools.product((1, 4), (4, 8)))
     write_csv(
         args.out,
-        measure(args.models, cells, 4 if args.smoke else 64, 2 if args.smoke else args.rounds, smoke=args.smoke),
+        measure(args.models, cells, 4 if args.smoke else 32, 2 if args.smoke else args.rounds, smoke=args.smoke),
     )
 
 
