@@ -468,8 +468,7 @@ class PerLayerRouter(LearnedRouter):
             layer = self.num_layers - 1
         if not 0 <= layer < self.num_layers:
             raise IndexError(f"layer must lie in [0, {self.num_layers}), got {layer}")
-        gate: nn.Module = self.gate._modules[str(layer)]
-        return gate
+        return self.gate[layer]
 
 
 class GateLinear(nn.Linear):
