@@ -279,6 +279,23 @@ class TestParameterGroups:
         with pytest.raises(ValueError, match="PeftModelForCausalLM has none"):
             parameter_groups(build().requires_grad_(False), lr=1.0)
 
+    @pytest.mark.parametrize(
+        ("arguments", "error"),
+        [
+            ({"lr": "fast"}, TypeError),
+            ({"lr": -1.0}, ValueError),
+            ({"lr": 1.0, "router_lr": float("nan")}, ValueError),
+            ({"lr": 1.0, "weight_decay": None}, TypeError),
+        ],
+    )
+    def test_refuse_what_is_no_rate(self, arguments, error):
+        with pytest.raises(error, match=rf"^{list(arguments)[-1]} must be"):
+            parameter_groups(nn.Linear(2, 2), **arguments)
+
+    def test_refuse_what_is_no_module(self):
+        with pytest.raises(TypeError, match="model must be a torch.nn.Module, got list"):
+            parameter_groups([nn.Parameter(torch.ones(2))], lr=1.0)
+
     @pytest.mark.parametrize("way", ["optimizers", "optimizer_cls_and_kwargs"])
     def test_give_the_router_its_rate_in_trainer(self, build, tmp_path, way):
         model = build()
@@ -381,6 +398,26 @@ class TestRoutingWeightsInADataset:
                 expected += float(model(ids, labels=ids, routing_weights=weights, num_items_in_batch=9).loss)
         trainer = train(model, tmp_path, data, data_collator=collator)
         assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize("given", [None, "abc", ["a"], [[1.0], [1.0, 2.0]], 1.0, [[[1.0]]]])
+    def test_that_are_none_name_their_row(self, given):
+        rows = [{"input_ids": [1], "routing_weights": [1.0]}, {"input_ids": [2]}]
+        if given is not None:
+            rows[1]["routing_weights"] = given
+        with pytest.raises(ValueError, match=r"routing_weights must be numbers \[N\] or \[S, N\] .* row 1 has"):
+            RoutingWeightsCollator(default_data_collator)(rows)
+
+    def test_need_rows_and_a_collator(self):
+        with pytest.raises(ValueError, match="features must hold at least one row"):
+            RoutingWeightsCollator(default_data_collator)([])
+        with pytest.raises(TypeError, match="collate must be callable, got NoneType"):
+            RoutingWeightsCollator(None)
+
+    @pytest.mark.parametrize("first, second", [([1.0], [1.0, 2.0]), ([[1.0]], [[1.0, 2.0]])])
+    def test_of_different_numbers_of_experts_are_an_error(self, first, second):
+        rows = [{"input_ids": [1], "routing_weights": weights} for weights in (first, second)]
+        with pytest.raises(ValueError, match="in every row, got"):
+            RoutingWeightsCollator(default_data_collator)(rows)
 
     def test_of_another_number_of_tokens_is_an_error(self):
         collator = RoutingWeightsCollator(default_data_collator)

@@ -1,11 +1,13 @@
 """Parameter groups for torch's optimizers."""
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from torch import nn
 
-from moelora.nn.routers import Router
+from moelora.nn.routers import Router, _check_kind
 
 __all__ = ["parameter_groups"]
 
@@ -34,8 +36,10 @@ def parameter_groups(
 
     Raises
     ------
+    TypeError
+        If `model` is not a module, or a rate or the decay not a real number.
     ValueError
-        If the model trains nothing.
+        If the model trains nothing, or a rate or the decay is negative or not finite.
 
     Examples
     --------
@@ -47,6 +51,13 @@ def parameter_groups(
     [(1, 0.001, 0.1), (1, 0.001, 0.0), (1, 0.0001, 0.1), (1, 0.0001, 0.0)]
     >>> optimizer = torch.optim.AdamW(groups)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_kind(Real, lr=lr, weight_decay=weight_decay)
+    _check_kind(Real, optional=True, router_lr=router_lr)
+    for name, value in (("lr", lr), ("router_lr", router_lr), ("weight_decay", weight_decay)):
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
     routers: list[nn.Module] = [module for module in model.modules() if isinstance(module, Router)]
     attached = getattr(getattr(model, "base_model", None), "router", None)
     if isinstance(attached, nn.Module):

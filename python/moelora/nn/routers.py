@@ -559,8 +559,7 @@ def _check_kind(kind: type, *, optional: bool = False, **arguments: Any) -> None
 
 def _are_ones(values: Tensor) -> bool:
     """Whether all values are 1, where it costs nothing to look; False means nothing."""
-    look = values.is_cpu and not torch.compiler.is_compiling() and uses_core(values)
-    return look and all(value == 1 for value in values.tolist())
+    return uses_core(values) and all(value == 1 for value in values.tolist())
 
 
 def _as_mask(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:

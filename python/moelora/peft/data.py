@@ -24,9 +24,12 @@ class RoutingWeightsCollator:
 
     Raises
     ------
+    TypeError
+        If `collate` can't be called.
     ValueError
-        If the weights of a sequence are for another number of tokens than the batch has of it, as in a batch that is
-        packed or flattened.
+        If there are no rows, a row has no weights or others than numbers, rows differ in the kind of weights or the
+        number of experts, or the weights of a sequence are for another number of tokens than the batch has of it, as in
+        a batch that is packed or flattened.
 
     Examples
     --------
@@ -40,15 +43,32 @@ class RoutingWeightsCollator:
 
     collate: Callable[[list[dict[str, Any]]], Any]
 
+    def __post_init__(self) -> None:
+        if not callable(self.collate):
+            raise TypeError(f"collate must be callable, got {type(self.collate).__name__}")
+
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
-        weights = [torch.as_tensor(feature["routing_weights"], dtype=torch.float32) for feature in features]
-        rest = [{name: value for name, value in f.items() if name != "routing_weights"} for f in features]
-        batch = self.collate(rest)
-        if any(w.dim() != weights[0].dim() for w in weights) or not 1 <= weights[0].dim() <= 2:
+        if not features:
+            raise ValueError("features must hold at least one row, got none")
+        weights = [_weights_of(i, feature) for i, feature in enumerate(features)]
+        if any((w.dim(), w.shape[-1]) != (weights[0].dim(), weights[0].shape[-1]) for w in weights):
             shapes = [tuple(w.shape) for w in weights]
             raise ValueError(f"routing_weights must be [N] in every row, or [S, N] in every row, got {shapes}")
+        rest = [{name: value for name, value in f.items() if name != "routing_weights"} for f in features]
+        batch = self.collate(rest)
         batch["routing_weights"] = torch.stack(weights) if weights[0].dim() == 1 else _spread(weights, batch)
         return batch
+
+
+def _weights_of(row: int, feature: Mapping[str, Any]) -> Tensor:
+    given = feature.get("routing_weights")
+    try:
+        weights = torch.as_tensor(given, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        weights = None
+    if weights is None or not 1 <= weights.dim() <= 2:
+        raise ValueError(f"routing_weights must be numbers [N] or [S, N] in every row, row {row} has {given!r}")
+    return weights
 
 
 def _spread(weights: list[Tensor], batch: Mapping[str, Any]) -> Tensor:
