@@ -125,3 +125,23 @@ def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def gradients() -> Callable[[nn.Module], dict[str, torch.Tensor]]:
     return gradients_of
+
+
+def steps_alike(
+    model: Any, reference: Any, ids: torch.Tensor, weights: torch.Tensor, **tolerance: float
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Compare logits and every parameter's gradient of a forward and backward; the model's output and gradients."""
+    out, expected = model(ids, labels=ids, routing_weights=weights), reference(ids, labels=ids)
+    torch.testing.assert_close(out.logits, expected.logits, **tolerance)
+    out.loss.backward()
+    expected.loss.backward()
+    got, wanted = gradients_of(model), gradients_of(reference)
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], **tolerance)
+    return out, got
+
+
+@pytest.fixture
+def same_step() -> Callable[..., tuple[Any, dict[str, torch.Tensor]]]:
+    return steps_alike

@@ -21,18 +21,11 @@ def expand(weights, form):
 
 
 @pytest.mark.parametrize("form", ["N", "BN", "BSN"])
-def test_weights_equal_the_loop_over_adapters(kind, make_lora, loop, gradients, ids, weights, form):
+def test_weights_equal_the_loop_over_adapters(kind, make_lora, loop, same_step, ids, weights, form):
     w, v = (expand(weights, form).clone().requires_grad_() for _ in range(2))
     model, reference = adopt(make_lora(kind)).train(), loop(make_lora(kind).train(), v)
-    out, expected = model(ids, labels=ids, routing_weights=w), reference(ids, labels=ids)
-    torch.testing.assert_close(out.logits, expected.logits, **CLOSE)
-    out.loss.backward()
-    expected.loss.backward()
+    same_step(model, reference, ids, w, **CLOSE)
     torch.testing.assert_close(w.grad, v.grad, **CLOSE)
-    got, wanted = gradients(model), gradients(reference)
-    assert got.keys() == wanted.keys()
-    for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], **CLOSE)
 
 
 def test_weights_per_layer_equal_the_loop_over_adapters(kind, make_lora, loop, ids):
@@ -103,7 +96,7 @@ def test_columns_are_the_active_adapters_not_all_that_are_loaded(make_lora, loop
     torch.testing.assert_close(model(ids, routing_weights=w).logits, loop(reference, w)(ids).logits, **CLOSE)
 
 
-def test_experts_may_differ_in_rank_scaling_and_modules(make_base, loop, gradients, ids, weights):
+def test_experts_may_differ_in_rank_scaling_and_modules(make_base, loop, same_step, ids, weights):
     def build():
         model = peft.get_peft_model(
             make_base("llama"), peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"), "a"
@@ -119,14 +112,7 @@ def test_experts_may_differ_in_rank_scaling_and_modules(make_base, loop, gradien
         return model
 
     model, reference = adopt(build()), loop(build(), weights)
-    out, expected = model(ids, labels=ids, routing_weights=weights), reference(ids, labels=ids)
-    torch.testing.assert_close(out.logits, expected.logits, **CLOSE)
-    out.loss.backward()
-    expected.loss.backward()
-    got, wanted = gradients(model), gradients(reference)
-    assert got.keys() == wanted.keys()
-    for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], **CLOSE)
+    same_step(model, reference, ids, weights, **CLOSE)
 
 
 def test_layers_that_none_of_the_active_experts_adapts_are_the_base(make_base, loop, ids):
