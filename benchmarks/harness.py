@@ -40,6 +40,12 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return first, median, third
 
 
+def columns(seconds: Sequence[float], unit: str) -> dict[str, str]:
+    """Columns of a row: quartiles in "ms" or "us"."""
+    scale, names = {"ms": 1e3, "us": 1e6}[unit], ("q1", "median", "q3")
+    return {f"{unit}_{name}": f"{value * scale:.1f}" for name, value in zip(names, quartiles(seconds), strict=True)}
+
+
 def peak_bytes(function: Callable[[], object]) -> int:
     """Growth of this process's resident memory at its highest point during the call (Linux only).
 

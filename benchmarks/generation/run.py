@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "models")]
-from harness import interleave, quartiles, write_csv  # noqa: E402
+from harness import columns, interleave, quartiles, write_csv  # noqa: E402
 from small import NAMES, build  # noqa: E402
 
 import moelora  # noqa: E402
@@ -70,7 +70,7 @@ def measure(
         times = interleave(peers(base, n, ids, new), rounds)
         one_lora = quartiles(times["one_lora"])[1]
         for peer, seconds in times.items():
-            q1, median, q3 = quartiles(seconds)
+            median = quartiles(seconds)[1]
             yield {
                 "model": name,
                 "B": batch,
@@ -78,9 +78,7 @@ def measure(
                 "r": 16,
                 "new": new,
                 "peer": peer,
-                "ms_q1": f"{q1 * 1e3:.1f}",
-                "ms_median": f"{median * 1e3:.1f}",
-                "ms_q3": f"{q3 * 1e3:.1f}",
+                **columns(seconds, "ms"),
                 "tokens_per_s": f"{batch * new / median:.1f}",
                 "speed_over_one_lora": f"{one_lora / median:.3f}",
                 "rounds": rounds,

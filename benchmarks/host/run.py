@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import interleave, quartiles, write_csv  # noqa: E402
+from harness import columns, interleave, quartiles, write_csv  # noqa: E402
 
 from moelora.peft import MoELoraConfig, adopt  # noqa: E402
 from moelora.peft.frame import Entered, Frame  # noqa: E402
@@ -139,15 +139,13 @@ def measure(experts: list[int], rounds: dict[str, int]) -> Iterator[dict[str, An
         times = interleave(peers[what](n, grad), rounds[what])
         one = quartiles(times["one_lora"])[1]
         for peer, seconds in times.items():
-            q1, median, q3 = quartiles(seconds)
+            median = quartiles(seconds)[1]
             yield {
                 "what": what,
                 "N": n,
                 "grad": "yes" if grad else "no",
                 "peer": peer,
-                "us_q1": f"{q1 * 1e6:.1f}",
-                "us_median": f"{median * 1e6:.1f}",
-                "us_q3": f"{q3 * 1e6:.1f}",
+                **columns(seconds, "us"),
                 "over_one_lora": f"{median / one:.3f}",
                 "rounds": rounds[what],
             }

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from harness import interleave, peak_bytes, quartiles, write_csv  # noqa: E402
+from harness import columns, interleave, peak_bytes, quartiles, write_csv  # noqa: E402
 from small import NAMES, build  # noqa: E402
 
 import moelora  # noqa: E402
@@ -106,7 +106,6 @@ def measure(
         median = {name: quartiles(seconds)[1] for name, seconds in times.items()}
         peaks = {name: peak_bytes(call) for name, call in calls.items()}
         for name, seconds in times.items():
-            q1, _, q3 = quartiles(seconds)
             yield {
                 "model": model,
                 "B": batch,
@@ -115,9 +114,7 @@ def measure(
                 "r": r,
                 "what": what,
                 "peer": name,
-                "ms_q1": f"{q1 * 1e3:.1f}",
-                "ms_median": f"{median[name] * 1e3:.1f}",
-                "ms_q3": f"{q3 * 1e3:.1f}",
+                **columns(seconds, "ms"),
                 "over_moelora": f"{median[name] / median['moelora']:.3f}",
                 "peak_mib": f"{peaks[name] / 2**20:.1f}",
                 "rounds": rounds,
