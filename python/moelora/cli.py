@@ -4,7 +4,9 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from moelora.report.table import as_text
 
@@ -38,6 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="moelora", description="A mixture of LoRA experts in one pass.")
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_demo(commands)
+    _add_run(commands)
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    own = len(given)
+    if given[:1] == ["run"]:  # what follows the program is not for argparse
+        own = 3 if given[1:2] == ["-m"] else 2
+    options = parser.parse_args(given[:own])
+    options.rest = given[own:]
+    status: int = options.act(options)
+    return status
+
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="train and measure a small mixture on this machine", description=DEMO)
     demo.add_argument("--out", type=Path, default=Path("moelora-demo"), help="folder to write (default: %(default)s)")
     demo.add_argument("--experts", type=int, default=4, help="number of experts, at least 2 (default: %(default)s)")
@@ -47,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     demo.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: %(default)s)")
     demo.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    demo.set_defaults(act=partial(_demo, demo))
+
+
+def _add_run(commands: Any) -> None:
     run = commands.add_parser(
         "run",
         help="run a program with PEFT patched",
@@ -55,20 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     run.add_argument("-m", dest="as_module", action="store_true", help="run a module, as python -m does")
     run.add_argument("program", metavar="SCRIPT", help="file to run, or with -m the name of a module")
-
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    own = len(given)
-    if given[:1] == ["run"]:  # what follows the program is not for argparse
-        own = 3 if given[1:2] == ["-m"] else 2
-    options = parser.parse_args(given[:own])
-    return _run(run, options, given[own:]) if options.command == "run" else _demo(demo, options)
+    run.set_defaults(act=partial(_run, run))
 
 
-def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from moelora.launch import run_module, run_script
 
     try:
-        (run_module if options.as_module else run_script)(options.program, arguments)
+        (run_module if options.as_module else run_script)(options.program, options.rest)
     except (OSError, ImportError) as error:
         parser.error(str(error))
     return 0
