@@ -13,8 +13,9 @@ from torch import nn
 
 from moelora.peft.checkpoint import read_mixture
 from moelora.peft.frame import KEYWORDS, check_mixture
-from moelora.peft.model import ADDED, LoraModel
+from moelora.peft.model import LoraModel
 from moelora.peft.peft_model import RoutedPeftModel, routed_class
+from moelora.peft.tuner import ADDED
 
 Model = TypeVar("Model", bound=nn.Module)
 
