@@ -160,6 +160,14 @@ ML_INLINE REAL NAME(reduce)(NAME(vector) v) {
   return lane[0];
 }
 
+/* The first n < lanes elements, and zeros. A loop over what a depth leaves over would be compiled in one tile with fused
+ * multiply-adds and in another without, and a row's sum must not depend on the tile that it falls into. */
+ML_INLINE NAME(vector) NAME(load_some)(const REAL *from, int64_t n) {
+  REAL lane[NAME(lanes)] = {0};
+  __builtin_memcpy(lane, from, (size_t)n * sizeof(REAL));
+  return NAME(load)(lane);
+}
+
 ML_INLINE void NAME(dots_tile)(const int tokens, const int n, int64_t depth, const REAL *x, int64_t x_row,
                                const void *const *rows, REAL *out, int64_t out_row) {
   NAME(vector) sum[4][8];
@@ -173,11 +181,16 @@ ML_INLINE void NAME(dots_tile)(const int tokens, const int n, int64_t depth, con
       ML_UNROLL for (int j = 0; j < n; j++) sum[t][j] += v * a[j];
     }
   }
-  ML_UNROLL for (int t = 0; t < tokens; t++) ML_UNROLL for (int j = 0; j < n; j++) {
-    REAL total = NAME(reduce)(sum[t][j]);
-    for (int64_t i = k; i < depth; i++) total += x[t * x_row + i] * ((const REAL *)rows[j])[i];
-    out[t * out_row + j] = total;
+  if (k < depth) {
+    NAME(vector) a[8];
+    ML_UNROLL for (int j = 0; j < n; j++) a[j] = NAME(load_some)((const REAL *)rows[j] + k, depth - k);
+    ML_UNROLL for (int t = 0; t < tokens; t++) {
+      NAME(vector) v = NAME(load_some)(x + t * x_row + k, depth - k);
+      ML_UNROLL for (int j = 0; j < n; j++) sum[t][j] += v * a[j];
+    }
   }
+  ML_UNROLL for (int t = 0; t < tokens; t++) ML_UNROLL for (int j = 0; j < n; j++)
+      out[t * out_row + j] = NAME(reduce)(sum[t][j]);
 }
 
 static void NAME(dots)(int64_t tokens, int64_t n, int64_t depth, const void *x_, int64_t x_row,
