@@ -202,8 +202,6 @@ class RoutedTuner(AttachedRouter):
         tail = kwargs.pop("routing_tail", "hold")
         if kwargs.get("adapter_names") is not None and (weights is not None or isinstance(self.router, Router)):
             raise ValueError("adapter_names can't be used together with routing weights or a router: use one of them")
-        if weights is not None and kwargs.get("cache_implementation") == "paged":
-            raise continuous_batching()
         frame = self._frame(weights, mixture, tail)
         with _Undone(super()._enable_peft_forward_hooks(*args, **kwargs)), Entered(frame):  # type: ignore[misc]
             yield
