@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import math
 import sys
 from pathlib import Path
 
@@ -89,14 +90,17 @@ def test_a_run_leaves_what_table_and_picture_are_made_from(benchmark, tmp_path, 
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("mixture", "named"), [("logits", "moelora_logits"), ("layer", "moelora")])
-def test_a_way_that_drifts_is_named_and_fails_the_run(mixture, named, benchmark, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("mixture", "factor", "named"),
+    [("logits", 1.001, "moelora_logits"), ("layer", 1.001, "moelora"), ("layer", math.nan, "moelora")],
+)
+def test_a_way_that_drifts_is_named_and_fails_the_run(mixture, factor, named, benchmark, tmp_path, monkeypatch, capsys):
     by_moelora = benchmark["ways"].by_moelora
 
     def a_little_off(of_mixture):
         def loss_of(model):
             loss = by_moelora(of_mixture)(model)
-            return lambda weights, ids: loss(weights * 1.001 if of_mixture == mixture else weights, ids)
+            return lambda weights, ids: loss(weights * factor if of_mixture == mixture else weights, ids)
 
         return loss_of
 

@@ -86,7 +86,7 @@ def draw(points: Sequence[Row], picture: Path) -> None:
             [statistics.fmean(pair[i] for pair in at_evaluation) for at_evaluation in evaluations] for i in (0, 1)
         )
         against_time.plot(seconds, values, marker=".", **line)
-    losses.set(xlabel="step", ylabel="training loss (nats per byte)")
+    losses.set(xlabel="step", ylabel=f"training loss (nats per byte, mean of {WINDOW} steps)")
     against_time.set(xlabel="training time (s)", ylabel="held-out loss (nats per byte)")
     losses.legend(fontsize=9)
     FigureCanvasAgg(figure)
