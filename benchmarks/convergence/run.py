@@ -11,7 +11,7 @@ the same order, by AdamW of the same settings, float32, no dropout:
     moelora_logits  the same mixture in one call, `mixture="logits"`
     layer_loop      stock PEFT with a Python loop over the adapters in each layer
     moelora         the same mixture in one pass
-    one_lora        stock PEFT, one adapter as large as all experts together, no gate
+    one_lora        stock PEFT, one adapter as large as all experts together, the weights unused
     *_nudged        an older way over frozen weights that are each one ulp off
 
 A seed draws the adapters, the gate and the order of the data. The ways advance together, a step of each in turn, in
