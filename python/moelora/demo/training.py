@@ -1,7 +1,7 @@
 """The demo's language model, its batches, its training loop and its perplexity."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -33,15 +33,55 @@ def make_llama(width: int, layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def batches(domains: Sequence[Domain], split: str, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """Endless batches [len(domains) * PER_DOMAIN, LENGTH] of token ids, each with all domains in random order."""
+def batches(
+    domains: Sequence[Domain], split: str, seed: int, device: torch.device, per_domain: int = PER_DOMAIN
+) -> Iterator[Tensor]:
+    """Endless batches [len(domains) * per_domain, LENGTH] of token ids, each with all domains in random order."""
     random = np.random.default_rng(seed)
     while True:
         rows = []
         for domain in domains:
             stream = getattr(domain, split)
-            rows.append(windows(stream, random.integers(0, len(stream) - LENGTH, PER_DOMAIN), LENGTH))
+            rows.append(windows(stream, random.integers(0, len(stream) - LENGTH, per_domain), LENGTH))
         yield torch.from_numpy(random.permutation(np.concatenate(rows))).to(device)
+
+
+class Training:
+    """AdamW without weight decay, after a short warm-up on a cosine to zero; the adapters' gradient is clipped.
+
+    Parameters
+    ----------
+    adapters, router : sequence of Parameter
+        `router` may be empty.
+    steps : int
+        How many there will be.
+    learning_rate, router_learning_rate : float
+        The highest value of each.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[nn.Parameter],
+        router: Sequence[nn.Parameter],
+        steps: int,
+        learning_rate: float,
+        router_learning_rate: float,
+    ) -> None:
+        self.adapters = adapters
+        groups = [{"params": adapters, "lr": learning_rate}, {"params": router, "lr": router_learning_rate}]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        warm_up = max(1, steps // 20)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        )
+
+    def step(self, loss: Tensor) -> None:
+        """Run the backward of a batch's loss, and take a step."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.adapters, 1.0)
+        self.optimizer.step()
+        self.schedule.step()
 
 
 def train(
@@ -52,7 +92,7 @@ def train(
     title: str,
     router_learning_rate: float = 0.0,
 ) -> None:
-    """Train what requires a gradient, with AdamW, a short warm-up and a cosine to zero; show a progress bar.
+    """Train what requires a gradient as `Training` does; show a progress bar.
 
     Parameters
     ----------
@@ -69,22 +109,13 @@ def train(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     adapters = [p for name, p in named if ".router." not in name]
     router = [p for name, p in named if ".router." in name]
-    groups = [{"params": adapters, "lr": learning_rate}, {"params": router, "lr": router_learning_rate}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    warm_up = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
+    training = Training(adapters, router, steps, learning_rate, router_learning_rate)
     model.train()
     with progress_bar(range(steps), title, "step") as progress:
         for _ in progress:
             input_ids = next(data)
             loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(adapters, 1.0)
-            optimizer.step()
-            schedule.step()
+            training.step(loss)
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
@@ -93,11 +124,15 @@ def progress_bar(items: Iterable[int], title: str, unit: str) -> "tqdm[int]":
     return tqdm(items, desc=f"{title:<32}", unit=unit, mininterval=0.5)
 
 
-@torch.no_grad()
 def perplexity(model: nn.Module, domains: Sequence[Domain], device: torch.device) -> dict[str, float]:
     """Perplexity per byte on the held-out text of each domain, and over all of them (the geometric mean)."""
     model.eval()
-    nats = {domain.name: _mean_nats(model, held_out_windows(domain, device)) for domain in domains}
+
+    def loss(rows: Tensor) -> Tensor:
+        result: Tensor = model(input_ids=rows, labels=rows, use_cache=False).loss
+        return result
+
+    nats = {domain.name: mean_loss(loss, held_out_windows(domain, device)) for domain in domains}
     return {name: math.exp(value) for name, value in nats.items()} | {"all": math.exp(sum(nats.values()) / len(nats))}
 
 
@@ -107,8 +142,7 @@ def held_out_windows(domain: Domain, device: torch.device) -> Tensor:
     return torch.from_numpy(windows(domain.held_out, starts, LENGTH)).to(device)
 
 
-def _mean_nats(model: nn.Module, sequences: Tensor) -> float:
-    total = 0.0
-    for rows in sequences.split(32):
-        total += model(input_ids=rows, labels=rows, use_cache=False).loss.item() * len(rows)
-    return total / len(sequences)
+@torch.no_grad()
+def mean_loss(loss: Callable[[Tensor], Tensor], sequences: Tensor) -> float:
+    """The mean of ``loss(rows)`` over sequences [n, S], a few at a time."""
+    return sum(loss(rows).item() * len(rows) for rows in sequences.split(32)) / len(sequences)
