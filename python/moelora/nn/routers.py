@@ -358,6 +358,9 @@ class LearnedRouter(Router):
         H.
     mlp_dim : int, optional
         Width of the gate's hidden layer; None: a linear gate.
+    eval_top_k : int in [1, N], optional
+        How many experts each token keeps in evaluation; None: `top_k`, as in training. With ``top_k=None,
+        eval_top_k=1`` all experts train and one of them serves, as in DyLoRA-MoE.
     **options
         As `Router`.
 
@@ -372,13 +375,22 @@ class LearnedRouter(Router):
     gate: nn.Module
 
     def __init__(
-        self, expert_names: Iterable[str], input_size: int, *, mlp_dim: int | None = None, **options: Any
+        self,
+        expert_names: Iterable[str],
+        input_size: int,
+        *,
+        mlp_dim: int | None = None,
+        eval_top_k: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(expert_names, input_size=input_size, **options)
-        _check_kind(Integral, optional=True, mlp_dim=mlp_dim)
+        _check_kind(Integral, optional=True, mlp_dim=mlp_dim, eval_top_k=eval_top_k)
         if mlp_dim is not None and mlp_dim < 1:
             raise ValueError(f"mlp_dim must be positive or None, got {mlp_dim}")
+        if eval_top_k is not None and not 1 <= eval_top_k <= self.num_experts:
+            raise ValueError(f"eval_top_k must lie in [1, {self.num_experts}], the number of experts, got {eval_top_k}")
         self.mlp_dim = mlp_dim
+        self.eval_top_k = eval_top_k
         self.gate = self._new_gate()
         self.register_buffer("maturity", torch.ones(self.num_experts))
 
@@ -418,6 +430,8 @@ class LearnedRouter(Router):
 
     def arrange(self, columns: Sequence[int | None]) -> None:
         super().arrange(columns)
+        if self.eval_top_k is not None:
+            self.eval_top_k = min(self.eval_top_k, len(columns))
         self.maturity = _arranged(self.maturity, columns, 1.0)
         for gate in self.gate if isinstance(self.gate, nn.ModuleList) else (self.gate,):
             head: Any = gate[-1] if isinstance(gate, nn.Sequential) else gate
@@ -455,7 +469,8 @@ class LearnedRouter(Router):
             allowed = self._draw(activated, hidden_states.shape[:-1])
             scores = scores.masked_fill(~allowed, _EXCLUDED)
         n = logits.shape[-1]
-        top_k = None if self.top_k is None else min(self.top_k, n)
+        top_k = self.top_k if self.training or self.eval_top_k is None else self.eval_top_k
+        top_k = None if top_k is None else min(top_k, n)
         routing = route(scores, top_k=top_k, temperature=self.temperature, renormalize=self.renormalize, mask=mask)
         n_tokens = math.prod(hidden_states.shape[:-1]) if mask is None else mask.sum()
         weights, counts = routing.weights, routing.counts
@@ -495,7 +510,8 @@ class LearnedRouter(Router):
         return (luck >= self.expert_dropout) | (luck == luck.amax(-1, keepdim=True))
 
     def extra_repr(self) -> str:
-        return f"input_size={self.input_size}, {super().extra_repr()}"
+        evaluation = "" if self.eval_top_k is None else f", eval_top_k={self.eval_top_k}"
+        return f"input_size={self.input_size}, {super().extra_repr()}{evaluation}"
 
 
 class EmbeddingRouter(LearnedRouter):
