@@ -19,11 +19,11 @@ from moelora.nn.losses import router_aux_loss
 from moelora.nn.routers import Router
 from moelora.peft import logits
 from moelora.peft.anatomy import decoder, parameters, reads_encoder, token_embeddings
-from moelora.peft.attached import AttachedRouter
 from moelora.peft.balance import Balance, loss_shifts_labels, share_of_step
 from moelora.peft.call import check_consumed, read_call
 from moelora.peft.config import MoELoraConfig, mark_hosted
 from moelora.peft.embedding import Embedding
+from moelora.peft.experts import Experts
 from moelora.peft.first_pass import keep, last_hidden_states
 from moelora.peft.frame import (
     KEYWORDS,
@@ -51,10 +51,11 @@ ADDED = (
     "_router_hooks",
     "_routing_hooks",
     "_unroutable",
+    "frozen_experts",
 )
 
 
-class RoutedTuner(AttachedRouter):
+class RoutedTuner(Experts):
     """What a routed tuner adds to the tuner of PEFT that it is derived from; comes before it among the bases.
 
     Attributes
