@@ -305,8 +305,9 @@ class Experts(AttachedRouter):
                     if name in of_adapters:
                         del of_adapters[name]
             elif isinstance(layer, BaseTunerLayer):
+                wrapper: Any = layer
                 parent, _, child = path.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, layer.base_layer)
+                setattr(self.model.get_submodule(parent), child, wrapper.base_layer)
         self._route_layers()
         router = self._growing_router()
         if router is not None:
