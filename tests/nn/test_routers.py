@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from moelora import functional
 from moelora.nn import (
     EmbeddingRouter,
     FixedRouter,
     HiddenStateRouter,
+    LastHiddenRouter,
     LearnedRouter,
     PerLayerRouter,
     Router,
@@ -37,7 +39,8 @@ def gate_of(router, x):
     return nn.functional.linear(x, router.gate.weight, router.gate.bias)
 
 
-every_learned_router = pytest.mark.parametrize("cls", [EmbeddingRouter, HiddenStateRouter, PerLayerRouter])
+LEARNED = [EmbeddingRouter, HiddenStateRouter, PerLayerRouter, LastHiddenRouter]
+every_learned_router = pytest.mark.parametrize("cls", LEARNED)
 
 
 # What it decides
@@ -101,6 +104,23 @@ def test_a_router_cast_with_its_model_still_computes_in_float32():
     weights = router(x)
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights, copy.deepcopy(router).float()(x.float()))
+
+
+@every_learned_router
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_on_a_cpu_the_c_kernel_routes_forward_and_backward(monkeypatch, cls, dtype, autocast):
+    router, x = make(cls, top_k=2).to(dtype), hidden(dtype=dtype)
+    calls = []
+    for name in ("route", "route_backward"):
+        kernel = getattr(functional, name)
+        spy = lambda *args, name=name, kernel=kernel, **kw: calls.append(name) or kernel(*args, **kw)  # noqa: E731
+        monkeypatch.setattr(functional, name, spy)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        weights = router(x)
+    assert weights.dtype is torch.float32
+    weights[..., 0].sum().backward()
+    assert calls == ["route", "route_backward"]
 
 
 class RoutesPadded(nn.Module):
@@ -209,7 +229,7 @@ def test_the_logarithm_of_the_maturity_is_added_after_the_temperature():
 
 # Experts come and go
 
-every_router = pytest.mark.parametrize("cls", [FixedRouter, EmbeddingRouter, HiddenStateRouter, PerLayerRouter])
+every_router = pytest.mark.parametrize("cls", [FixedRouter, *LEARNED])
 
 
 def of_names(cls, names, **options):
@@ -374,6 +394,71 @@ def test_without_capacity_and_dropout_training_and_evaluation_are_the_same():
     assert router.train()(x).equal(router.eval()(x))
 
 
+@every_learned_router
+def test_experts_may_all_train_and_one_of_them_serve(cls):
+    router, x = make(cls, eval_top_k=1), hidden()
+    dense, single = router.train()(x), router.eval()(x)
+    assert dense.equal(make(cls)(x))
+    assert single.equal(make(cls, top_k=1)(x))
+    assert "eval_top_k=1" in repr(router)
+    sparse = make(cls, top_k=1, eval_top_k=4, capacity_factor=0.2)
+    assert sparse.eval()(x).equal(dense)
+    assert sparse.train()(x).equal(make(cls, top_k=1, capacity_factor=0.2)(x))
+    sparse.remove_expert("code")
+    assert (sparse.eval_top_k, router.eval_top_k) == (3, 1)
+
+
+def route_by_hand(router, x, mask, active, kept):
+    """Weights [T, N] of tokens [T, H] in Python's own numbers; `kept` [T, N]: what the expert dropout leaves."""
+    n = len(active)
+    live = [bool(router.activated[column]) for column in active]
+    k = n if router.top_k is None else min(router.top_k, sum(live))
+    capacity = math.inf
+    if router.training and router.capacity_factor is not None and router.top_k is not None:
+        capacity = math.ceil(router.capacity_factor * sum(mask) * k / sum(live))
+    taken, rows = [0] * n, []
+    for token, counts, left in zip(x.tolist(), mask, kept, strict=True):
+        scores = []
+        for i, column in enumerate(active):
+            gate = zip(router.gate.weight[column].tolist(), token, strict=True)
+            logit = sum(a * b for a, b in gate) + router.gate.bias.tolist()[column]
+            maturity = router.maturity.tolist()[column]
+            scores.append(maturity * math.exp(logit / router.temperature) if live[i] and left[i] else 0.0)
+        picked = [i for i in sorted(range(n), key=lambda i, s=scores: (-s[i], i))[:k] if scores[i]]
+        total = sum(scores[i] for i in picked)
+        row = [scores[i] / total if i in picked else 0.0 for i in range(n)]
+        for i in picked if counts else ():
+            taken[i] += 1
+            if taken[i] > capacity:
+                row[i] = 0.0
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, n)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 13), (3, 5), (2, 7), (5, 1), (2, 0)])
+@pytest.mark.parametrize(("top_k", "factor", "dropout"), [(1, 0.7, 0), (2, 1.25, 0.4), (3, 0.3, 0), (None, 1.0, 0.6)])
+@pytest.mark.parametrize("active", [[0, 1, 2, 3, 4], [4, 1, 2], [3]])
+def test_weights_are_those_of_the_definitions_in_plain_python(training, shape, top_k, factor, dropout, active):
+    names = [*NAMES, "footers"]
+    options = {"top_k": top_k, "capacity_factor": factor, "expert_dropout": dropout, "temperature": 1.7}
+    router = make(names=names, **options).double().train(training)
+    router.mark_mature("tables", 0.3)
+    router.activated[1] = False
+    x = hidden(*shape, dtype=torch.float64)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(7)) < 0.7
+    kept = torch.ones(*shape, len(active), dtype=torch.bool)
+    torch.manual_seed(1)
+    if training and dropout:
+        kept = router._draw(router.activated[active], torch.Size(shape)).expand(kept.shape)
+    torch.manual_seed(1)
+    got = router(x, mask, active=active)
+    expected = route_by_hand(
+        router, x.reshape(-1, H), mask.flatten().tolist(), active, kept.reshape(-1, len(active)).tolist()
+    )
+    torch.testing.assert_close(got.reshape(-1, len(active)), expected)
+
+
 def capacity_by_hand(weights, mask, capacity):
     """First come by token."""
     weights, used = weights.detach().clone(), [0] * weights.shape[-1]
@@ -452,11 +537,7 @@ def test_dropout_never_takes_the_last_expert_that_is_activated():
 
 
 def test_what_each_router_reads():
-    assert [make(cls).reads for cls in (EmbeddingRouter, HiddenStateRouter, PerLayerRouter)] == [
-        "embeddings",
-        "layer",
-        "layers",
-    ]
+    assert [make(cls).reads for cls in LEARNED] == ["embeddings", "layer", "layers", "last_hidden"]
     assert make(HiddenStateRouter).layer == 1
     assert FixedRouter(NAMES).reads == "nothing"
     assert FixedRouter(NAMES).input_size is None
@@ -565,6 +646,9 @@ def test_meta_routers_give_shapes():
         (lambda: make(top_k=0), ValueError, "top_k"),
         (lambda: make(top_k=5), ValueError, "top_k"),
         (lambda: make(top_k=1.5), TypeError, "top_k"),
+        (lambda: make(eval_top_k=0), ValueError, r"eval_top_k must lie in \[1, 4\]"),
+        (lambda: make(eval_top_k=5), ValueError, "eval_top_k"),
+        (lambda: make(eval_top_k=True), TypeError, "eval_top_k"),
         (lambda: make(temperature=0), ValueError, "temperature"),
         (lambda: make(capacity_factor=0), ValueError, "capacity_factor"),
         (lambda: make(expert_dropout=1.0), ValueError, "expert_dropout"),

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelora.nn.routers import Router, RoutingOutput
+from moelora.nn.routers import FixedRouter, LearnedRouter, Router, RoutingOutput
 from moelora.peft.balance import Balance
 from moelora.peft.call import Call
 
@@ -121,6 +121,9 @@ class Frame:
         self.off = off
         self.active = None if router is None else columns(router, experts)
         self.gates = None if router is None else next(router.parameters(), None)
+        # A `route` of one's own may return anything, and may look at all tokens of a sequence.
+        self.custom = router is not None and type(router).route not in (LearnedRouter.route, FixedRouter.route)
+        self.continues = False  # a text that is in the cache already
         self.generating = False
         self.frozen = False  # inside a checkpointed region: the weights came in as its arguments
         self.call: Call | None = None
@@ -141,7 +144,10 @@ class Frame:
             if given.dim() < 3:
                 self.now = given
         elif router is not None and router.reads == "nothing":
-            self.now = router(None, active=self.active)
+            output = router.route(None, active=self.active)
+            if self.custom:
+                self._check_output(output, ())
+            self.now = output.weights
 
     def _check_given(self, given: Tensor) -> None:
         if given.shape[-1] != len(self.experts):
@@ -315,8 +321,31 @@ class Frame:
         if hidden_states is not None and self.gates is not None:
             hidden_states = hidden_states.to(self.gates.device)  # of a model that is spread over several
         output = self.router.route(hidden_states, self.call.mask, layer=layer, active=self.active)
+        if self.custom:
+            self._check_output(output, () if hidden_states is None else hidden_states.shape[:-1])
         self.outputs.append(output)
         return output.weights if self.balance is None else self.balance.watch(output)
+
+    def _check_output(self, output: Any, tokens: tuple[int, ...]) -> None:
+        """Raise if a router returned what is no routing of these tokens [B, S]."""
+        name = f"{type(self.router).__name__}.route"
+        if not isinstance(output, RoutingOutput):
+            raise TypeError(f"{name} must return a moelora.nn.RoutingOutput, got {type(output).__name__}")
+        weights, n = output.weights, len(self.experts)
+        if not isinstance(weights, Tensor) or not weights.is_floating_point():
+            got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+            raise TypeError(f"{name} must return weights of a floating dtype, got {got}")
+        taken = [(*tokens[:axes], n) for axes in range(len(tokens) + 1)]
+        if tuple(weights.shape) not in taken:
+            raise ValueError(
+                f"{name} must return weights of shape {' or '.join(map(str, taken))}, a column for each of the active "
+                f"experts {self.experts}, got {tuple(weights.shape)}"
+            )
+        if self.continues and weights.dim() == 2:
+            raise ValueError(
+                f"{name} returned one mixture for a whole sequence, of which it has seen only the tokens that are not "
+                "in the cache yet: pass use_cache=False, or the weights of the prompt as routing_weights"
+            )
 
     def weights_for(self, site: Site, x: Tensor) -> Tensor:
         """The weights of a layer's input x [..., d_in], or ids [...]: [N], [B, N] or one row for each of its rows."""

@@ -20,7 +20,7 @@ from moelora.nn.routers import Router
 from moelora.peft import logits
 from moelora.peft.anatomy import decoder, parameters, reads_encoder, token_embeddings
 from moelora.peft.balance import Balance, loss_shifts_labels, share_of_step
-from moelora.peft.call import check_consumed, read_call
+from moelora.peft.call import check_consumed, continues, read_call
 from moelora.peft.config import MoELoraConfig, mark_hosted
 from moelora.peft.embedding import Embedding
 from moelora.peft.experts import Experts
@@ -281,6 +281,7 @@ class RoutedTuner(Experts):
         changed = None
         if frame.mixture == "logits":
             logits.check(frame, module, call, arguments)
+        frame.continues = frame.custom and continues(arguments)
         frame.begin(call, balance)
         if torch.is_grad_enabled():
             self._carry_into_checkpoints()
