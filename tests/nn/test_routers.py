@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from moelora import functional
 from moelora.nn import (
     EmbeddingRouter,
     FixedRouter,
     HiddenStateRouter,
+    LastHiddenRouter,
     LearnedRouter,
     PerLayerRouter,
     Router,
@@ -37,7 +39,8 @@ def gate_of(router, x):
     return nn.functional.linear(x, router.gate.weight, router.gate.bias)
 
 
-every_learned_router = pytest.mark.parametrize("cls", [EmbeddingRouter, HiddenStateRouter, PerLayerRouter])
+LEARNED = [EmbeddingRouter, HiddenStateRouter, PerLayerRouter, LastHiddenRouter]
+every_learned_router = pytest.mark.parametrize("cls", LEARNED)
 
 
 # What it decides
@@ -101,6 +104,23 @@ def test_a_router_cast_with_its_model_still_computes_in_float32():
     weights = router(x)
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights, copy.deepcopy(router).float()(x.float()))
+
+
+@every_learned_router
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_on_a_cpu_the_c_kernel_routes_forward_and_backward(monkeypatch, cls, dtype, autocast):
+    router, x = make(cls, top_k=2).to(dtype), hidden(dtype=dtype)
+    calls = []
+    for name in ("route", "route_backward"):
+        kernel = getattr(functional, name)
+        spy = lambda *args, name=name, kernel=kernel, **kw: calls.append(name) or kernel(*args, **kw)  # noqa: E731
+        monkeypatch.setattr(functional, name, spy)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        weights = router(x)
+    assert weights.dtype is torch.float32
+    weights[..., 0].sum().backward()
+    assert calls == ["route", "route_backward"]
 
 
 class RoutesPadded(nn.Module):
@@ -207,12 +227,236 @@ def test_the_logarithm_of_the_maturity_is_added_after_the_temperature():
     assert router(x).equal(make(temperature=2.0)(x))
 
 
+# Experts come and go
+
+every_router = pytest.mark.parametrize("cls", [FixedRouter, *LEARNED])
+
+
+def of_names(cls, names, **options):
+    return FixedRouter(names, range(1, len(names) + 1)) if cls is FixedRouter else make(cls, names, **options)
+
+
+def routings(router, x, active=None):
+    layers = range(router.num_layers) if isinstance(router, PerLayerRouter) else [None]
+    return [router.route(x, layer=layer, active=active) for layer in layers]
+
+
+@every_router
+@pytest.mark.parametrize("mlp_dim", [None, 3])
+def test_a_new_expert_weighs_nothing_and_leaves_the_bits_of_the_others(cls, mlp_dim):
+    options = {} if cls is FixedRouter else {"mlp_dim": mlp_dim, "top_k": 2, "temperature": 0.7}
+    router, x = of_names(cls, NAMES[:3], **options), hidden()
+    if cls is not FixedRouter:
+        router.mark_mature("prose", 0.4)
+    before, state = routings(router, x), {name: t.clone() for name, t in router.state_dict().items()}
+    router.add_expert("headers")
+    assert router.expert_names == NAMES
+    for name, t in router.state_dict().items():
+        old = state[name]
+        assert t.dtype is old.dtype
+        if t.shape != old.shape:  # with a row for each expert
+            assert t.shape == (4, *old.shape[1:])
+            t = t[:3]
+        assert t.equal(old)
+    for was, now, among in zip(before, routings(router, x), routings(router, x, active=[0, 1, 2]), strict=True):
+        assert among.weights.equal(was.weights)
+        assert among.counts.equal(was.counts)
+        assert (now.weights[..., 3] == 0).all()
+        assert now.counts[3] == 0
+        torch.testing.assert_close(now.weights[..., :3], was.weights)
+
+
+@every_learned_router
+@pytest.mark.parametrize("mlp_dim", [None, 3])
+def test_a_new_expert_has_a_gate_of_its_own_and_takes_part_when_it_is_activated(cls, mlp_dim):
+    router, x = make(cls, NAMES[:3], mlp_dim=mlp_dim), hidden()
+    router.add_expert("headers", maturity=0.5)
+    assert router.maturity.tolist() == [1, 1, 1, 0.5]
+    router.activate("headers")
+    for layer in range(3):
+        output = router.route(x, layer=layer)
+        expected = output.logits.exp() * torch.tensor([1, 1, 1, 0.5])
+        torch.testing.assert_close(output.weights, expected / expected.sum(-1, keepdim=True))
+        assert output.logits[..., 3].std() > 0.01
+        output.weights[..., 3].sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in router.parameters())
+
+
+@every_learned_router
+@pytest.mark.parametrize("mlp_dim", [None, 3])
+def test_gates_that_grow_keep_dtype_and_what_is_frozen_and_are_new_parameters(cls, mlp_dim):
+    router = make(cls, mlp_dim=mlp_dim).to(torch.bfloat16)
+    frozen = [name for name, _ in router.named_parameters() if name.endswith("bias")]
+    for name in frozen:
+        router.get_parameter(name).requires_grad_(False)
+    before = dict(router.named_parameters())
+    router.add_expert("new")
+    after = dict(router.named_parameters())
+    assert after.keys() == before.keys()
+    for name, parameter in after.items():
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.dtype is torch.bfloat16
+        assert parameter.requires_grad == (name not in frozen)
+        assert (parameter is before[name]) == (parameter.shape == before[name].shape)
+    assert "experts=['code', 'prose', 'tables', 'headers', 'new']" in repr(router)
+    assert "out_features=5" in repr(router)
+
+
+@every_router
+@pytest.mark.parametrize("name", ["code", "tables", "headers"])
+def test_a_removed_expert_takes_its_column_along(cls, name):
+    router, x = of_names(cls, NAMES), hidden()
+    if cls is not FixedRouter:
+        router.mark_mature("tables", 0.3)
+    rest = [i for i in range(4) if NAMES[i] != name]
+    expected = routings(router, x, active=rest)
+    router.remove_expert(name)
+    assert router.expert_names == [NAMES[i] for i in rest]
+    for got, wanted in zip(routings(router, x), expected, strict=True):
+        assert got.weights.equal(wanted.weights)
+
+
+def test_fewer_experts_than_top_k_are_all_picked():
+    router, x = make(top_k=3, capacity_factor=1.0), hidden()
+    router.remove_expert("code")
+    router.remove_expert("headers")
+    assert (router.num_experts, router.top_k) == (2, 2)
+    assert (router(x) > 0).all()
+    router.add_expert("code")
+    assert router.top_k == 2
+
+
+@every_router
+def test_adding_and_removing_gives_the_router_back(cls):
+    router, x = of_names(cls, NAMES), hidden()
+    expected = routings(router, x)
+    router.add_expert("new")
+    router.remove_expert("new")
+    for got, wanted in zip(routings(router, x), expected, strict=True):
+        assert got.weights.equal(wanted.weights)
+
+
+@every_router
+def test_a_renamed_expert_keeps_its_column(cls):
+    router, x = of_names(cls, NAMES), hidden()
+    before = router(x)
+    router.rename_expert("prose", "poems")
+    router.rename_expert("code", "code")
+    assert router.expert_names == ["code", "poems", "tables", "headers"]
+    assert router.column("poems") == 1
+    assert router(x).equal(before)
+
+
+def test_a_new_expert_of_a_fixed_router_gets_the_share_that_is_set():
+    router = FixedRouter(NAMES[:2])
+    router.add_expert("tables")
+    router.activate("tables")
+    assert router(None).tolist() == [0.5, 0.5, 0]
+    router.weights[router.column("tables")] = 1.0
+    assert router(None).tolist() == [0.25, 0.25, 0.5]
+
+
+@every_router
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda router: router.add_expert("prose"), ValueError, "has an expert 'prose' already"),
+        (lambda router: router.add_expert(4), TypeError, "must be a string, got int"),
+        (lambda router: router.remove_expert("poems"), ValueError, "no expert 'poems'"),
+        (lambda router: router.rename_expert("poems", "prose"), ValueError, "no expert 'poems'"),
+        (lambda router: router.rename_expert("code", "prose"), ValueError, "has an expert 'prose' already"),
+        (lambda router: router.rename_expert("code", None), TypeError, "must be a string, got NoneType"),
+    ],
+)
+def test_what_can_not_come_or_go_changes_nothing(cls, change, error, message):
+    router = of_names(cls, NAMES)
+    with pytest.raises(error, match=message):
+        change(router)
+    assert router.expert_names == NAMES
+    assert all(t.shape[:1] != (5,) for t in router.state_dict().values())
+
+
+def test_an_immature_new_expert_and_the_last_one_are_refused():
+    router = make(names=["code"])
+    for maturity, error in ((0.0, ValueError), (1.5, ValueError), ("young", TypeError)):
+        with pytest.raises(error, match="maturity must"):
+            router.add_expert("prose", maturity=maturity)
+    with pytest.raises(ValueError, match="'code' is the router's only expert"):
+        router.remove_expert("code")
+    assert router.expert_names == ["code"]
+
+
 # What training changes
 
 
 def test_without_capacity_and_dropout_training_and_evaluation_are_the_same():
     router, x = make(top_k=2), hidden()
     assert router.train()(x).equal(router.eval()(x))
+
+
+@every_learned_router
+def test_experts_may_all_train_and_one_of_them_serve(cls):
+    router, x = make(cls, eval_top_k=1), hidden()
+    dense, single = router.train()(x), router.eval()(x)
+    assert dense.equal(make(cls)(x))
+    assert single.equal(make(cls, top_k=1)(x))
+    assert "eval_top_k=1" in repr(router)
+    sparse = make(cls, top_k=1, eval_top_k=4, capacity_factor=0.2)
+    assert sparse.eval()(x).equal(dense)
+    assert sparse.train()(x).equal(make(cls, top_k=1, capacity_factor=0.2)(x))
+    sparse.remove_expert("code")
+    assert (sparse.eval_top_k, router.eval_top_k) == (3, 1)
+
+
+def route_by_hand(router, x, mask, active, kept):
+    """Weights [T, N] of tokens [T, H] in Python's own numbers; `kept` [T, N]: what the expert dropout leaves."""
+    n = len(active)
+    live = [bool(router.activated[column]) for column in active]
+    k = n if router.top_k is None else min(router.top_k, sum(live))
+    capacity = math.inf
+    if router.training and router.capacity_factor is not None and router.top_k is not None:
+        capacity = math.ceil(router.capacity_factor * sum(mask) * k / sum(live))
+    taken, rows = [0] * n, []
+    for token, counts, left in zip(x.tolist(), mask, kept, strict=True):
+        scores = []
+        for i, column in enumerate(active):
+            gate = zip(router.gate.weight[column].tolist(), token, strict=True)
+            logit = sum(a * b for a, b in gate) + router.gate.bias.tolist()[column]
+            maturity = router.maturity.tolist()[column]
+            scores.append(maturity * math.exp(logit / router.temperature) if live[i] and left[i] else 0.0)
+        picked = [i for i in sorted(range(n), key=lambda i, s=scores: (-s[i], i))[:k] if scores[i]]
+        total = sum(scores[i] for i in picked)
+        row = [scores[i] / total if i in picked else 0.0 for i in range(n)]
+        for i in picked if counts else ():
+            taken[i] += 1
+            if taken[i] > capacity:
+                row[i] = 0.0
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, n)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 13), (3, 5), (2, 7), (5, 1), (2, 0)])
+@pytest.mark.parametrize(("top_k", "factor", "dropout"), [(1, 0.7, 0), (2, 1.25, 0.4), (3, 0.3, 0), (None, 1.0, 0.6)])
+@pytest.mark.parametrize("active", [[0, 1, 2, 3, 4], [4, 1, 2], [3]])
+def test_weights_are_those_of_the_definitions_in_plain_python(training, shape, top_k, factor, dropout, active):
+    names = [*NAMES, "footers"]
+    options = {"top_k": top_k, "capacity_factor": factor, "expert_dropout": dropout, "temperature": 1.7}
+    router = make(names=names, **options).double().train(training)
+    router.mark_mature("tables", 0.3)
+    router.activated[1] = False
+    x = hidden(*shape, dtype=torch.float64)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(7)) < 0.7
+    kept = torch.ones(*shape, len(active), dtype=torch.bool)
+    torch.manual_seed(1)
+    if training and dropout:
+        kept = router._draw(router.activated[active], torch.Size(shape)).expand(kept.shape)
+    torch.manual_seed(1)
+    got = router(x, mask, active=active)
+    expected = route_by_hand(
+        router, x.reshape(-1, H), mask.flatten().tolist(), active, kept.reshape(-1, len(active)).tolist()
+    )
+    torch.testing.assert_close(got.reshape(-1, len(active)), expected)
 
 
 def capacity_by_hand(weights, mask, capacity):
@@ -293,11 +537,7 @@ def test_dropout_never_takes_the_last_expert_that_is_activated():
 
 
 def test_what_each_router_reads():
-    assert [make(cls).reads for cls in (EmbeddingRouter, HiddenStateRouter, PerLayerRouter)] == [
-        "embeddings",
-        "layer",
-        "layers",
-    ]
+    assert [make(cls).reads for cls in LEARNED] == ["embeddings", "layer", "layers", "last_hidden"]
     assert make(HiddenStateRouter).layer == 1
     assert FixedRouter(NAMES).reads == "nothing"
     assert FixedRouter(NAMES).input_size is None
@@ -406,6 +646,9 @@ def test_meta_routers_give_shapes():
         (lambda: make(top_k=0), ValueError, "top_k"),
         (lambda: make(top_k=5), ValueError, "top_k"),
         (lambda: make(top_k=1.5), TypeError, "top_k"),
+        (lambda: make(eval_top_k=0), ValueError, r"eval_top_k must lie in \[1, 4\]"),
+        (lambda: make(eval_top_k=5), ValueError, "eval_top_k"),
+        (lambda: make(eval_top_k=True), TypeError, "eval_top_k"),
         (lambda: make(temperature=0), ValueError, "temperature"),
         (lambda: make(capacity_factor=0), ValueError, "capacity_factor"),
         (lambda: make(expert_dropout=1.0), ValueError, "expert_dropout"),

@@ -14,7 +14,7 @@ from torch import nn
 
 import moelora
 from moelora import adopt
-from moelora.nn.routers import EmbeddingRouter, FixedRouter, PerLayerRouter
+from moelora.nn.routers import EmbeddingRouter, FixedRouter, LastHiddenRouter, PerLayerRouter
 from moelora.peft import frame
 
 PAGE = Path(__file__).parents[2] / "docs" / "refused.md"
@@ -430,6 +430,94 @@ def router_of_other_experts(tools: Tools) -> Case:
     call = lambda: model(tools.ids)  # noqa: E731
     plain = lambda: model(tools.ids, routing_weights=torch.ones(3)).logits  # noqa: E731
     return Case(model, call, message, plain)
+
+
+class Pools(EmbeddingRouter):
+    """One mixture for each sequence, of a given shape."""
+
+    shape: tuple[int, ...] = (2, 3)
+
+    def route(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        output = super().route(hidden_states.mean(1), active=kwargs["active"])
+        return output._replace(weights=output.weights.reshape(self.shape))
+
+
+def with_router(tools: Tools, router: Any) -> Any:
+    model = tools.model()
+    model.base_model.attach_router(router)
+    return model
+
+
+@refuses("what is no routing, from a router of your own")
+def router_that_returns_another_shape(tools: Tools) -> Case:
+    router = Pools(NAMES, 32)
+    router.shape = (2, 1, 3)
+    model = with_router(tools, router)
+    plain = lambda: model(tools.ids, routing_weights=torch.ones(3)).logits  # noqa: E731
+    message = r"Pools.route must return weights of shape \(3,\) or \(2, 3\) or \(2, 7, 3\).*got \(2, 1, 3\)"
+    return Case(model, lambda: model(tools.ids), message, plain)
+
+
+@refuses("one mixture for a whole sequence, from a router of your own, where a cache hides its start")
+def router_that_pools(tools: Tools) -> Case:
+    model = with_router(tools, Pools(NAMES, 32))
+    call = lambda: model.generate(tools.ids, max_new_tokens=2)  # noqa: E731
+    message = (
+        "Pools.route returned one mixture for a whole sequence.*pass use_cache=False, or the weights of the prompt"
+    )
+    w = torch.ones(2, 3)
+    advised = lambda: (  # noqa: E731
+        model.generate(tools.ids, max_new_tokens=2, use_cache=False),
+        model.generate(tools.ids, max_new_tokens=2, routing_weights=w),
+    )
+    return Case(model, call, message, lambda: model(tools.ids).logits, routed=advised)
+
+
+@refuses("a router of two passes, on a cache that its first pass has not seen")
+def cache_of_one_pass(tools: Tools) -> Case:
+    model, w = with_router(tools, LastHiddenRouter(NAMES, 32)), torch.ones(3)
+    begin = lambda: model(tools.ids[:, :4], routing_weights=w, use_cache=True).past_key_values  # noqa: E731
+    call = lambda: model(tools.ids[:, 4:], past_key_values=begin())  # noqa: E731
+    advised = lambda: model(tools.ids[:, 4:], past_key_values=begin(), routing_weights=w)  # noqa: E731
+    message = "past_key_values holds 4 tokens, and the first pass of the router has seen 0.*start with an empty one"
+    return Case(model, call, message, lambda: model(tools.ids).logits, routed=advised)
+
+
+TWO_PASSES = "a router of two passes, with caches that are offloaded or not made of layers, and in continuous batching"
+
+
+@refuses(TWO_PASSES)
+def offloaded_cache_of_two_passes(tools: Tools) -> Case:
+    model = with_router(tools, LastHiddenRouter(NAMES, 32))
+
+    class Offloaded(transformers.DynamicCache):
+        offloading = property(lambda self: True, lambda self, value: None)
+
+    message = "Offloaded as past_key_values can't hold the first pass.*pass use_cache=False, or a DynamicCache"
+    call = lambda: model(tools.ids, past_key_values=Offloaded())  # noqa: E731
+    advised = lambda: model(tools.ids, past_key_values=transformers.DynamicCache())  # noqa: E731
+    return Case(model, call, message, lambda: model(tools.ids).logits, routed=advised)
+
+
+@refuses(TWO_PASSES)
+def state_space_cache_of_two_passes(tools: Tools) -> Case:
+    sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "use_mambapy": False}
+    net = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=97, eos_token_id=None, **sizes))
+    model = tools.peft(net, peft.LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM"))
+    model.base_model.attach_router(LastHiddenRouter(["e"], 16))
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    call = lambda: model.generate(tools.ids, **options)  # noqa: E731
+    advised = lambda: model.generate(tools.ids, use_cache=False, **options)  # noqa: E731
+    message = "as cache_params can't hold the first pass"
+    return Case(model, call, message, lambda: model(tools.ids, use_cache=False).logits, routed=advised)
+
+
+@refuses(TWO_PASSES)
+def continuous_batching_of_two_passes(tools: Tools) -> Case:
+    model = with_router(tools, LastHiddenRouter(NAMES, 32))
+    call = lambda: model.generate_batch(tools.ids.tolist())  # noqa: E731
+    message = "nor a router that reads 'last_hidden' can follow: attach a router that reads embeddings or layers"
+    return Case(model, call, message, lambda: model(tools.ids).logits)
 
 
 # The test.

@@ -22,7 +22,7 @@ def router_aux_loss(outputs: Sequence[RoutingOutput], kind: str) -> Tensor:
     "z_loss"     :math:`\frac1T \sum_t (\log \sum_i e^{l_{ti}})^2` of the gate's logits l [2]_
     ============ =======================================================================
 
-    Experts that are not activated count neither in N nor in the sums. Where every token is masked, T is taken as 1.
+    Experts that are not activated count neither in N nor in the sums. Where every token is masked, the loss is 0.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def router_aux_loss(outputs: Sequence[RoutingOutput], kind: str) -> Tensor:
     Returns
     -------
     Tensor
-        A scalar, float32 at least; differentiable in the logits of the gates.
+        A scalar, float32 at least, where the first of the outputs is; differentiable in the logits of the gates.
 
     Raises
     ------
@@ -50,13 +50,19 @@ def router_aux_loss(outputs: Sequence[RoutingOutput], kind: str) -> Tensor:
         raise ValueError(f"kind must be one of {tuple(losses)}, got {kind!r}")
     if not outputs:
         raise ValueError("outputs must hold at least one RoutingOutput, got none")
-    return torch.stack([losses[kind](output) for output in outputs]).mean()
+    return average([losses[kind](output) for output in outputs])
+
+
+def average(losses: Sequence[Tensor]) -> Tensor:
+    """The mean of the losses of several routings, whose gates may be on several devices."""
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
 
 def _aux_loss(output: RoutingOutput) -> Tensor:
     live, u = _live(output), _per_token(output.prob_sums, output)
     n = live.sum().to(u.dtype)
-    return ((u - 1 / n) * live).square().sum() / n
+    loss: Tensor = ((u - 1 / n) * live).square().sum() / n
+    return loss * (output.n_tokens > 0)
 
 
 def _switch_loss(output: RoutingOutput) -> Tensor:

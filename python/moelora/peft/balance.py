@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from moelora.nn.losses import router_aux_loss
+from moelora.nn.losses import average, router_aux_loss
 from moelora.nn.routers import RoutingOutput
 
 _IGNORED = -100  # label of a token that the loss leaves out
@@ -96,7 +96,7 @@ class Balance:
 
     def loss(self) -> Tensor:
         """The loss before its factor."""
-        return torch.stack(self._losses).mean()
+        return average(self._losses)
 
     def term(self, loss: Tensor) -> Tensor:
         """What is added to ``outputs.loss``."""

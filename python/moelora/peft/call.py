@@ -64,6 +64,14 @@ def _cached(arguments: dict[str, Any]) -> int:
         ) from None
 
 
+def continues(arguments: dict[str, Any]) -> bool:
+    """Whether tokens of the text may be in the cache already."""
+    try:
+        return _cached(arguments) > 0
+    except ValueError:
+        return True
+
+
 def check_consumed(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raise where our keywords have come so far that a model would swallow them in its own keywords."""
     for name in ("routing_weights", "mixture"):

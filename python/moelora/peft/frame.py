@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelora.nn.routers import Router, RoutingOutput
+from moelora.nn.routers import FixedRouter, LearnedRouter, Router, RoutingOutput
 from moelora.peft.balance import Balance
 from moelora.peft.call import Call
 
@@ -52,6 +52,7 @@ class Host:
     num_layers: int = 0  # decoder layers
     shifts_labels: bool = False  # its loss compares each position with the label of the next one
     parameters: tuple[str, ...] = ()  # of the model's forward
+    base_parameters: tuple[str, ...] = ()  # of that of the model without its head
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ class Frame:
         Weights of positions past the given ones, in generate.
     stack : {"encoder", "decoder"}, optional
         Whose tokens `given` is for, where each stack has weights of its own.
+    off : bool
+        Nothing is mixed: the layers return what their base does.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Frame:
         mixture: str = "layer",
         tail: str = "hold",
         stack: str | None = None,
+        off: bool = False,
     ) -> None:
         self.host = host
         self.experts = experts
@@ -114,8 +118,12 @@ class Frame:
         self.router = router
         self.mixture = mixture
         self.tail = tail
+        self.off = off
         self.active = None if router is None else columns(router, experts)
         self.gates = None if router is None else next(router.parameters(), None)
+        # A `route` of one's own may return anything, and may look at all tokens of a sequence.
+        self.custom = router is not None and type(router).route not in (LearnedRouter.route, FixedRouter.route)
+        self.continues = False  # a text that is in the cache already
         self.generating = False
         self.frozen = False  # inside a checkpointed region: the weights came in as its arguments
         self.call: Call | None = None
@@ -125,6 +133,7 @@ class Frame:
         self.reached: int | None = None  # decoder layer whose gate has been read
         self.balance: Balance | None = None
         self.outputs: list[RoutingOutput] = []
+        self.caches: tuple[Any, Any] | None = None  # of a first pass, and the one that was passed to the forward
         self.loss: dict[str, Any] = {}  # mixture="logits": labels and what else the loss takes
         self.depth = 0  # forwards of the model under way
         self.entered_by: nn.Module | None = None  # whose hook entered it, where no call of ours is around
@@ -135,7 +144,10 @@ class Frame:
             if given.dim() < 3:
                 self.now = given
         elif router is not None and router.reads == "nothing":
-            self.now = router(None, active=self.active)
+            output = router.route(None, active=self.active)
+            if self.custom:
+                self._check_output(output, ())
+            self.now = output.weights
 
     def _check_given(self, given: Tensor) -> None:
         if given.shape[-1] != len(self.experts):
@@ -161,6 +173,11 @@ class Frame:
         """Whether weights were given that differ between the tokens of a sequence."""
         given = self.given
         return given is not None and given.dim() > 2 and (given.dim() == 3 or given.shape[:2] != (1, 1))
+
+    @property
+    def two_passes(self) -> bool:
+        """Whether the weights come from a pass of the base before the routed one."""
+        return self.router is not None and self.router.reads == "last_hidden"
 
     def check_batch(self, prompt: Tensor | None) -> None:
         """Raise if generate is asked to continue more or fewer sequences than there are given weights for.
@@ -277,6 +294,10 @@ class Frame:
             running = running.f_back
         return running is None
 
+    def see_last_hidden(self, hidden_states: Tensor) -> None:
+        """The last hidden states [B, S, H] of the base: what a router that reads "last_hidden" waits for."""
+        self.now = self._route(hidden_states, None)
+
     def see_embeddings(self, embeddings: Tensor) -> None:
         """The token embeddings [B, S, H]: what a router that reads "embeddings" waits for."""
         if self.mixture == "logits":  # the batch is there once for each expert
@@ -300,8 +321,31 @@ class Frame:
         if hidden_states is not None and self.gates is not None:
             hidden_states = hidden_states.to(self.gates.device)  # of a model that is spread over several
         output = self.router.route(hidden_states, self.call.mask, layer=layer, active=self.active)
+        if self.custom:
+            self._check_output(output, () if hidden_states is None else hidden_states.shape[:-1])
         self.outputs.append(output)
         return output.weights if self.balance is None else self.balance.watch(output)
+
+    def _check_output(self, output: Any, tokens: tuple[int, ...]) -> None:
+        """Raise if a router returned what is no routing of these tokens [B, S]."""
+        name = f"{type(self.router).__name__}.route"
+        if not isinstance(output, RoutingOutput):
+            raise TypeError(f"{name} must return a moelora.nn.RoutingOutput, got {type(output).__name__}")
+        weights, n = output.weights, len(self.experts)
+        if not isinstance(weights, Tensor) or not weights.is_floating_point():
+            got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+            raise TypeError(f"{name} must return weights of a floating dtype, got {got}")
+        taken = [(*tokens[:axes], n) for axes in range(len(tokens) + 1)]
+        if tuple(weights.shape) not in taken:
+            raise ValueError(
+                f"{name} must return weights of shape {' or '.join(map(str, taken))}, a column for each of the active "
+                f"experts {self.experts}, got {tuple(weights.shape)}"
+            )
+        if self.continues and weights.dim() == 2:
+            raise ValueError(
+                f"{name} returned one mixture for a whole sequence, of which it has seen only the tokens that are not "
+                "in the cache yet: pass use_cache=False, or the weights of the prompt as routing_weights"
+            )
 
     def weights_for(self, site: Site, x: Tensor) -> Tensor:
         """The weights of a layer's input x [..., d_in], or ids [...]: [N], [B, N] or one row for each of its rows."""
@@ -415,6 +459,8 @@ class Recompute:
         frame = current(self.host)
         if frame is None:
             return self.function(function, *args, **kwargs)
+        if frame.off:  # without gradient, so nothing is recomputed
+            return function(*args, **kwargs)
         if self.index is not None and frame.reached != self.index:
             # transformers before 5.18 checkpoints the module call, so its pre-hooks run inside the region.
             frame.reach(self.index, args[0] if args else None)
