@@ -175,6 +175,9 @@ class Routed(nn.Module, LoraLayer):
         if adapter_names is not None:
             raise ValueError(f"{name} got adapter_names together with routing weights: pass one of them")
 
+    def check_mergeable(self) -> None:
+        """Raise if nothing can be merged into the base of this layer."""
+
     def _refuse_unreadable(self, factors: list[Tensor], x: Tensor) -> None:
         """Raise for adapters whose values are not here: a routed layer reads them without calling their modules."""
         name = "this layer" if self._site is None else self._site.name
