@@ -107,7 +107,9 @@ class StaticMixtures(BaseTuner):
                     f"{site.name} is in no decoder layer, so {title} [1, 1, L, N] has nothing for it: pass [N]"
                 )
             row = by_layer if by_layer.dim() == 1 else by_layer[site.layer or 0]
-            mixtures.append((layer, {name: w for name, w in zip(experts, row.tolist(), strict=True) if name in present}))
+            mixtures.append(
+                (layer, {name: w for name, w in zip(experts, row.tolist(), strict=True) if name in present})
+            )
         return mixtures
 
     def _check_routable(self, experts: list[str]) -> None:
@@ -193,8 +195,8 @@ def _static(weights: Any, title: str, experts: list[str], num_layers: int) -> Te
         )
     if weights.is_meta or not weights.isfinite().all():
         raise ValueError(f"{title} must hold finite numbers, got {weights}")
-    weights = weights.to("cpu", torch.float64)
-    return weights[0, 0] if weights.dim() == 4 else weights
+    rows: Tensor = weights.to("cpu", torch.float64)
+    return rows[0, 0] if rows.dim() == 4 else rows
 
 
 # Merging.
@@ -238,7 +240,7 @@ def _merging(mixtures: list[tuple[Routed, Mixture]]) -> Iterator[None]:
 
 
 def _merge(layer: Any, mixture: Mixture, safe_merge: bool = False, adapter_names: Any = None) -> None:
-    """Merge as PEFT merges one adapter into this kind of layer, but one whose change of the weights is the mixture's."""
+    """Merge as PEFT merges one adapter into this kind of layer; its change of the weights is the mixture's."""
     if not mixture:
         return
     biases = getattr(layer, "lora_bias", {})
@@ -292,7 +294,9 @@ def _check_name(name: Any, taken: dict[str, Any]) -> None:
     if not name or "." in name:
         raise ValueError(f"adapter_name must be the name of a module, without dots, got {name!r}")
     if name in taken:
-        raise ValueError(f"adapter_name must be new, but there is an adapter {name!r} already: delete_adapter({name!r})")
+        raise ValueError(
+            f"adapter_name must be new, but there is an adapter {name!r} already: delete_adapter({name!r})"
+        )
 
 
 def _config(configs: list[Any], experts: list[str], mixtures: list[tuple[Routed, Mixture]]) -> LoraConfig:
