@@ -328,7 +328,9 @@ def test_nothing_is_merged_into_bases_that_can_not_be_quantised_anew(make_quanti
     quantization.quantize_(net.model.layers[1], quantization.Int8WeightOnlyConfig())
     model = adopt(with_adapters(net))
     expected = model(ids, routing_weights=torch.ones(3)).logits
-    with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj \(TorchaoLoraLinear\): transformers' TorchAoConfig"):
+    with pytest.raises(
+        ValueError, match=r"layers.1.self_attn.q_proj \(TorchaoLoraLinear\): transformers' TorchAoConfig"
+    ):
         model.merge_and_unload(routing_weights=torch.ones(3))
     assert torch.equal(model(ids, routing_weights=torch.ones(3)).logits, expected)
 

@@ -52,7 +52,7 @@ def routings_of(router):
 
 def by_hand(rows):
     """The numbers of weights [T, N], one token after another."""
-    rows = [[float(w) for w in row] for row in rows]
+    rows = torch.as_tensor(rows).tolist()
     n, count = len(rows[0]), len(rows)
     usage = [sum(row[e] != 0 for row in rows) / count for e in range(n)]
     weight = [sum(row[e] for row in rows) / count for e in range(n)]
@@ -241,7 +241,8 @@ def test_two_models_and_nested_contexts_do_not_mix(model, make_lora, ids):
     assert elsewhere.weight.tolist() == [1, 0, 0]
 
 
-def test_nothing_is_recorded_or_kept_outside(model, ids):
+def test_nothing_is_recorded_or_kept_outside(make_lora, ids):
+    model = adopt(make_lora("llama"))
     router = router_for("embeddings")
     model.base_model.attach_router(router)
     with pytest.raises(ZeroDivisionError), routing_stats(model) as stats:
@@ -292,9 +293,10 @@ def test_numbers_are_printed_by_expert_and_by_layer_and_fit_into_json(model, ids
     assert document["imbalance"] == pytest.approx(stats.imbalance)
 
 
-def test_a_compiled_model_records_with_breaks_of_its_graph(model, ids):
+@pytest.mark.slow
+def test_a_compiled_model_records_with_a_break_of_its_graph(model, ids):
     torch._dynamo.reset()
-    model.base_model.attach_router(router_for("layers", top_k=2))
+    model.base_model.attach_router(router_for("embeddings", top_k=2))
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         logits = compiled(ids).logits
@@ -302,6 +304,9 @@ def test_a_compiled_model_records_with_breaks_of_its_graph(model, ids):
             model(ids)
         with routing_stats(model) as stats:
             torch.testing.assert_close(compiled(ids).logits, logits)
-    assert stats.as_dict() == pytest.approx(expected.as_dict(), rel=1e-5) or stats.tokens == expected.tokens == 42
-    np.testing.assert_allclose(stats.weight, expected.weight, rtol=1e-5)
+        assert stats.tokens == expected.tokens == 14
+        np.testing.assert_allclose(stats.weight, expected.weight, rtol=1e-5)
+        torch._dynamo.reset()
+        with routing_stats(model), pytest.raises(torch._dynamo.exc.Unsupported, match="outside the graph"):
+            torch.compile(model, backend="eager", fullgraph=True)(ids)
     torch._dynamo.reset()

@@ -78,6 +78,11 @@ class Routed(nn.Module, LoraLayer):
         kwargs.pop("alora_offsets", None)
         return self._mixed(x, weights, experts, args, kwargs)
 
+    def extra_repr(self) -> str:
+        active = self.active_adapters
+        experts = (f"{name} (r={rank}{'' if name in active else ', not active'})" for name, rank in self.r.items())
+        return f"experts: {', '.join(experts)}"
+
     def _mixed(
         self, x: Tensor, weights: Tensor, experts: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
