@@ -350,14 +350,6 @@ class TestMergingRefuses:
         assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if n in weights)
         assert model(ids, routing_weights=W).logits.isnan().any()  # still a routed model
 
-    def test_lora_biases_without_a_bias_in_the_base(self, make_lora):
-        with pytest.warns(match="has no bias"):
-            model = adopt(make_lora("llama", lora_bias=True))
-        before = state_of(model)
-        with pytest.raises(ValueError, match="lora_bias=True, which can't be merged: its base layer has no bias"):
-            model.merge_and_unload(routing_weights=W)
-        assert_untouched(model, before)
-
     def test_adapters_that_do_not_exist(self, make_lora):
         model = adopt(make_lora("llama"))
         with pytest.raises(ValueError, match=r"there are no adapters \['other'\]"):
@@ -381,31 +373,6 @@ class TestASingleAdapterRefuses:
         before = state_of(model)
         with pytest.raises(error, match=message):
             model.to_single_adapter(W, name)
-        assert_untouched(model, before)
-
-    def test_an_expert_that_changed_the_base(self, make_lora):
-        model = adopt(make_lora("llama"))
-        model.add_adapter("changed", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
-        model.base_model.set_adapter(["expert_0", "changed"])
-        before = state_of(model)
-        with pytest.raises(ValueError, match="'changed' was started with init_lora_weights='pissa', which changed"):
-            model.to_single_adapter([0.5, 0.5])
-        assert_untouched(model, before)
-
-    def test_an_expert_with_modules_of_its_own(self, make_lora):
-        model = adopt(make_lora("llama", n=1, modules_to_save=["lm_head"]))
-        before = state_of(model)
-        with pytest.raises(ValueError, match="expert 'expert_0' has modules_to_save"):
-            model.to_single_adapter([1.0])
-        assert_untouched(model, before)
-
-    def test_lora_biases_beside_embeddings(self, make_base, uneven, make_lora):
-        model = adopt(make_lora("gpt2", n=2, lora_bias=True))
-        model.add_adapter("words", peft.LoraConfig(r=2, target_modules=["wte"]))
-        model.base_model.set_adapter(["expert_0", "words"])
-        before = state_of(model)
-        with pytest.raises(ValueError, match=r"wte is an embedding, and PEFT has no lora_bias=True"):
-            model.to_single_adapter([0.5, 0.5])
         assert_untouched(model, before)
 
 
