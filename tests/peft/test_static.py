@@ -388,3 +388,19 @@ def test_a_model_with_a_single_adapter_beside_its_experts_still_routes(make_lora
     model.base_model.detach_router()
     torch.testing.assert_close(model(ids).logits, expected)
     assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
+
+
+def test_a_merge_that_peft_breaks_off_leaves_no_trace_in_the_layers(make_lora, monkeypatch):
+    model = adopt(make_lora("gpt2", lora_bias=True))
+    before = state_of(model)
+
+    def fails(layer, **kwargs):
+        assert layer.get_delta_weight("expert_0").isfinite().all()
+        raise OSError("on purpose")
+
+    monkeypatch.setattr(peft.tuners.lora.Linear, "merge", fails)
+    with pytest.raises(OSError, match="on purpose"):
+        model.merge_and_unload(routing_weights=W)
+    assert_untouched(model, before)
+    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert all(set(layer.lora_bias.values()) == {True} for layer in layers)
