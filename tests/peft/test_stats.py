@@ -228,6 +228,15 @@ def test_columns_follow_the_names_when_other_experts_become_active(model, ids):
     np.testing.assert_allclose(stats.usage, [2 / 3, 1 / 3, 1 / 3, 1 / 3])
 
 
+def test_sums_from_inference_mode_go_on_outside_of_it(model, ids):
+    mixtures = torch.rand(2, 2, 7, 3, generator=torch.Generator().manual_seed(7))
+    with routing_stats(model) as stats:
+        with torch.inference_mode():
+            model(ids, routing_weights=mixtures[0])
+        model(ids, routing_weights=mixtures[1])
+    assert_counts(stats, mixtures.flatten(0, 2))
+
+
 def test_two_models_and_nested_contexts_do_not_mix(model, make_lora, ids):
     other = adopt(make_lora("llama"))
     one, two = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])

@@ -36,17 +36,19 @@ class Usage:
 
     def _add(self, experts: list[str], by_expert: Tensor, totals: Tensor) -> None:
         if self._by_expert is None or self._totals is None:
-            self.experts, self._by_expert, self._totals = list(experts), by_expert.clone(), totals.clone()
+            self.experts, self._by_expert, self._totals = list(experts), by_expert, totals
             return
-        by_expert = by_expert.to(self._by_expert.device)
-        if experts != self.experts:  # other adapters are active than before
+        # Never in place: sums from torch.inference_mode can't be changed outside of it.
+        device = self._totals.device
+        self._totals = self._totals + totals.to(device)
+        by_expert = by_expert.to(device)
+        if experts == self.experts:
+            self._by_expert = self._by_expert + by_expert
+        else:  # other adapters are active than before
             self.experts += [name for name in experts if name not in self.experts]
-            self._by_expert = F.pad(self._by_expert, (0, len(self.experts) - self._by_expert.shape[1]))
-            columns = [self.experts.index(name) for name in experts]
-            self._by_expert[:, columns] += by_expert
-        else:
-            self._by_expert += by_expert
-        self._totals += totals.to(self._totals.device)
+            columns = torch.tensor([self.experts.index(name) for name in experts], device=device)
+            padded = F.pad(self._by_expert, (0, len(self.experts) - self._by_expert.shape[1]))
+            self._by_expert = padded.index_add(1, columns, by_expert)
 
     def _means(self) -> tuple[NDArray[np.float64], float]:
         """Means over tokens: [2, N] by expert, and the entropy."""
