@@ -35,6 +35,7 @@ _HOSTING = (
     "get_peft_model",
     "patch_peft",
     "release",
+    "routing_stats",
 )
 
 

@@ -309,6 +309,32 @@ def test_merging_is_stock_merging(method, make, ids):
     assert {name: type(m) for name, m in got.named_modules()} == {name: type(m) for name, m in expected.named_modules()}
 
 
+def test_a_mixture_is_merged_as_stock_peft_merges_one_adapter_of_all(method, make, ids):
+    """So that the base is quantised anew once, whatever the number of experts."""
+    w = torch.tensor([0.5, -0.25, 1.0])
+    stock, model = make(method), adopt(make(method))
+    stock.add_weighted_adapter(EXPERTS, w.tolist(), "all", combination_type="cat")
+    expected = stock.merge_and_unload(adapter_names=["all"]).train()
+    got = model.merge_and_unload(routing_weights=w, safe_merge=True).train()
+    torch.testing.assert_close(got(ids).logits, expected(ids).logits, rtol=1e-3, atol=1e-3)
+    assert {name: type(m) for name, m in got.named_modules()} == {name: type(m) for name, m in expected.named_modules()}
+
+
+def test_nothing_is_merged_into_bases_that_can_not_be_quantised_anew(make_quantized, ids):
+    pytest.importorskip("torchao")
+    from torchao import quantization
+
+    net = llama()
+    quantization.quantize_(net.model.layers[1], quantization.Int8WeightOnlyConfig())
+    model = adopt(with_adapters(net))
+    expected = model(ids, routing_weights=torch.ones(3)).logits
+    with pytest.raises(
+        ValueError, match=r"layers.1.self_attn.q_proj \(TorchaoLoraLinear\): transformers' TorchAoConfig"
+    ):
+        model.merge_and_unload(routing_weights=torch.ones(3))
+    assert torch.equal(model(ids, routing_weights=torch.ones(3)).logits, expected)
+
+
 def test_merged_adapters_are_refused(method, make, ids):
     model = adopt(make(method))
     model.merge_adapter(["expert_1"])

@@ -520,6 +520,74 @@ def continuous_batching_of_two_passes(tools: Tools) -> Case:
     return Case(model, call, message, lambda: model(tools.ids).logits)
 
 
+# Static mixtures.
+
+
+def plainly(model: Any, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: model(ids).logits
+
+
+@refuses("weights per token or sequence in `merge_and_unload` and `to_single_adapter`")
+def merging_weights_per_token(tools: Tools) -> Case:
+    model = tools.model()
+    call = lambda: model.merge_and_unload(routing_weights=torch.ones(2, 7, 3))  # noqa: E731
+    return Case(model, call, r"\(2, 7, 3\): weights that differ between tokens", plainly(model, tools.ids))
+
+
+@refuses("weights per token or sequence in `merge_and_unload` and `to_single_adapter`")
+def one_adapter_of_weights_per_sequence(tools: Tools) -> Case:
+    model = tools.model()
+    call = lambda: model.to_single_adapter(torch.ones(2, 3))  # noqa: E731
+    return Case(model, call, r"weights must have shape \[N\], or .* got \(2, 3\)", plainly(model, tools.ids))
+
+
+@refuses("merging `lora_bias` into a layer without bias")
+def merging_biases(tools: Tools) -> Case:
+    model = tools.model(lora_bias=True)
+    call = lambda: model.merge_and_unload(routing_weights=[1, 1, 1])  # noqa: E731
+    message = "q_proj has lora_bias=True, which can't be merged: its base layer has no bias"
+    return Case(model, call, message, plainly(model, tools.ids))
+
+
+@refuses("merging into quantised layers that can't be quantised anew")
+def merging_into_quantised_layers(tools: Tools) -> Case:
+    pytest.importorskip("torchao")
+    from torchao import quantization
+
+    net = tools.base("llama")
+    quantization.quantize_(net.model.layers[2], quantization.Int8WeightOnlyConfig())
+    model = tools.peft(net, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    call = lambda: model.merge_and_unload(routing_weights=[0.5])  # noqa: E731
+    message = (
+        r"nothing can be merged into .*layers.2.self_attn.q_proj \(TorchaoLoraLinear\): .*load the base unquantised"
+    )
+    return Case(model, call, message, plainly(model, tools.ids))
+
+
+@refuses("one adapter of experts that changed the base as they started (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)")
+def one_adapter_over_another_base(tools: Tools) -> Case:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="olora", task_type="CAUSAL_LM")
+    model = tools.peft(tools.base("llama"), config)
+    message = "expert 'e' was started with init_lora_weights='olora', which changed the base.*convert the expert"
+    return Case(model, lambda: model.to_single_adapter([0.5]), message, plainly(model, tools.ids))
+
+
+@refuses("one adapter of experts with `modules_to_save`, trainable tokens or `layer_replication`")
+def one_adapter_and_saved_modules(tools: Tools) -> Case:
+    model = tools.model(n=1, modules_to_save=["lm_head"])
+    message = "expert 'expert_0' has modules_to_save, which one LoRA adapter of all can't carry"
+    return Case(model, lambda: model.to_single_adapter([0.5]), message, plainly(model, tools.ids))
+
+
+@refuses("one adapter with `lora_bias` over embeddings")
+def one_adapter_with_biases_and_embeddings(tools: Tools) -> Case:
+    model = tools.model("gpt2", n=1, lora_bias=True)
+    model.add_adapter("words", peft.LoraConfig(r=2, target_modules=["wte"], task_type="CAUSAL_LM"))
+    model.base_model.set_adapter(["expert_0", "words"])
+    message = "wte is an embedding, and PEFT has no lora_bias=True for these: train without it"
+    return Case(model, lambda: model.to_single_adapter([0.5, 0.5]), message, plainly(model, tools.ids))
+
+
 # The test.
 
 

@@ -23,6 +23,7 @@ from moelora.peft.embedding import Embedding
 from moelora.peft.layers import Linear, LoraLayer
 from moelora.peft.model import LoraModel
 from moelora.peft.patch import patch_peft, stock_get_peft_model
+from moelora.peft.stats import routing_stats
 
 __all__ = [
     "Embedding",
@@ -36,6 +37,7 @@ __all__ = [
     "get_peft_model",
     "patch_peft",
     "release",
+    "routing_stats",
 ]
 __all__ += _peft.__all__
 

@@ -53,6 +53,10 @@ class Host:
     shifts_labels: bool = False  # its loss compares each position with the label of the next one
     parameters: tuple[str, ...] = ()  # of the model's forward
     base_parameters: tuple[str, ...] = ()  # of that of the model without its head
+    recorders: tuple[Any, ...] = ()  # `RoutingStats` that watch it now
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "recorders"}  # of this model alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,16 +209,21 @@ class Frame:
                 self._fit(self.given, call)
         elif self.router is not None and self.router.reads != "nothing":
             self.now = torch.full((len(self.experts),), 1 / len(self.experts), device=call.device)
+            return
+        if self.host.recorders and self.stack is None:
+            self._record_fitted()
 
     def begin_stack(self, call: Call, *, encoding: bool) -> None:
         """Start the encoder or the decoder: fit the weights that are given for its tokens."""
         self.encoding = encoding
         if self.encoder is None:
             return
-        if encoding:
-            self.encoder._begin_tokens(call, self.generating)
-        else:
-            self._begin_tokens(call if self.call is None else call._replace(keep=self.call.keep), self.generating)
+        running = self.encoder if encoding else self
+        if not encoding and self.call is not None:
+            call = call._replace(keep=self.call.keep)
+        running._begin_tokens(call, self.generating)
+        if self.host.recorders:
+            running._record_fitted()
 
     def _begin_tokens(self, call: Call, generating: bool) -> None:
         assert self.given is not None
@@ -324,6 +333,8 @@ class Frame:
         if self.custom:
             self._check_output(output, () if hidden_states is None else hidden_states.shape[:-1])
         self.outputs.append(output)
+        if self.host.recorders:
+            self._record(output.weights, layer, output.counts)
         return output.weights if self.balance is None else self.balance.watch(output)
 
     def _check_output(self, output: Any, tokens: tuple[int, ...]) -> None:
@@ -346,6 +357,18 @@ class Frame:
                 f"{name} returned one mixture for a whole sequence, of which it has seen only the tokens that are not "
                 "in the cache yet: pass use_cache=False, or the weights of the prompt as routing_weights"
             )
+
+    def _record_fitted(self) -> None:
+        """Show the weights that do not depend on hidden states to those who watch."""
+        if self.layers is not None:
+            for layer, weights in enumerate(self.layers):
+                self._record(weights, layer)
+        elif self.now is not None:
+            self._record(self.now)
+
+    def _record(self, weights: Tensor, layer: int | None = None, counts: Tensor | None = None) -> None:
+        for recorder in self.host.recorders:
+            recorder.record(self.experts, weights, self.call, layer, counts)
 
     def weights_for(self, site: Site, x: Tensor) -> Tensor:
         """The weights of a layer's input x [..., d_in], or ids [...]: [N], [B, N] or one row for each of its rows."""

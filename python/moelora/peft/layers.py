@@ -80,6 +80,11 @@ class Routed(nn.Module, LoraLayer):
         kwargs.pop("alora_offsets", None)
         return self._mixed(x, weights, experts, args, kwargs)
 
+    def extra_repr(self) -> str:
+        active = self.active_adapters
+        experts = (f"{name} (r={rank}{'' if name in active else ', not active'})" for name, rank in self.r.items())
+        return f"experts: {', '.join(experts)}"
+
     def _mixed(
         self, x: Tensor, weights: Tensor, experts: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
@@ -176,6 +181,9 @@ class Routed(nn.Module, LoraLayer):
             )
         if adapter_names is not None:
             raise ValueError(f"{name} got adapter_names together with routing weights: pass one of them")
+
+    def check_mergeable(self) -> None:
+        """Raise if nothing can be merged into the base of this layer."""
 
     def _refuse_unreadable(self, factors: list[Tensor], x: Tensor) -> None:
         """Raise for adapters whose values are not here: a routed layer reads them without calling their modules."""

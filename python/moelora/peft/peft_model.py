@@ -17,6 +17,7 @@ from typing import Any
 
 import peft
 import torch
+from torch import nn
 
 from moelora.peft.checkpoint import Mixture, read_mixture, write_mixture
 
@@ -97,6 +98,20 @@ class RoutedPeftModel(peft.PeftModel):
             kwargs = {name: value for name, value in kwargs.items() if name not in self.special_peft_forward_args}
             return self.base_model.generate(*args, **kwargs)
 
+    def print_trainable_parameters(self) -> None:
+        """Print the numbers of trainable and of all parameters as PEFT does, and below those of each expert and of the
+        router, if there are several experts or a router."""
+        super().print_trainable_parameters()
+        parts = {name: _parameters_of(self.base_model, name) for name in self.peft_config}
+        if self.base_model.router is not None:
+            parts["router"] = list(self.base_model.router.parameters())
+        if len(parts) < 2:
+            return
+        for name, parameters in parts.items():
+            sizes = [(p.numel() or getattr(p, "ds_numel", 0), p.requires_grad) for p in parameters]
+            trainable, every = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+            print(f"  {name}: trainable params: {trainable:,d} || all params: {every:,d}")
+
     def get_base_model(self) -> Any:
         model = super().get_base_model()
         if not torch.compiler.is_compiling() and _asked_by_trainer("_set_signature_columns_if_needed"):
@@ -123,6 +138,18 @@ class RoutedPeftModel(peft.PeftModel):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so that pickle would not find it by its name.
         return (_blank, (self._stock_class,), *super().__reduce_ex__(protocol)[2:])
+
+
+def _parameters_of(tuner: nn.Module, adapter: str) -> list[nn.Parameter]:
+    """What PEFT's layers hold for one adapter."""
+    found: dict[int, nn.Parameter] = {}
+    for layer in tuner.modules():
+        for kind in getattr(layer, "adapter_layer_names", ()):
+            by_adapter = getattr(layer, kind)
+            if adapter in by_adapter:
+                held = by_adapter[adapter]
+                found |= {id(p): p for p in (held.parameters() if isinstance(held, nn.Module) else [held])}
+    return list(found.values())
 
 
 _SAVE = inspect.signature(peft.PeftModel.save_pretrained)

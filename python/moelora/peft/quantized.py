@@ -38,6 +38,12 @@ class Quantized(Routed):
         """Whether the base's weights are in a form that has a forward kernel alone."""
         return False
 
+    def _not_mergeable(self, reason: str) -> ValueError:
+        name = "this layer" if self._site is None else self._site.name
+        return ValueError(
+            f"nothing can be merged into {name} ({type(self).__name__}): {reason}; load the base unquantised to merge"
+        )
+
 
 _NO_GRADIENT = (
     "has a base whose kernel gives no gradient for its input, so what is below it can't train: quantise the weights "
@@ -65,6 +71,17 @@ class _NoGradient(torch.autograd.Function):
 class TorchaoLoraLinear(Quantized, torchao.TorchaoLoraLinear):
     """`peft.tuners.lora.torchao.TorchaoLoraLinear` that takes routing weights."""
 
+    def check_mergeable(self) -> None:
+        layer: Any = self.get_base_layer()
+        try:
+            layer.weight.dequantize()
+            if self.get_apply_tensor_subclass is not None:
+                return
+            reason = "transformers' TorchAoConfig did not quantise it, so PEFT can't do so anew"
+        except NotImplementedError:
+            reason = f"its weights ({type(layer.weight).__name__}) can't be dequantised"
+        raise self._not_mergeable(reason)
+
 
 ROUTED[torchao.TorchaoLoraLinear] = TorchaoLoraLinear
 
@@ -80,6 +97,10 @@ if is_bnb_4bit_available():
         def _is_repacked(self) -> bool:
             layer: Any = self.get_base_layer()
             return getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+
+        def check_mergeable(self) -> None:
+            if self._is_repacked():
+                raise self._not_mergeable("bitsandbytes has repacked its weights for evaluation on this CPU")
 
     ROUTED |= {bnb.Linear8bitLt: Linear8bitLt, bnb.Linear4bit: Linear4bit}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -40,6 +39,7 @@ from moelora.peft.frame import (
 )
 from moelora.peft.generation import check_generate, continuous_batching
 from moelora.peft.layers import Routed
+from moelora.peft.static import StaticMixtures
 
 # Attributes that adopting adds to a tuner.
 ADDED = (
@@ -55,7 +55,7 @@ ADDED = (
 )
 
 
-class RoutedTuner(Experts):
+class RoutedTuner(Experts, StaticMixtures):
     """What a routed tuner adds to the tuner of PEFT that it is derived from; comes before it among the bases.
 
     Attributes
@@ -155,11 +155,8 @@ class RoutedTuner(Experts):
             layer.__class__ = stock[type(layer)]
         self._routed, self._unroutable, self._routing_hooks = [], [], []
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        adapters = kwargs.get("adapter_names") or self.active_adapters
-        if merge and len(adapters) > 1:
-            warnings.warn(f"merging adds up the adapters {adapters} unweighted, as PEFT does", stacklevel=3)
-        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         self._leave_model()  # what is left is a model of its own
         return model
 
@@ -227,6 +224,11 @@ class RoutedTuner(Experts):
         if "_is_replica" in vars(self):
             raise RuntimeError(_REPLICA)
         experts = list(self.active_adapters)
+        self._check_routable(experts)
+        given = None if weights is None else as_given(weights)
+        return Frame(self._host, experts, given=given, router=router, mixture=mixture or self._host.mixture, tail=tail)
+
+    def _check_routable(self, experts: list[str]) -> None:
         if not self._routed and not self._unroutable:
             raise ValueError("there is no LoRA layer to route: the adapters were unloaded or merged")
         for name, layer in self._unroutable:
@@ -235,8 +237,6 @@ class RoutedTuner(Experts):
                     f"{name} ({type(layer).__name__}) can't be routed: leave it out of target_modules, or call without "
                     "routing weights and router"
                 )
-        given = None if weights is None else as_given(weights)
-        return Frame(self._host, experts, given=given, router=router, mixture=mixture or self._host.mixture, tail=tail)
 
     # Hooks.
 
