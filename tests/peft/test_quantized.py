@@ -130,7 +130,7 @@ def test_an_adopted_model_without_weights_gives_the_bits_of_stock_and_release_it
     assert type(up_proj(model)).__name__ == stock.__name__ == STOCK[method]
     assert isinstance(up_proj(model), stock) and type(up_proj(model)) is not stock
     assert torch.equal(model(ids).logits, expected)
-    assert repr(model) == text
+    assert [line for line in repr(model).splitlines() if "experts: " not in line] == text.splitlines()
     model(ids, routing_weights=torch.ones(3))
     release(model)
     assert type(up_proj(model)) is stock
