@@ -8,6 +8,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import moelora
 from moelora import MoELoraConfig, adopt
 from moelora.nn import LastHiddenRouter, PerLayerRouter, router_aux_loss
 
@@ -272,6 +273,16 @@ class TestCalls:
         torch.testing.assert_close(got.logits, expected.logits[:, :5], **CLOSE)
         rest = model(ids[:, 5:], past_key_values=got.past_key_values)
         torch.testing.assert_close(rest.logits, expected.logits[:, 5:], **CLOSE)
+
+    def test_it_is_saved_and_opened_with_its_model(self, make_lora, make_base, ids, tmp_path):
+        model, router = attached(make_lora, eval_top_k=1, mlp_dim=5)
+        router.add_expert("unused")
+        model.save_pretrained(tmp_path)
+        opened = moelora.PeftModel.from_pretrained(make_base("llama"), tmp_path).eval()
+        assert isinstance(opened.base_model.router, LastHiddenRouter)
+        assert opened.base_model.router.expert_names == [*NAMES, "unused"]
+        assert opened.base_model.router.eval_top_k == 1
+        torch.testing.assert_close(opened(ids).logits, model(ids).logits)
 
     def test_a_router_for_another_width_is_refused(self, make_lora):
         model = adopt(make_lora("llama"))
