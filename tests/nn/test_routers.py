@@ -75,6 +75,19 @@ def test_any_number_of_axes_and_no_tokens_are_routed(cls, shape):
         assert output.n_tokens == math.prod(shape)
 
 
+@every_learned_router
+@pytest.mark.parametrize("mlp_dim", [None, 3])
+def test_before_training_tiny_inputs_are_routed_by_what_they_are(cls, mlp_dim):
+    router, x = make(cls, top_k=1, mlp_dim=mlp_dim), hidden(40) * 1e-3
+    counts = router.route(x).counts
+    assert counts.sum() == 40
+    assert counts.max() < 40
+    assert router.route(torch.zeros(5, H)).prob_sums.tolist() == [1.25] * 4
+    router.add_expert("new")
+    router.activate("new")
+    assert router.route(torch.zeros(5, H)).prob_sums.tolist() == [1] * 5
+
+
 def test_an_mlp_gate_has_a_hidden_layer():
     router, x = make(mlp_dim=3, top_k=2), hidden()
     first, _, last = router.gate

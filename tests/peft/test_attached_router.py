@@ -222,6 +222,7 @@ class TestLife:
     def test_the_router_follows_dtype_and_mode(self, model):
         router = router_for("llama", "layers")
         model.base_model.attach_router(router)
+        assert not router.training
         model.train()
         assert router.training
         model.eval()

@@ -137,6 +137,39 @@ def test_checkpointing_recomputes_with_its_weights(model, ids):
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
+class Skewed(EmbeddingRouter):
+    """Keeps a number for each expert beside the gate."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.skew = nn.Parameter(torch.arange(float(self.num_experts)))
+
+    def arrange(self, columns):
+        super().arrange(columns)
+        self.skew = nn.Parameter(
+            torch.stack([torch.zeros(()) if c is None else self.skew.detach()[c] for c in columns])
+        )
+
+    def route(self, hidden_states, attention_mask=None, *, layer=None, active=None):
+        routing = super().route(hidden_states, attention_mask, active=active)
+        skew = self.skew if active is None else self.skew[list(active)]
+        weights = routing.weights * skew.exp()
+        return routing._replace(weights=weights / weights.sum(-1, keepdim=True))
+
+
+def test_what_it_keeps_for_each_expert_comes_and_goes_with_it(model, ids):
+    router = made(Skewed)
+    model.base_model.attach_router(router)
+    expected = model(ids).logits
+    router.add_expert("expert_3")
+    router.activate("expert_3")
+    assert torch.equal(model(ids).logits, expected)  # expert_3 is not active
+    router.remove_expert("expert_1")
+    assert len(router.skew) == 3
+    model.base_model.set_adapter(["expert_0", "expert_2"])
+    assert model(ids).logits.isfinite().all()
+
+
 def test_weights_per_token_generate_the_same_with_a_cache_as_without(model, ids, mask):
     plain = model.generate(ids, attention_mask=mask, routing_weights=torch.ones(N) / N, **GREEDY)
     model.base_model.attach_router(made(NormRouter))

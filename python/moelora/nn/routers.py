@@ -590,8 +590,13 @@ class LastHiddenRouter(LearnedRouter):
 class GateLinear(nn.Linear):
     """A linear layer that computes in float32 at least, whatever the model, its parameters or autocast say.
 
-    `rows` chooses outputs: those alone are computed, with the bits of a layer that has no others.
+    Its bias starts at 0: where inputs are small, as in a model's first layer, any other one would decide the picks of
+    all tokens alike. `rows` chooses outputs: those alone are computed, with the bits of a layer that has no others.
     """
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor, rows: Tensor | None = None) -> Tensor:
         if (

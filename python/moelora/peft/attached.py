@@ -27,8 +27,8 @@ class AttachedRouter(BaseTuner):
 
         A `moelora.nn.Router` acts by itself from now on: it makes the weights of every forward without explicit ones,
         in the same pass. Any other module serves `get_routing_weights` alone. The router becomes a submodule
-        (``base_model.router``): it follows ``.to()``, train and eval, and is in ``state_dict()``, but not in adapter
-        files.
+        (``base_model.router``): it takes the model's device and mode (train or eval), follows them, and is in
+        ``state_dict()``, but not in adapter files.
 
         Parameters
         ----------
@@ -66,6 +66,7 @@ class AttachedRouter(BaseTuner):
         self._moe_config = moe_config
         device = next((p.device for p in self.model.parameters() if p.device.type != "meta"), None)
         self._modules["router"] = router.to(device) if device is not None else router
+        router.train(self.training)
         if isinstance(router, Router):
             self._watch_for(router)
 

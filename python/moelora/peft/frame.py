@@ -139,7 +139,7 @@ class Frame:
         self.outputs: list[RoutingOutput] = []
         self.caches: tuple[Any, Any] | None = None  # of a first pass, and the one that was passed to the forward
         self.loss: dict[str, Any] = {}  # mixture="logits": labels and what else the loss takes
-        self.depth = 0  # forwards of the model under way
+        self.depth = int(off)  # forwards of the model under way
         self.entered_by: nn.Module | None = None  # whose hook entered it, where no call of ours is around
         self.around: Frame | None = None  # then: what it has to give way to again
         self.caller: FrameType | None = None  # and the Python frame that runs those hooks
