@@ -441,17 +441,10 @@ class TestARenamedExpert:
             for kept in (layer.r, layer.scaling, layer.lora_alpha, layer.lora_dropout, layer.use_rslora):
                 assert list(kept) == names
 
-    @pytest.mark.parametrize("method", ["lora", "dora", "loha"])
+    @pytest.mark.parametrize("method", ["lora", "dora"])
     def test_is_known_to_stock_peft_by_its_new_name(self, model, make_lora, make_base, ids, tmp_path, method):
         if method == "dora":
             model = adopt(make_lora("llama", use_dora=True, target_modules=["q_proj"]))
-        elif method == "loha":
-            pytest.importorskip("moelora.peft.tuners.loha")
-            config = peft.LoHaConfig(r=2, target_modules=["q_proj"])
-            model = moelora.get_peft_model(make_base("llama"), config, adapter_name="expert_0").eval()
-            if not hasattr(model.base_model, "rename_expert"):
-                pytest.skip("LoHa is not routed")
-            model.base_model.add_expert("expert_1")
         model.set_adapter("expert_1")
         amplify(model, "expert_1")
         expected = model(ids).logits
