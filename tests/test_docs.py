@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("getting-started", "migration", "routers", "losses", "generation", "training", "monitoring", "static-mixtures")
+PAGES = (
+    "getting-started",
+    "migration",
+    "routers",
+    "losses",
+    "generation",
+    "training",
+    "monitoring",
+    "static-mixtures",
+    "continual-learning",
+)
 
 
 @pytest.mark.parametrize("page", [f"docs/{name}.md" for name in PAGES])

@@ -74,7 +74,7 @@ def looks(model):
     parameters = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
     names = None if not isinstance(router, Router) else (list(router.expert_names), router.activated.tolist())
     configs = {name: (id(config), copy.deepcopy(vars(config))) for name, config in tuner.peft_config.items()}
-    return layers, kept, parameters, names, configs, tuner.active_adapter, tuner.frozen_experts, list(tuner._routed)
+    return layers, kept, parameters, names, configs, tuner.active_adapters, tuner.frozen_experts, list(tuner._routed)
 
 
 def named_layers(model):
@@ -441,17 +441,10 @@ class TestARenamedExpert:
             for kept in (layer.r, layer.scaling, layer.lora_alpha, layer.lora_dropout, layer.use_rslora):
                 assert list(kept) == names
 
-    @pytest.mark.parametrize("method", ["lora", "dora", "loha"])
+    @pytest.mark.parametrize("method", ["lora", "dora"])
     def test_is_known_to_stock_peft_by_its_new_name(self, model, make_lora, make_base, ids, tmp_path, method):
         if method == "dora":
             model = adopt(make_lora("llama", use_dora=True, target_modules=["q_proj"]))
-        elif method == "loha":
-            pytest.importorskip("moelora.peft.tuners.loha")
-            config = peft.LoHaConfig(r=2, target_modules=["q_proj"])
-            model = moelora.get_peft_model(make_base("llama"), config, adapter_name="expert_0").eval()
-            if not hasattr(model.base_model, "rename_expert"):
-                pytest.skip("LoHa is not routed")
-            model.base_model.add_expert("expert_1")
         model.set_adapter("expert_1")
         amplify(model, "expert_1")
         expected = model(ids).logits
@@ -670,22 +663,22 @@ class TestAfterGrowth:
         after = [*router, *of_expert(grown, "new").values()]
         assert all(not torch.equal(p, q) for p, q in zip(before, after, strict=True))
 
-    def test_a_compiled_model_follows(self, model, ids):
-        attach(model, "per layer, top 2")
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    @pytest.mark.slow
+    def test_a_compiled_model_follows(self, make_lora, ids):
+        model = adopt(make_lora("llama", target_modules=["q_proj"]))
+        attach(model, "layer 1")
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
         with torch.no_grad():
-            torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+            before = compiled(ids).logits
             model.base_model.add_expert("new")
             amplify(model, "new")
-            torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+            assert torch.equal(compiled(ids).logits, before)
             model.base_model.activate_expert("new")
             grown = compiled(ids).logits
             torch.testing.assert_close(grown, model(ids).logits)
-            model.base_model.rename_expert("new", "newer")
-            torch.testing.assert_close(compiled(ids).logits, grown)
             model.base_model.remove_expert("expert_0")
             torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
-            assert not torch.allclose(grown, model(ids).logits)
+            assert not torch.allclose(grown, before)
 
     def test_the_learned_router_shares_out_among_all(self, grown, ids):
         hidden = torch.randn(2, 7, 32)

@@ -1,5 +1,6 @@
 """Everything that docs/refused.md lists raises with the layer's name and the way out, and changes nothing."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -586,6 +587,81 @@ def one_adapter_with_biases_and_embeddings(tools: Tools) -> Case:
     model.base_model.set_adapter(["expert_0", "words"])
     message = "wte is an embedding, and PEFT has no lora_bias=True for these: train without it"
     return Case(model, lambda: model.to_single_adapter([0.5, 0.5]), message, plainly(model, tools.ids))
+
+
+# Experts.
+
+
+def change(row: str, message: str, do: Callable[[Any], Any], advised: Callable[[Any], Any]) -> None:
+    """A change of the experts of a model that has no router."""
+
+    def make(tools: Tools) -> Case:
+        model = tools.model()
+        return tools.of(model, message, refused=lambda: do(model), routed=lambda: advised(copy.deepcopy(model)))
+
+    refuses(row)(make)
+
+
+def one_with(**options: Any) -> Callable[[Any], Any]:
+    config = peft.LoraConfig(target_modules=["q_proj"], **options)
+    return lambda model: model.base_model.add_expert("new", config)
+
+
+def only_active(model: Any) -> None:
+    model.set_adapter("expert_1")
+    try:
+        model.base_model.remove_expert("expert_1")
+    finally:
+        model.base_model.set_adapter(NAMES)
+
+
+change("new experts with `modules_to_save`", "requires_grad_", one_with(modules_to_save=["lm_head"]), one_with())
+for init in ("pissa", "olora", "corda", "lora_ga"):
+    change(
+        "new experts whose initialisation changes the base (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)",
+        f"init_lora_weights='{init}', which changes the base weights of all experts: pass a config with",
+        one_with(init_lora_weights=init),
+        one_with(init_lora_weights=True),
+    )
+for bad in ("a.b", "items", ""):
+    change(
+        "names that `nn.ModuleDict` can't hold",
+        f"can't be called '{bad}'",
+        lambda model, bad=bad: model.base_model.rename_expert("expert_0", bad),  # type: ignore[misc]
+        lambda model: model.base_model.rename_expert("expert_0", "a_b"),
+    )
+change(
+    "removing the only expert, the only active one, or a merged one",
+    "the only active expert: activate another one first",
+    only_active,
+    lambda model: model.base_model.remove_expert("expert_1"),
+)
+
+
+@refuses("removing the only expert, the only active one, or a merged one")
+def the_only_expert(tools: Tools) -> Case:
+    model = tools.model(n=1)
+    remove = lambda: model.base_model.remove_expert("expert_0")  # noqa: E731
+    return tools.of(model, r"the only expert: model.unload\(\)", refused=remove)
+
+
+@refuses("removing the only expert, the only active one, or a merged one")
+def a_merged_expert(tools: Tools) -> Case:
+    model = tools.model()
+    model.merge_adapter(["expert_1"])
+    remove = lambda: model.base_model.remove_expert("expert_1")  # noqa: E731
+    return tools.of(model, r"merged into the base: call unmerge_adapter\(\)", refused=remove)
+
+
+change(
+    "maturities without a learned router",
+    "mark_mature needs a learned moelora router, got NoneType",
+    lambda model: model.base_model.mark_mature("expert_0"),
+    lambda model: (
+        model.base_model.attach_router(EmbeddingRouter(NAMES, 32)),
+        model.base_model.mark_mature("expert_0"),
+    ),
+)
 
 
 # The test.

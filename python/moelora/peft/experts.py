@@ -77,10 +77,8 @@ class Experts(AttachedRouter):
             )
         if maturity is not None and not isinstance(router, LearnedRouter):
             raise ValueError(f"maturity={maturity} needs a router that has it, got {type(self.router).__name__}")
-        if config.peft_type == "LORA" and name in self.prefix:
-            warnings.warn(
-                f"PEFT may not load adapter {name!r} again, whose name is part of {self.prefix!r}", stacklevel=2
-            )
+        if name in self.prefix:
+            warnings.warn(f"PEFT may not load {name!r} again, a name that is part of {self.prefix!r}", stacklevel=2)
         layers = set(self._adapter_modules())
         with _gradients_kept(self):
             self.peft_config[name] = config
@@ -96,10 +94,8 @@ class Experts(AttachedRouter):
                 raise
         for layer in self._adapter_modules():
             for of_adapters in _by_adapter(layer):
-                if name in of_adapters and isinstance(
-                    of_adapters[name], nn.Module
-                ):  # PEFT's dropout starts in training
-                    of_adapters[name].train(layer.get_base_layer().training)
+                if isinstance(of_adapters, nn.ModuleDict) and name in of_adapters:
+                    of_adapters[name].train(layer.get_base_layer().training)  # PEFT's dropout always starts in training
         self.set_requires_grad(name)
         self._count_experts()
 

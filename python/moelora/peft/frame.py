@@ -208,7 +208,8 @@ class Frame:
             if self.stack is None:
                 self._fit(self.given, call)
         elif self.router is not None and self.router.reads != "nothing":
-            self.now = torch.full((len(self.experts),), 1 / len(self.experts), device=call.device)
+            activated = self.router.activated[self.active].to(call.device)
+            self.now = torch.where(activated.any(), activated / activated.sum(), 1 / len(activated))
             return
         if self.host.recorders and self.stack is None:
             self._record_fitted()
