@@ -7,15 +7,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import peft
-from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from moelora.peft.checkpoint import read_mixture
 from moelora.peft.frame import KEYWORDS, check_mixture
-from moelora.peft.model import LoraModel
+from moelora.peft.model import TUNERS
 from moelora.peft.peft_model import RoutedPeftModel, routed_class
-from moelora.peft.tuner import ADDED
+from moelora.peft.tuner import ADDED, RoutedTuner
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -23,7 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def adopt(model: Model, *, mixture: str = "layer") -> Model:
     """Make a PEFT model routable, in place.
 
-    It, its LoRA layers and its ``base_model`` become routed subclasses of themselves: same parameters, same names, same
+    It, its layers with adapters (LoRA, LoHa, LoKr) and its ``base_model`` become routed subclasses of themselves: same parameters, same names, same
     checkpoint, and the same bits as long as no routing weights are in play. Afterwards ``model(...)`` and
     ``model.generate(...)`` take ``routing_weights``, and ``model.base_model`` takes a router
     (`LoraModel.attach_router`). A model that can't be routed (IA3, DoRA, ...) is adopted too: it runs PEFT's code, and
@@ -53,17 +52,17 @@ def adopt(model: Model, *, mixture: str = "layer") -> Model:
         raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
     check_mixture(mixture)
     tuner = model.base_model
-    if type(tuner) is lora.LoraModel:
-        tuner.__class__ = LoraModel
+    if type(tuner) in TUNERS:
+        tuner.__class__ = TUNERS[type(tuner)]
         tuner._route_layers()
-    if isinstance(tuner, LoraModel):
+    if isinstance(tuner, RoutedTuner):
         tuner._host.mixture = mixture
         model.special_peft_forward_args.update(KEYWORDS)
         if not isinstance(model, RoutedPeftModel):
             stock: Any = type(model)
             model.__class__ = routed_class(stock)
     else:
-        reason = f"{type(model).__name__} with {type(tuner).__name__} can't be routed, only LoRA in a PeftModel can"
+        reason = f"{type(model).__name__} with {type(tuner).__name__} can't be routed, only LoRA, LoHa and LoKr in a PeftModel can"
         for module in _entrances(model):
             if not any(isinstance(hook, _Refusal) for hook in module._forward_pre_hooks.values()):
                 module.register_forward_pre_hook(_Refusal(reason), with_kwargs=True)
@@ -78,11 +77,12 @@ def release(model: Model) -> Model:
     if not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
     tuner = model.base_model
-    if isinstance(tuner, LoraModel):
+    if isinstance(tuner, RoutedTuner):
         tuner._leave_model()
         for name in ADDED:
             vars(tuner).pop(name, None)
-        tuner.__class__ = lora.LoraModel  # type: ignore[assignment]
+        stock = {routed: plain for plain, routed in TUNERS.items()}
+        tuner.__class__ = stock[type(tuner)]
         model.special_peft_forward_args.difference_update(KEYWORDS)
         if isinstance(model, RoutedPeftModel):
             model.__class__ = model._stock_class
@@ -126,12 +126,12 @@ def open_pretrained(
 
 
 def activate_all_experts(model: nn.Module) -> list[str]:
-    """Make every LoRA adapter active and trainable; return their names in the order of registration.
+    """Make every adapter active and trainable; return their names in the order of registration.
 
     Parameters
     ----------
     model : peft.PeftModel
-        With LoRA adapters.
+        With LoRA, LoHa or LoKr adapters.
 
     Returns
     -------
@@ -139,8 +139,8 @@ def activate_all_experts(model: nn.Module) -> list[str]:
         What the columns of routing weights mean from now on.
     """
     tuner = getattr(model, "base_model", None)
-    if not isinstance(model, peft.PeftModel) or not isinstance(tuner, lora.LoraModel):
-        raise TypeError(f"model must be a PeftModel with LoRA adapters, got {type(model).__name__}")
+    if not isinstance(model, peft.PeftModel) or not isinstance(tuner, tuple(TUNERS)):
+        raise TypeError(f"model must be a PeftModel with LoRA, LoHa or LoKr adapters, got {type(model).__name__}")
     names = list(tuner.peft_config)
     tuner.set_adapter(names)
     return names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -38,7 +38,7 @@ from moelora.peft.frame import (
     put,
 )
 from moelora.peft.generation import check_generate, continuous_batching
-from moelora.peft.layers import Routed
+from moelora.peft.routed import Routed
 
 # Attributes that adopting adds to a tuner.
 ADDED = (
@@ -73,10 +73,10 @@ class RoutedTuner(AttachedRouter):
         super().inject_adapter(*args, **kwargs)
         self._route_layers()  # modules that had no adapter until now are stock layers
         if isinstance(self.router, Router):
-            self._watch_for(self.router)  # the embeddings may be a LoRA layer now
+            self._watch_for(self.router)  # the embeddings may have an adapter now
 
     def _route_layers(self) -> None:
-        """Give every LoRA layer its routed class and its place in the model; watch the model's forward."""
+        """Give every layer with adapters its routed class and its place in the model; watch the model's forward."""
         top = self.model
         if "_host" not in vars(self):
             self._host = Host()
@@ -205,7 +205,8 @@ class RoutedTuner(AttachedRouter):
         if weights is not None and kwargs.get("cache_implementation") == "paged":
             raise continuous_batching()
         frame = self._frame(weights, mixture, tail)
-        with _Undone(super()._enable_peft_forward_hooks(*args, **kwargs)), Entered(frame):  # type: ignore[misc]
+        hooks = getattr(super(), "_enable_peft_forward_hooks", None)  # which LoRA alone has
+        with nullcontext() if hooks is None else _Undone(hooks(*args, **kwargs)), Entered(frame):
             yield
 
     def _frame(self, weights: Any = None, mixture: str | None = None, tail: str = "hold") -> Frame | None:
@@ -224,7 +225,7 @@ class RoutedTuner(AttachedRouter):
             raise RuntimeError(_REPLICA)
         experts = list(self.active_adapters)
         if not self._routed and not self._unroutable:
-            raise ValueError("there is no LoRA layer to route: the adapters were unloaded or merged")
+            raise ValueError("there is no layer with adapters to route: the adapters were unloaded or merged")
         for name, layer in self._unroutable:
             if any(expert in layer.r for expert in experts):
                 raise ValueError(
