@@ -22,9 +22,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def adopt(model: Model, *, mixture: str = "layer") -> Model:
     """Make a PEFT model routable, in place.
 
-    It, its layers with adapters (LoRA, LoHa, LoKr) and its ``base_model`` become routed subclasses of themselves: same parameters, same names, same
-    checkpoint, and the same bits as long as no routing weights are in play. Afterwards ``model(...)`` and
-    ``model.generate(...)`` take ``routing_weights``, and ``model.base_model`` takes a router
+    It, its layers with adapters (LoRA, LoHa, LoKr) and its ``base_model`` become routed subclasses of themselves: same
+    parameters, same names, same checkpoint, and the same bits as long as no routing weights are in play. Afterwards
+    ``model(...)`` and ``model.generate(...)`` take ``routing_weights``, and ``model.base_model`` takes a router
     (`LoraModel.attach_router`). A model that can't be routed (IA3, DoRA, ...) is adopted too: it runs PEFT's code, and
     weights are refused.
 
@@ -62,7 +62,10 @@ def adopt(model: Model, *, mixture: str = "layer") -> Model:
             stock: Any = type(model)
             model.__class__ = routed_class(stock)
     else:
-        reason = f"{type(model).__name__} with {type(tuner).__name__} can't be routed, only LoRA, LoHa and LoKr in a PeftModel can"
+        reason = (
+            f"{type(model).__name__} with {type(tuner).__name__} can't be routed, only LoRA, LoHa and LoKr in a "
+            "PeftModel can"
+        )
         for module in _entrances(model):
             if not any(isinstance(hook, _Refusal) for hook in module._forward_pre_hooks.values()):
                 module.register_forward_pre_hook(_Refusal(reason), with_kwargs=True)

@@ -43,7 +43,8 @@ class AttachedRouter(BaseTuner):
             If `router` is not a module, or `moe_config` not a `MoELoraConfig`.
         ValueError
             If the router is part of the model already, reads what this model does not have, or would be saved with the
-            adapters: PEFT saves what is named like an adapter (``lora_*``), and every bias if a configuration has ``bias="all"``.
+            adapters: PEFT saves what has the name of an adapter's parameters (``lora_*``, ``hada_*``, ``lokr_*``), and
+            every bias if a configuration has ``bias="all"``.
         """
         if not isinstance(router, nn.Module):
             raise TypeError(f"router must be a torch.nn.Module, got {type(router).__name__}")

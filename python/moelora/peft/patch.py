@@ -85,8 +85,9 @@ def patch_peft() -> Patch:
     - every `peft.PeftModel` that is constructed is adopted (`moelora.adopt`), by whichever function or class of PEFT;
     - ``peft.get_peft_model`` is `moelora.get_peft_model`: with a `MoELoraConfig` it makes experts and a router;
     - ``peft.MoELoraConfig`` exists;
-    - LoRA, LoHa and LoKr adapters that are injected without a `PeftModel` (``inject_adapter_in_model``, ``model.add_adapter`` of
-      transformers) run PEFT's code, and a forward with ``routing_weights`` raises instead of ignoring them.
+    - LoRA, LoHa and LoKr adapters that are injected without a `PeftModel` (``inject_adapter_in_model``,
+      ``model.add_adapter`` of transformers) run PEFT's code, and a forward with ``routing_weights`` raises instead of
+      ignoring them.
 
     Models that exist already stay what they are. Models made under a patch stay adopted after it.
 
