@@ -16,6 +16,7 @@ PAGES = (
     "monitoring",
     "static-mixtures",
     "continual-learning",
+    "loha-lokr",
 )
 
 

@@ -173,7 +173,7 @@ def test_other_task_classes_and_tuners_are_made_as_ever(make_base, ids):
             ia3(ids, routing_weights=torch.ones(1))
         mixed = get_peft_model(make_base("llama"), config(), mixed=True)
         mixed(ids)
-        with pytest.raises(TypeError, match="PeftMixedModel with MixedModel can't be routed, only LoRA in a PeftModel"):
+        with pytest.raises(TypeError, match="PeftMixedModel with MixedModel can't be routed, only LoRA, LoHa and LoKr"):
             mixed(ids, routing_weights=torch.ones(1))
         prompt = get_peft_model(
             make_base("llama"), peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")

@@ -1,6 +1,7 @@
 """Everything that docs/refused.md lists raises with the layer's name and the way out, and changes nothing."""
 
 import copy
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -111,10 +112,10 @@ def attention(tools: Tools) -> Case:
     return Case(model, lambda: model(x, routing_weights=torch.ones(1)), message, lambda: model(x))
 
 
-def convolution(axes: int) -> Callable[[Tools], Case]:
+def convolution(axes: int, config: Any = peft.LoraConfig) -> Callable[[Tools], Case]:
     def make(tools: Tools) -> Case:
         kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[axes]
-        model, x = tools.peft(nn.Sequential(kind(4, 4, 1)), peft.LoraConfig(target_modules=["0"])), None
+        model = tools.peft(nn.Sequential(kind(4, 4, 1)), config(target_modules=["0"]))
         x = torch.randn(2, 4, *[3] * axes)
         message = rf"0 \(Conv{axes}d\) can't be routed: leave it out of target_modules"
         return Case(model, lambda: model(x, routing_weights=torch.ones(1)), message, lambda: model(x))
@@ -123,7 +124,9 @@ def convolution(axes: int) -> Callable[[Tools], Case]:
 
 
 for axes in (1, 2, 3):
-    refuses("LoRA on convolutions")(convolution(axes))
+    refuses("adapters on convolutions")(convolution(axes))
+for axes, config in itertools.product((1, 2), (peft.LoHaConfig, peft.LoKrConfig)):
+    refuses("adapters on convolutions")(convolution(axes, config))
 
 
 @refuses("`lora_dropout` modules of one's own")
@@ -355,7 +358,7 @@ def tuner(config: Any) -> Callable[[Tools], Case]:
     def make(tools: Tools) -> Case:
         model = tools.peft(tools.base("llama"), config)
         call = lambda: model(tools.ids, routing_weights=torch.ones(1))  # noqa: E731
-        message = "can't be routed, only LoRA in a PeftModel can: call it without routing_weights"
+        message = "can't be routed, only LoRA, LoHa and LoKr in a PeftModel can: call it without routing_weights"
         return Case(model, call, message, lambda: model(tools.ids).logits, TypeError)
 
     return make
@@ -364,11 +367,11 @@ def tuner(config: Any) -> Callable[[Tools], Case]:
 K, TASK = ["k_proj"], "CAUSAL_LM"
 for config in (
     peft.IA3Config(target_modules=K, feedforward_modules=[], task_type=TASK),
-    peft.LoHaConfig(target_modules=K, task_type=TASK),
+    peft.OFTConfig(target_modules=K, task_type=TASK),
     peft.AdaLoraConfig(target_modules=K, task_type=TASK, total_step=10),
     peft.PromptTuningConfig(num_virtual_tokens=2, task_type=TASK),
 ):
-    refuses("tuners other than LoRA")(tuner(config))
+    refuses("tuners other than LoRA, LoHa and LoKr")(tuner(config))
 
 
 @refuses("`PeftMixedModel`")

@@ -37,13 +37,13 @@ class TestTheKeywordIsNotSwallowed:
             peft.IA3Config(
                 target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
             ),
-            peft.LoHaConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+            peft.OFTConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
             peft.AdaLoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", total_step=10),
             peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
         ],
         ids=lambda config: config.peft_type.value,
     )
-    def test_by_a_model_that_is_not_lora(self, make_base, ids, config):
+    def test_by_a_model_of_another_tuner(self, make_base, ids, config):
         stock = peft.get_peft_model(make_base("llama"), config).eval()
         expected = stock(ids).logits
         model = adopt(adopt(stock))

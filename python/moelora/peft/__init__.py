@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any
 
 import peft as _peft
+from peft.tuners import loha as _loha
+from peft.tuners import lokr as _lokr
 from peft.tuners import lora as _lora
 from torch import nn
 
@@ -21,13 +23,16 @@ from moelora.peft.config import MoELoraConfig, mark_hosted
 from moelora.peft.data import RoutingWeightsCollator
 from moelora.peft.embedding import Embedding
 from moelora.peft.layers import Linear, LoraLayer
-from moelora.peft.model import LoraModel
+from moelora.peft.lycoris import LoHaLinear, LoKrLinear
+from moelora.peft.model import LoHaModel, LoKrModel, LoraModel
 from moelora.peft.patch import patch_peft, stock_get_peft_model
 from moelora.peft.stats import routing_stats
 
 __all__ = [
     "Embedding",
     "Linear",
+    "LoHaModel",
+    "LoKrModel",
     "LoraLayer",
     "LoraModel",
     "MoELoraConfig",
@@ -157,6 +162,10 @@ _mirror.stand_in(_peft.get_peft_model, get_peft_model)
 _mirror.stand_in(_lora.LoraModel, LoraModel)
 _mirror.stand_in(_lora.Linear, Linear)
 _mirror.stand_in(_lora.Embedding, Embedding)
+_mirror.stand_in(_loha.LoHaModel, LoHaModel)
+_mirror.stand_in(_loha.Linear, LoHaLinear)
+_mirror.stand_in(_lokr.LoKrModel, LoKrModel)
+_mirror.stand_in(_lokr.Linear, LoKrLinear)
 _mirror.install()
 
 

@@ -7,16 +7,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import peft
-from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from moelora.nn.routers import Router
 from moelora.peft.checkpoint import read_mixture
 from moelora.peft.frame import KEYWORDS, check_mixture
-from moelora.peft.model import LoraModel
+from moelora.peft.model import TUNERS
 from moelora.peft.peft_model import RoutedPeftModel, routed_class
-from moelora.peft.tuner import ADDED
+from moelora.peft.tuner import ADDED, RoutedTuner
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -24,9 +23,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def adopt(model: Model, *, mixture: str = "layer") -> Model:
     """Make a PEFT model routable, in place.
 
-    It, its LoRA layers and its ``base_model`` become routed subclasses of themselves: same parameters, same names, same
-    checkpoint, and the same bits as long as no routing weights are in play. Afterwards ``model(...)`` and
-    ``model.generate(...)`` take ``routing_weights``, and ``model.base_model`` takes a router
+    It, its layers with adapters (LoRA, LoHa, LoKr) and its ``base_model`` become routed subclasses of themselves: same
+    parameters, same names, same checkpoint, and the same bits as long as no routing weights are in play. Afterwards
+    ``model(...)`` and ``model.generate(...)`` take ``routing_weights``, and ``model.base_model`` takes a router
     (`LoraModel.attach_router`). A model that can't be routed (IA3, DoRA, ...) is adopted too: it runs PEFT's code, and
     weights are refused.
 
@@ -53,18 +52,21 @@ def adopt(model: Model, *, mixture: str = "layer") -> Model:
     if not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
     check_mixture(mixture)
-    tuner = model.base_model
-    if type(tuner) is lora.LoraModel:
-        tuner.__class__ = LoraModel
+    tuner: Any = model.base_model
+    if type(tuner) in TUNERS:
+        tuner.__class__ = TUNERS[type(tuner)]
         tuner._route_layers()
-    if isinstance(tuner, LoraModel):
+    if isinstance(tuner, RoutedTuner):
         tuner._host.mixture = mixture
         model.special_peft_forward_args.update(KEYWORDS)
         if not isinstance(model, RoutedPeftModel):
             stock: Any = type(model)
             model.__class__ = routed_class(stock)
     else:
-        reason = f"{type(model).__name__} with {type(tuner).__name__} can't be routed, only LoRA in a PeftModel can"
+        reason = (
+            f"{type(model).__name__} with {type(tuner).__name__} can't be routed, only LoRA, LoHa and LoKr in a "
+            "PeftModel can"
+        )
         for module in _entrances(model):
             if not any(isinstance(hook, _Refusal) for hook in module._forward_pre_hooks.values()):
                 module.register_forward_pre_hook(_Refusal(reason), with_kwargs=True)
@@ -78,12 +80,13 @@ def release(model: Model) -> Model:
     """
     if not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         raise TypeError(f"model must be a PeftModel, got {type(model).__name__}")
-    tuner = model.base_model
-    if isinstance(tuner, LoraModel):
+    tuner: Any = model.base_model
+    if isinstance(tuner, RoutedTuner):
         tuner._leave_model()
         for name in ADDED:
             vars(tuner).pop(name, None)
-        tuner.__class__ = lora.LoraModel  # type: ignore[assignment]
+        stock: dict[type[BaseTuner], Any] = {routed: plain for plain, routed in TUNERS.items()}
+        tuner.__class__ = stock[type(tuner)]
         model.special_peft_forward_args.difference_update(KEYWORDS)
         if isinstance(model, RoutedPeftModel):
             vars(model)["active_adapter"] = model.active_adapter
@@ -128,26 +131,26 @@ def open_pretrained(
 
 
 def activate_all_experts(model: nn.Module) -> list[str]:
-    """Make every LoRA adapter active, and trainable unless it is frozen; return their names in order of registration.
+    """Make every adapter active, and trainable unless it is frozen; return their names in the order of registration.
 
     A router may pick each of them from now on.
 
     Parameters
     ----------
     model : peft.PeftModel
-        With LoRA adapters.
+        With LoRA, LoHa or LoKr adapters.
 
     Returns
     -------
     list of str
         What the columns of routing weights mean from now on.
     """
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(model, peft.PeftModel) or not isinstance(tuner, lora.LoraModel):
-        raise TypeError(f"model must be a PeftModel with LoRA adapters, got {type(model).__name__}")
+    tuner: Any = getattr(model, "base_model", None)
+    if not isinstance(model, peft.PeftModel) or not any(isinstance(tuner, stock) for stock in TUNERS):
+        raise TypeError(f"model must be a PeftModel with LoRA, LoHa or LoKr adapters, got {type(model).__name__}")
     names = list(tuner.peft_config)
     tuner.set_adapter(names)
-    if isinstance(tuner, LoraModel) and isinstance(tuner.router, Router):
+    if isinstance(tuner, RoutedTuner) and isinstance(tuner.router, Router):
         for name in set(names) & set(tuner.router.expert_names):
             tuner.router.activate(name)
     return names

@@ -43,7 +43,8 @@ class AttachedRouter(BaseTuner):
             If `router` is not a module, or `moe_config` not a `MoELoraConfig`.
         ValueError
             If the router is part of the model already, reads what this model does not have, or would be saved with the
-            adapters: PEFT saves what is named ``lora_*``, and every bias if a configuration has ``bias="all"``.
+            adapters: PEFT saves what has the name of an adapter's parameters (``lora_*``, ``hada_*``, ``lokr_*``), and
+            every bias if a configuration has ``bias="all"``.
         """
         if not isinstance(router, nn.Module):
             raise TypeError(f"router must be a torch.nn.Module, got {type(router).__name__}")
@@ -51,10 +52,10 @@ class AttachedRouter(BaseTuner):
             raise TypeError(f"moe_config must be a MoELoraConfig, got {type(moe_config).__name__}")
         if any(module is router for module in self.modules() if module is not self.router):
             raise ValueError("router is a submodule of the model already: pass its output as routing_weights instead")
-        saved_by_name = [name for name in router.state_dict() if "lora_" in name]
+        saved_by_name = [name for name in router.state_dict() if self.prefix in name]
         if saved_by_name:
             raise ValueError(
-                f"router has {saved_by_name}, which PEFT would save with the adapters: rename without 'lora_'"
+                f"router has {saved_by_name}, which PEFT would save with the adapters: rename without {self.prefix!r}"
             )
         if any(getattr(config, "bias", "none") == "all" for config in self.peft_config.values()):
             raise ValueError("adapters with bias='all' would be saved with the router's biases: use bias='lora_only'")

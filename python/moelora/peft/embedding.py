@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor
 
-from moelora.peft.layers import Routed
+from moelora.peft.layers import RoutedLora
 
 __all__ = ["Embedding"]
 
 
-class Embedding(Routed, lora.Embedding):
+class Embedding(RoutedLora, lora.Embedding):
     """`peft.tuners.lora.Embedding` that takes routing weights.
 
     Its input is ids [...] and has no axis of features: weights are [N], [B, N] or ids.shape + (N,). In a model, the

@@ -1,8 +1,4 @@
-"""LoRA layers of PEFT that mix their adapters by routing weights.
-
-A routed layer is the stock layer with another class: same parameters, same names, same checkpoint. Without weights it
-runs PEFT's own forward.
-"""
+"""LoRA layers of PEFT that mix their adapters by routing weights."""
 
 from __future__ import annotations
 
@@ -15,75 +11,15 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from moelora.nn import routed_lora
-from moelora.peft.frame import Site, as_weights, current
+from moelora.peft.routed import Routed
 
-__all__ = ["Linear", "LoraLayer", "Routed"]
+__all__ = ["Linear", "LoraLayer", "RoutedLora"]
 
 _linear_forward = nn.Linear.forward
 
 
-class Routed(nn.Module, LoraLayer):
-    """What every routed layer adds to the stock layer that it is derived from; comes before it among the bases."""
-
-    _site: Site | None = None
-
-    def forward(self, x: Tensor, *args: Any, routing_weights: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Apply the base layer and the active adapters, mixed by routing weights if there are any.
-
-        Parameters
-        ----------
-        x : Tensor [..., d_in]
-            Input of the base layer, which also gets the remaining arguments.
-        routing_weights : Tensor [N], [B, N] or x.shape[:-1] + (N,), optional
-            Column i belongs to the i-th active adapter. None: what the model that is running says; PEFT's own forward
-            when it says nothing.
-
-        Returns
-        -------
-        Tensor [..., d_out]
-            In the dtype of the base layer's output.
-
-        Raises
-        ------
-        TypeError
-            If `routing_weights` is not a tensor, or complex.
-        ValueError
-            If its shape does not fit x and the active adapters, or the layer can't be routed: merged, a variant of LoRA
-            (DoRA, ...), together with ``adapter_names``, sharded adapters.
-        """
-        site = self._site
-        frame = None if site is None or routing_weights is not None else current(site.host)
-        if self.disable_adapters or (routing_weights is None and frame is None):
-            plain: Tensor = super().forward(x, *args, **kwargs)
-            return plain
-        if frame is not None and frame.off:
-            return self._base_output(x, *args, **kwargs)
-        experts: list[str] = self.active_adapters
-        if frame is not None:
-            assert site is not None
-            if experts != frame.experts:
-                raise ValueError(
-                    f"{site.name} has the active adapters {experts}, its model {frame.experts}: call "
-                    "base_model.set_adapter, which sets them everywhere"
-                )
-            weights = frame.weights_for(site, x)
-        else:
-            weights = as_weights(routing_weights)
-            if weights.shape[-1] != len(experts):
-                raise ValueError(
-                    f"routing_weights must have one column for each active adapter {experts}, got shape "
-                    f"{tuple(weights.shape)}"
-                )
-        adapter_names = kwargs.pop("adapter_names", None)
-        if self.merged_adapters or self.lora_variant or adapter_names is not None:
-            self._refuse(experts, adapter_names)
-        kwargs.pop("alora_offsets", None)
-        return self._mixed(x, weights, experts, args, kwargs)
-
-    def extra_repr(self) -> str:
-        active = self.active_adapters
-        experts = (f"{name} (r={rank}{'' if name in active else ', not active'})" for name, rank in self.r.items())
-        return f"experts: {', '.join(experts)}"
+class RoutedLora(Routed, LoraLayer):
+    """What every routed LoRA layer adds to the stock layer that it is derived from; comes before it among the bases."""
 
     def _mixed(
         self, x: Tensor, weights: Tensor, experts: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -137,11 +73,6 @@ class Routed(nn.Module, LoraLayer):
             y = y + self._mixed_bias(x, weights, present)
         return y if y.dtype is dtype else y.to(dtype)
 
-    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer: Any = self._modules["base_layer"]
-        y: Tensor = layer(x, *args, **kwargs)
-        return y
-
     def _mixed_bias(self, x: Tensor, weights: Tensor, present: list[str]) -> Tensor:
         """sum_e s_e w_e bias_e for lora_bias=True: [d_out], or broadcasting over x's rows."""
         lora_B: list[Any] = [self.lora_B[name] for name in present]
@@ -158,49 +89,24 @@ class Routed(nn.Module, LoraLayer):
             return 0.0
         if isinstance(dropout, nn.Dropout):
             return dropout.p if dropout.training else 0.0
-        name = "this layer" if self._site is None else self._site.name
         raise TypeError(
-            f"{name} has a {type(dropout).__name__} as lora_dropout, which can't be routed: use nn.Dropout, or "
+            f"{self._title} has a {type(dropout).__name__} as lora_dropout, which can't be routed: use nn.Dropout, or "
             "lora_dropout=0"
         )
 
-    def _refuse(self, experts: list[str], adapter_names: list[str] | None) -> None:
-        """Raise for what can't be routed, naming the layer and the way out."""
-        name = "this layer" if self._site is None else self._site.name
-        if self.merged:
-            raise ValueError(
-                f"{name} has merged adapters {self.merged_adapters}, which routing weights can't mix: call "
-                "unmerge_adapter() first"
-            )
+    def _check(self, experts: list[str], kwargs: dict[str, Any]) -> None:
+        super()._check(experts, kwargs)
+        kwargs.pop("alora_offsets", None)
         variants = [expert for expert in experts if expert in self.lora_variant]
         if variants:
             kind = type(self.lora_variant[variants[0]]).__name__
             raise ValueError(
-                f"{name} can't route adapter {variants[0]!r}, which is not plain LoRA ({kind}): convert it to LoRA, or "
-                "call without routing weights"
-            )
-        if adapter_names is not None:
-            raise ValueError(f"{name} got adapter_names together with routing weights: pass one of them")
-
-    def check_mergeable(self) -> None:
-        """Raise if nothing can be merged into the base of this layer."""
-
-    def _refuse_unreadable(self, factors: list[Tensor], x: Tensor) -> None:
-        """Raise for adapters whose values are not here: a routed layer reads them without calling their modules."""
-        name = "this layer" if self._site is None else self._site.name
-        if any(type(factor).__name__ == "DTensor" for factor in factors):
-            raise ValueError(
-                f"{name} has sharded adapters (DTensor), which can't be routed: shard whole decoder layers, not lora_A "
-                "and lora_B one by one"
-            )
-        if any(factor.is_meta for factor in factors) and not x.is_meta:
-            raise ValueError(
-                f"{name} has offloaded adapters (meta tensors), which can't be routed: keep {name} in memory in the "
-                "device_map, or leave it out of target_modules"
+                f"{self._title} can't route adapter {variants[0]!r}, which is not plain LoRA ({kind}): convert it to "
+                "LoRA, or call without routing weights"
             )
 
 
-class Linear(Routed, lora.Linear):
+class Linear(RoutedLora, lora.Linear):
     """`peft.tuners.lora.Linear` that takes routing weights; the base may be `nn.Linear` or GPT-2's `Conv1D`."""
 
 

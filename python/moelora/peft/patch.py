@@ -14,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
 from moelora.peft.adoption import adopt
 from moelora.peft.config import MoELoraConfig
-from moelora.peft.model import LoraModel
+from moelora.peft.model import LoHaModel, LoKrModel, LoraModel
 
 
 def _copy(function: Any) -> Any:
@@ -85,8 +85,9 @@ def patch_peft() -> Patch:
     - every `peft.PeftModel` that is constructed is adopted (`moelora.adopt`), by whichever function or class of PEFT;
     - ``peft.get_peft_model`` is `moelora.get_peft_model`: with a `MoELoraConfig` it makes experts and a router;
     - ``peft.MoELoraConfig`` exists;
-    - LoRA adapters that are injected without a `PeftModel` (``inject_adapter_in_model``, ``model.add_adapter`` of
-      transformers) run PEFT's code, and a forward with ``routing_weights`` raises instead of ignoring them.
+    - LoRA, LoHa and LoKr adapters that are injected without a `PeftModel` (``inject_adapter_in_model``,
+      ``model.add_adapter`` of transformers) run PEFT's code, and a forward with ``routing_weights`` raises instead of
+      ignoring them.
 
     Models that exist already stay what they are. Models made under a patch stay adopted after it.
 
@@ -113,11 +114,13 @@ def patch_peft() -> Patch:
 
 
 _MISSING = object()
+_TUNERS = {peft.PeftType.LORA: LoraModel, peft.PeftType.LOHA: LoHaModel, peft.PeftType.LOKR: LoKrModel}
 
 
 def _install() -> None:
     try:
-        _exchange(PEFT_TYPE_TO_TUNER_MAPPING, peft.PeftType.LORA, LoraModel)
+        for kind, tuner in _TUNERS.items():
+            _exchange(PEFT_TYPE_TO_TUNER_MAPPING, kind, tuner)
         for model in (peft.PeftModel, peft.PeftMixedModel):
             _exchange(model, "__init__", _adopting(model.__init__))
         # Names that were imported earlier hold the function itself, so it is its code that is exchanged.

@@ -12,13 +12,13 @@ from peft.import_utils import is_bnb_4bit_available, is_hqq_available
 from peft.tuners.lora import LoraLayer, torchao
 from torch import Tensor
 
-from moelora.peft.layers import Routed
+from moelora.peft.layers import RoutedLora
 
 # Stock class -> the routed class that takes its place.
-ROUTED: dict[type[LoraLayer], type[Routed]] = {}
+ROUTED: dict[type[LoraLayer], type[RoutedLora]] = {}
 
 
-class Quantized(Routed):
+class Quantized(RoutedLora):
     """What the routed layers over quantised bases add: some of those kernels have no gradient, and don't say so."""
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -29,8 +29,7 @@ class Quantized(Routed):
             y = super()._base_output(x, *args, **kwargs)
         if y.requires_grad:
             return y
-        name = "this layer" if self._site is None else self._site.name
-        message = f"{name} ({type(self).__name__}) {_REPACKED if repacked else _NO_GRADIENT}"
+        message = f"{self._title} ({type(self).__name__}) {_REPACKED if repacked else _NO_GRADIENT}"
         refusing: Tensor = _NoGradient.apply(x, y, message)  # type: ignore[no-untyped-call]
         return refusing
 

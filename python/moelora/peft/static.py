@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from torch import Tensor, nn
 
 from moelora.peft.frame import Host, as_weights
-from moelora.peft.layers import Routed
+from moelora.peft.routed import Routed
 
 # Of one layer: weight of each expert that it has.
 Mixture = dict[str, float]
@@ -101,7 +101,7 @@ class StaticMixtures(BaseTuner):
             site = layer._site
             assert site is not None
             present = [name for name in experts if name in layer.r]
-            layer._refuse(present, None)
+            layer._check(present, {})
             if present and site.layer is None and by_layer.dim() > 1:
                 raise ValueError(
                     f"{site.name} is in no decoder layer, so {title} [1, 1, L, N] has nothing for it: pass [N]"
@@ -300,7 +300,7 @@ def _check_name(name: Any, taken: dict[str, Any]) -> None:
         )
 
 
-def _config(configs: list[Any], experts: list[str], mixtures: list[tuple[Routed, Mixture]]) -> LoraConfig:
+def _config(configs: list[Any], experts: list[str], mixtures: list[tuple[Any, Mixture]]) -> LoraConfig:
     """The configuration of one adapter for all of these layers."""
     for name, config in zip(experts, configs, strict=True):
         for field in ("modules_to_save", "trainable_token_indices", "layer_replication"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -38,7 +38,7 @@ from moelora.peft.frame import (
     put,
 )
 from moelora.peft.generation import check_generate, continuous_batching
-from moelora.peft.layers import Routed
+from moelora.peft.routed import Routed
 from moelora.peft.static import StaticMixtures
 
 # Attributes that adopting adds to a tuner.
@@ -75,10 +75,10 @@ class RoutedTuner(Experts, StaticMixtures):
         super().inject_adapter(*args, **kwargs)
         self._route_layers()  # modules that had no adapter until now are stock layers
         if isinstance(self.router, Router):
-            self._watch_for(self.router)  # the embeddings may be a LoRA layer now
+            self._watch_for(self.router)  # the embeddings may have an adapter now
 
     def _route_layers(self) -> None:
-        """Give every LoRA layer its routed class and its place in the model; watch the model's forward."""
+        """Give every layer with adapters its routed class and its place in the model; watch the model's forward."""
         top = self.model
         if "_host" not in vars(self):
             self._host = Host()
@@ -206,7 +206,8 @@ class RoutedTuner(Experts, StaticMixtures):
         paged = kwargs.get("cache_implementation") == "paged"
         if paged and (weights is not None or (frame is not None and frame.two_passes)):
             raise continuous_batching()
-        with _Undone(super()._enable_peft_forward_hooks(*args, **kwargs)), Entered(frame):  # type: ignore[misc]
+        hooks = getattr(super(), "_enable_peft_forward_hooks", None)  # which LoRA alone has
+        with nullcontext() if hooks is None else _Undone(hooks(*args, **kwargs)), Entered(frame):
             yield
 
     def _frame(self, weights: Any = None, mixture: str | None = None, tail: str = "hold") -> Frame | None:
@@ -230,7 +231,7 @@ class RoutedTuner(Experts, StaticMixtures):
 
     def _check_routable(self, experts: list[str]) -> None:
         if not self._routed and not self._unroutable:
-            raise ValueError("there is no LoRA layer to route: the adapters were unloaded or merged")
+            raise ValueError("there is no layer with adapters to route: the adapters were unloaded or merged")
         for name, layer in self._unroutable:
             if any(expert in layer.r for expert in experts):
                 raise ValueError(
