@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import warnings
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -266,22 +267,24 @@ class TestOneExpertSavedAnew:
 
     def test_for_another_base_is_refused(self, make, opened, tmp_path):
         model = make()
-        for config in model.peft_config.values():
-            config.base_model_name_or_path = "base/a"
-        model.save_pretrained(tmp_path)
-        path = tmp_path / "expert_1" / "adapter_config.json"
-        path.write_text(path.read_text().replace("base/a", "base/b"))
-        with pytest.raises(
-            ValueError, match=r"expert_1.adapter_config.json is for the base model 'base/b', .*'base/a'"
-        ):
-            opened(tmp_path)
+        self.name_bases(model, tmp_path, ["a", "a", "a"])
+        model.save_pretrained(tmp_path / "set")
+        path = tmp_path / "set" / "expert_1" / "adapter_config.json"
+        path.write_text(path.read_text().replace(str(tmp_path / "a"), "b"))
+        with pytest.raises(ValueError, match="expert_1.adapter_config.json is for the base model 'b', the other .*a'"):
+            opened(tmp_path / "set")
 
     def test_of_several_bases_is_opened_as_it_was_saved(self, make, opened, tmp_path):
         model = make()
-        for name, config in model.peft_config.items():
-            config.base_model_name_or_path = f"base/{name}"
-        model.save_pretrained(tmp_path)
-        assert equal(tensors(opened(tmp_path)), tensors(model))
+        self.name_bases(model, tmp_path, ["a", "b", "c"])
+        model.save_pretrained(tmp_path / "set")
+        assert equal(tensors(opened(tmp_path / "set")), tensors(model))
+
+    @staticmethod
+    def name_bases(model, folder, names):
+        for config, name in zip(model.peft_config.values(), names, strict=True):
+            model.get_base_model().config.save_pretrained(folder / name)  # PEFT looks for it
+            config.base_model_name_or_path = str(folder / name)
 
 
 CHANGES = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree", "fsync"}
@@ -303,8 +306,7 @@ def killed_at(k, folder, act):
             if event != "open" or (isinstance(arguments[1], str) and arguments[1] not in ("r", "rb")):
                 step(event, arguments[0] if arguments else "")
 
-        fsync = os.fsync
-        os.fsync = lambda descriptor: (step("fsync", os.readlink(f"/proc/self/fd/{descriptor}")), fsync(descriptor))
+        os.fsync = lambda descriptor: step("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
         sys.addaudithook(hook)
         act()
         os._exit(0)
@@ -345,7 +347,7 @@ class TestAKill:
         seen = []
         for k in count():
             folder = shutil.copytree(start, tmp_path / f"killed-{k}")
-            killed = killed_at(k, folder, lambda: new.save_pretrained(folder, selected_adapters=selected))
+            killed = killed_at(k, folder, partial(new.save_pretrained, folder, selected_adapters=selected))
             check_visible_files(folder)
             assert killed or not any(path.name.startswith(".") for path in folder.iterdir())
             if case == "first" and not commit.pending(folder) and not (folder / "moe_lora.json").exists():
@@ -373,7 +375,7 @@ class TestAKill:
         assert commit.pending(tmp_path / "start")
         for k in count():
             folder = shutil.copytree(tmp_path / "start", tmp_path / f"killed-{k}")
-            killed = killed_at(k, folder, lambda: read_mixture(folder))
+            killed = killed_at(k, folder, partial(read_mixture, folder))
             check_visible_files(folder)
             assert equal(tensors(open_tiny(folder)), tensors(new))
             if not killed:
@@ -643,10 +645,9 @@ class TestFoldersWithoutOurFile:
             opened(tmp_path)
 
     def test_with_experts_for_several_bases_are_refused(self, make_lora, opened, tmp_path):
-        stock = make_lora("llama", target_modules=TARGETS)
-        for name, config in stock.peft_config.items():
-            config.base_model_name_or_path = "b" if name == "expert_2" else "a"
-        stock.save_pretrained(tmp_path)
+        make_lora("llama", target_modules=TARGETS).save_pretrained(tmp_path)
+        for name, base in zip(NAMES, "aab", strict=True):
+            edit(f"{name}/adapter_config.json", partial(dict.update, base_model_name_or_path=base))(tmp_path)
         with pytest.raises(ValueError, match="expert_2.* is for the base model 'b', the other experts are for 'a'"):
             opened(tmp_path)
 

@@ -169,17 +169,7 @@ class Mixture:
             It is of a class that `moelora.nn` does not have, or its arguments or its state do not fit.
         """
         assert self.router is not None
-        name = self.router["class"]
-        made = getattr(routers, name, None) if name in routers.__all__ else None
-        if self.router["arguments"] is None or not (isinstance(made, type) and issubclass(made, routers.Router)):
-            raise ValueError(
-                f"{self.folder} has a router of class {name}, which moelora can't make: load the experts one by one, "
-                "attach the router and load its state"
-            )
-        try:
-            router = made(**self.router["arguments"])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.folder} has a router that can't be made: {error}") from error
+        router = build_router(self.router, str(self.folder))
         self.load_router(router)
         return router
 
@@ -207,6 +197,21 @@ class Mixture:
         router.load_state_dict(own | safetensors.torch.load_file(path))
 
 
+def build_router(description: dict[str, Any], where: str) -> routers.Router:
+    """A new router of the class and with the arguments that `describe_router` gave; ValueError where that can't be."""
+    name, arguments = description["class"], description["arguments"]
+    kind = getattr(routers, name, None) if name in routers.__all__ else None
+    if arguments is None or not (isinstance(kind, type) and issubclass(kind, routers.Router)):
+        raise ValueError(
+            f"{where} has a router of class {name}, which moelora can't make: load the experts one by one, attach the "
+            "router and load its state"
+        )
+    try:
+        return kind(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} has a router that can't be made: {error}") from error
+
+
 # What a folder holds.
 
 
@@ -220,6 +225,12 @@ def find_mixture(folder: str | os.PathLike[str]) -> Mixture | None:
     """
     mixture = read_mixture(folder)
     return _without_document(Path(folder)) if mixture is None else mixture
+
+
+def find_unchanged(root: Path) -> Mixture | None:
+    """As `find_mixture`, but changes nothing in the folder."""
+    mixture = read_copy(root)
+    return _without_document(root) if mixture is None else mixture
 
 
 def read_mixture(folder: str | os.PathLike[str]) -> Mixture | None:
@@ -377,15 +388,15 @@ def _without_document(root: Path) -> Mixture | None:
     if not folders:
         return None
     names = list(folders)
+    path = root / ROUTER_FILE
     router = None
-    dylora = (root / ROUTER_FILE).is_file() or (root / "peft_adapters").is_dir()
-    if (root / ROUTER_FILE).is_file():
+    if path.is_file():
         settings = read_json(root / "config.json") if (root / "config.json").is_file() else {}
-        router = dylora_router(names, read_shapes(root / ROUTER_FILE), settings, root / ROUTER_FILE)
+        router = dylora_router(names, read_shapes(path), settings, path)
     beside = next(iter(folders.values())) / FILE_NAME
     return Mixture(
         folder=root,
-        layout="dylora" if dylora else "peft",
+        layout="dylora" if router or (root / "peft_adapters").is_dir() else "peft",
         folders=folders,
         active=names,
         config=_make_config(beside, read_document(beside)) if beside.is_file() else None,
