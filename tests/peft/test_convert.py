@@ -297,7 +297,7 @@ class TestAGateOfDyLoRA:
 
     def test_becomes_the_class_that_reads_what_it_read(self, stock, tmp_path):
         mixture = find_mixture(dylora(tmp_path, stock, GATE))
-        arguments = {"expert_names": NAMES, "input_size": 32, "top_k": 1, "temperature": 2.0}
+        arguments = {"expert_names": NAMES, "input_size": 32, "top_k": None, "eval_top_k": 1, "temperature": 2.0}
         assert mixture.router == {"class": "LastHiddenRouter", "arguments": arguments}
         assert mixture.layout == "dylora"
 

@@ -143,7 +143,7 @@ def open_pretrained(
                 raise ValueError(f"{expert.weights} does not fit the model: {error}") from error
         opened.base_model.set_adapter(mixture.active, inference_mode=not is_trainable)
         if mixture.frozen:
-            opened.base_model.frozen_experts = set(mixture.frozen)
+            opened.base_model.frozen_experts = frozenset(mixture.frozen)
             opened.set_requires_grad(mixture.frozen, requires_grad=False)
         if router is not None:
             router.requires_grad_(is_trainable).train(opened.training)

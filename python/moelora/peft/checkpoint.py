@@ -407,8 +407,8 @@ def _without_document(root: Path) -> Mixture | None:
 def dylora_router(names: list[str], shapes: Shapes, settings: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """What a router of DyLoRA-MoE is here: one gate on the last hidden states of a first pass.
 
-    DyLoRA-MoE takes the softmax of the top k logits as they are, or, as long as an expert is new, that of all logits
-    divided by the temperature.
+    DyLoRA-MoE takes the softmax of the top k logits as they are or, as long as an expert is new, that of all logits
+    divided by the temperature. In evaluation this is the same; in training all experts take part.
 
     Parameters
     ----------
@@ -433,14 +433,13 @@ def dylora_router(names: list[str], shapes: Shapes, settings: Mapping[str, Any],
     for key, value in (("num_experts", n), ("input_size", width)):
         if settings.get(key, value) != value:
             raise ValueError(f"{source} has {key} {value}, but its settings say {settings[key]!r}")
-    top_k = settings.get("top_k", _DYLORA_TOP_K)
-    temperature = settings.get("temperature", _DYLORA_TEMPERATURE)
+    arguments = {"expert_names": names, "input_size": width, "top_k": None}
+    arguments["temperature"] = settings.get("temperature", _DYLORA_TEMPERATURE)
     maturity = settings.get("expert_maturity")
-    if maturity is not None and any(value == 0 for value in torch.as_tensor(maturity).flatten().tolist()):
-        top_k = None
-    elif top_k != 1:
-        temperature = 1.0
-    arguments = {"expert_names": names, "input_size": width, "top_k": top_k, "temperature": temperature}
+    if maturity is None or all(value != 0 for value in torch.as_tensor(maturity).flatten().tolist()):
+        arguments["eval_top_k"] = settings.get("top_k", _DYLORA_TOP_K)
+        if arguments["eval_top_k"] != 1:  # for a single one it makes no difference in evaluation
+            arguments["temperature"] = 1.0
     return {"class": "LastHiddenRouter", "arguments": arguments}
 
 
