@@ -81,7 +81,9 @@ class RoutedPeftModel(peft.PeftModel):
             If `model_id` is the folder of a whole mixture.
         """
         resuming = _asked_by_trainer("_load_from_checkpoint")
-        if resuming and (whole := read_mixture(Path(model_id).parent)) and Path(model_id) not in whole.folders.values():
+        folder = Path(model_id)
+        whole = read_mixture(folder.parent) if resuming and folder.name == adapter_name else None
+        if whole is not None and folder not in whole.folders.values():
             return None  # of an older set, which was saved to the same folder
         mixture = read_mixture(model_id)
         if mixture is not None and (resuming or _asked_by_trainer("_load_best_model")):
