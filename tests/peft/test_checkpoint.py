@@ -689,7 +689,9 @@ class TestATrainersFolder:
         Trainer(model=model, args=arguments)._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
         assert equal(tensors(model), tensors(make(2, seed=2)))
         other = moelora.get_peft_model(make_base("llama"), config)
-        assert not equal(tensors(other), tensors(single))
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
         Trainer(model=other, args=arguments)._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
         assert equal(tensors(other), tensors(single))
 
