@@ -543,6 +543,14 @@ BROKEN = {
         edit_tensors(WEIGHTS, lambda s: s.update({"base_model.model.more": torch.ones(1)})),
         "expert_1.adapter_model.safetensors does not fit the model: base_model.model.more is unknown",
     ),
+    "a pickle without tensors": (
+        lambda f: (
+            (f / WEIGHTS).unlink(),
+            edit(MANIFEST, lambda d: d.update(files={}))(f),
+            torch.save({"a": 1}, f / "expert_1" / "adapter_model.bin"),
+        ),
+        "expert_1.adapter_model.bin holds values that are no tensors",
+    ),
     "another width": (
         edit_tensors(WEIGHTS, lambda s: s.update({A: torch.ones(4, 31)})),
         "expert_1.adapter_model.safetensors does not fit the model: .*size mismatch .*q_proj.lora_A",

@@ -23,7 +23,7 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -522,7 +522,10 @@ def read_shapes(path: Path) -> Shapes:
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     if path.suffix != ".safetensors":
-        return {name: tuple(tensor.shape) for name, tensor in load_pickled(path).items()}
+        content = load_pickled(path)
+        if not all(isinstance(tensor, Tensor) for tensor in content.values()):
+            raise ValueError(f"{path} holds values that are no tensors")
+        return {name: tuple(tensor.shape) for name, tensor in content.items()}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -608,6 +611,7 @@ def save_mixture(
                 "frozen": frozen,
                 "router": router,
             },
+            experts,
         )
 
 
@@ -630,7 +634,7 @@ def save_selected(target: Path, write_experts: Callable[[Path], None], selected:
         document["files"] = {name: known for name, known in document["files"].items() if not of_them(name)} | {
             name: known for name, known in _describe_files(staged).items() if of_them(name)
         }
-        _finish(target, staged, document)
+        _finish(target, staged, document, belong)
 
 
 def holds_set(folder: Path) -> bool:
@@ -648,11 +652,11 @@ def _root_is_free(target: Path, staged: Path) -> bool:
     return not ((target / CONFIG_NAME).exists() and (target / SAFETENSORS_WEIGHTS_NAME).exists())
 
 
-def _finish(target: Path, staged: Path, document: dict[str, Any]) -> None:
+def _finish(target: Path, staged: Path, document: dict[str, Any], written: Iterable[str]) -> None:
     """Write ``moe_lora.json``, and note which files of the target the set leaves no place for."""
     gone = {ROUTER_FILE} if document["router"] is None else set()
     # PEFT would go on loading an expert's older weights in the other format.
-    for name in document["experts"]:
+    for name in written:
         folder = Path("." if name == _AT_ROOT else name)
         formats = {(folder / file).as_posix() for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)}
         gone |= formats - document["files"].keys()
