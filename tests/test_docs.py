@@ -17,6 +17,7 @@ PAGES = (
     "static-mixtures",
     "continual-learning",
     "loha-lokr",
+    "checkpoints",
 )
 
 

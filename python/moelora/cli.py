@@ -1,6 +1,7 @@
 """The command `moelora`."""
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +15,18 @@ DEMO = """\
 Train a small language model on text that comes with Python, then four LoRA experts and a router over it in one pass per
 step, and compare: perplexity per domain, who routes what, time and memory, and the results of the older ways.
 Takes one to two minutes on two CPU cores and needs no network.
+"""
+
+
+CONVERT = """\
+Write a checkpoint as the folder of a mixture that moelora.PeftModel.from_pretrained opens. It may be DyLoRA-MoE's
+folders, its older .pt files (read without executing anything of them), or folders of PEFT called expert_<int>.
+"""
+
+
+INSPECT = """\
+Print what the folder of a mixture holds, and whether it is whole: experts, router, configuration, sizes, hashes.
+Changes nothing. The exit status is 1 if something is wrong.
 """
 
 
@@ -35,13 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0, or 1 if a package is missing. Wrong arguments leave through ``SystemExit(2)``, as argparse
-        has it, and a program that ``moelora run`` has run may leave through a ``SystemExit`` of its own.
+        Exit status: 0; or 1 if a package is missing, or a command says that something is wrong. Wrong arguments leave
+        through ``SystemExit(2)``, as argparse has it, and a program that ``moelora run`` has run may leave through a
+        ``SystemExit`` of its own.
     """
     parser = argparse.ArgumentParser(prog="moelora", description="A mixture of LoRA experts in one pass.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
     _add_run(commands)
+    _add_convert(commands)
+    _add_inspect(commands)
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     own = len(given)
@@ -78,6 +94,60 @@ def _add_run(commands: Any) -> None:
     run.set_defaults(act=partial(_run, run))
 
 
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert", help="bring a checkpoint into the folder of a mixture", description=CONVERT
+    )
+    convert.add_argument("source", metavar="SOURCE", type=Path, help="folder to read")
+    convert.add_argument("target", metavar="TARGET", type=Path, help="folder to write, new or empty")
+    beside = convert.add_argument_group("for .pt files without adapter_config.json beside them")
+    beside.add_argument("--lora-alpha", type=float, help="must be given: the tensors don't tell it")
+    beside.add_argument("--base-model", help="name or path of the base model")
+    beside.add_argument("--task-type", help="of PEFT (default: CAUSAL_LM)")
+    convert.set_defaults(act=_convert)
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser("inspect", help="print what the folder of a mixture holds", description=INSPECT)
+    inspect.add_argument("folder", metavar="DIR", type=Path, help="folder to read")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(act=_inspect)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    try:
+        from moelora.peft.convert import convert_checkpoint
+    except ModuleNotFoundError as error:
+        return _without_extra("convert", error)
+    given = {"base_model": options.base_model, "lora_alpha": options.lora_alpha, "task_type": options.task_type}
+    try:
+        experts = convert_checkpoint(options.source, options.target, **given)
+    except (ValueError, OSError) as error:
+        print(f"moelora convert: {error}", file=sys.stderr)
+        return 1
+    print(f"Wrote {', '.join(experts)} to {options.target}")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    try:
+        from moelora.peft.inspection import as_text as text_of
+        from moelora.peft.inspection import inspect_checkpoint
+    except ModuleNotFoundError as error:
+        return _without_extra("inspect", error)
+    report = inspect_checkpoint(options.folder)
+    print(json.dumps(report, indent=2) if options.json else text_of(report))
+    return 1 if report["problems"] else 0
+
+
+def _without_extra(command: str, error: ModuleNotFoundError) -> int:
+    """Say which package of the extra is missing; an own module that is missing is a fault of ours."""
+    if error.name is None or error.name.startswith("moelora"):
+        raise error
+    print(f'moelora {command}: {error.name} is not installed: pip install "moelora[hf]"', file=sys.stderr)
+    return 1
+
+
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from moelora.launch import run_module, run_script
 
@@ -107,10 +177,7 @@ def _demo(demo: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     try:
         from moelora.demo.run import Settings, device_error, run
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("moelora"):
-            raise
-        print(f'moelora demo: {error.name} is not installed: pip install "moelora[hf]"', file=sys.stderr)
-        return 1
+        return _without_extra("demo", error)
     if problem := device_error(options.device):
         demo.error(f"argument --device: {problem}")
 

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 import moelora
 from moelora import MoELoraConfig, PeftModel, adopt, release
 from moelora.nn import EmbeddingRouter, FixedRouter, HiddenStateRouter, PerLayerRouter
-from moelora.peft.checkpoint import read_mixture, write_mixture
+from moelora.peft.checkpoint import read_mixture
 
 NAMES = ["expert_0", "expert_1", "expert_2"]
 VOCAB = 97
@@ -299,26 +299,6 @@ class TestACheckpoint:
         with pytest.raises(ValueError, match=message):
             read_mixture(tmp_path).load_router(model.base_model.router)
         assert equal(trained(model), before)
-
-    def test_of_an_unknown_version_is_an_error(self, tmp_path):
-        write_mixture(tmp_path, NAMES, active=NAMES)
-        assert read_mixture(tmp_path).experts == NAMES
-        (tmp_path / "moe_lora.json").write_text('{"format_version": 2}')
-        with pytest.raises(ValueError, match="format version 2, expected 1"):
-            read_mixture(tmp_path)
-
-    def test_that_can_not_be_written_leaves_the_old_one(self, build, tmp_path, monkeypatch):
-        model = build()
-        model.save_pretrained(tmp_path)
-        before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-
-        def full(*args):
-            raise OSError("no space")
-
-        monkeypatch.setattr("moelora.peft.checkpoint.os.fsync", full)
-        with pytest.raises(OSError, match="no space"):
-            write_mixture(tmp_path, ["a"], active=["a"], router=model.base_model.router)
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 class TestTheClass:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import peft
@@ -11,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from moelora.nn.routers import Router
-from moelora.peft.checkpoint import read_mixture
+from moelora.peft.checkpoint import find_mixture, misfits
 from moelora.peft.frame import KEYWORDS, check_mixture
 from moelora.peft.model import TUNERS
 from moelora.peft.peft_model import RoutedPeftModel, routed_class
@@ -115,19 +117,67 @@ def open_pretrained(
         ``from_pretrained`` of the class that is wanted.
     model, model_id, adapter_name, is_trainable, **options
         As in PEFT. With another `adapter_name` than the default, one adapter is opened.
+
+    Raises
+    ------
+    ValueError
+        If something in the folder is missing, broken, unknown or does not fit the model, naming the file. The model is
+        as it was then.
     """
-    mixture = read_mixture(model_id) if adapter_name == "default" and not options.get("subfolder") else None
+    mixture = find_mixture(model_id) if adapter_name == "default" and not options.get("subfolder") else None
     if mixture is None:
         return adopt(make(model, model_id, adapter_name, is_trainable, **options))
-    first, *others = mixture.experts
-    opened = adopt(make(model, mixture.path(first), first, is_trainable, **options))
-    for name in others:
-        opened.load_adapter(str(mixture.path(name)), name, is_trainable=is_trainable, **options)
-    opened.base_model.set_adapter(mixture.active, inference_mode=not is_trainable)
-    if mixture.router is not None:
-        router = mixture.make_router().requires_grad_(is_trainable)
-        opened.base_model.attach_router(router.train(opened.training), mixture.config)
+    experts = mixture.check()
+    router = None if mixture.router is None else mixture.make_router()
+    opened: Any = None
+    with _unchanged_by_failure(model):
+        for name, expert in experts.items():
+            folder = mixture.path(name)
+            try:
+                if opened is None:
+                    opened = adopt(make(model, folder, name, is_trainable, **options))
+                else:
+                    opened.load_adapter(str(folder), name, is_trainable=is_trainable, **options)
+                if faults := misfits(opened, name, expert):
+                    # PEFT converts some names of other versions, and says what was left over then.
+                    left = opened.load_adapter(str(folder), name, is_trainable=is_trainable, **options)
+                    if left.missing_keys or left.unexpected_keys:
+                        raise ValueError(faults)
+            except (ValueError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+                    raise
+                raise ValueError(f"{expert.weights} does not fit the model: {error}") from error
+        opened.base_model.set_adapter(mixture.active, inference_mode=not is_trainable)
+        if mixture.frozen:
+            opened.base_model.frozen_experts = frozenset(mixture.frozen)
+            opened.set_requires_grad(mixture.frozen, requires_grad=False)
+        if router is not None:
+            router.requires_grad_(is_trainable).train(opened.training)
+            opened.base_model.attach_router(router, mixture.config)
     return opened
+
+
+@contextmanager
+def _unchanged_by_failure(model: nn.Module) -> Iterator[None]:
+    """Give a model its modules, hooks and flags back if the block raises; values of tensors are not kept."""
+    modules = [
+        (vars(module), dict(vars(module)), {id(v): copy.copy(v) for v in vars(module).values() if isinstance(v, dict)})
+        for module in model.modules()
+    ]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for attributes, before, contents in modules:
+            attributes.clear()
+            attributes.update(before)
+            for value in before.values():
+                if id(value) in contents:  # in place, since handles of hooks know the dictionary they are in
+                    value.clear()
+                    value.update(contents[id(value)])
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
 
 
 def activate_all_experts(model: nn.Module) -> list[str]:

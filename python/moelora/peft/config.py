@@ -203,12 +203,33 @@ def read_document(path: Path) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If it has an unknown format version or unknown fields.
+        If it is no JSON, has an unknown format version, no "config", or unknown or wrongly typed fields in it.
     """
-    document: dict[str, Any] = json.loads(path.read_text())
+    document = read_json(path)
     if document.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {document.get('format_version')!r}, expected {FORMAT_VERSION}")
-    unknown = sorted((document["config"] or {}).keys() - {f.name for f in mixture_fields()})
+    config = document.get("config", ...)
+    if not isinstance(config, dict) and config is not None:
+        raise ValueError(f"{path} must have an object or null as 'config', got {config!r}")
+    fields = {f.name: f for f in mixture_fields()}
+    unknown = sorted((config or {}).keys() - fields.keys())
     if unknown:
         raise ValueError(f"{path} holds unknown fields {unknown}")
+    for name, value in (config or {}).items():
+        default = fields[name].default
+        kinds = {float: (float, int), type(None): (int, type(None))}.get(type(default), (type(default),))
+        if type(value) not in kinds:
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{path}: {name} must be of type {expected}, got {value!r}")
+    return document
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object; ValueError where it does not."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(document).__name__}")
     return document

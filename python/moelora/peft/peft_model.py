@@ -19,7 +19,15 @@ import peft
 import torch
 from torch import nn
 
-from moelora.peft.checkpoint import Mixture, read_mixture, write_mixture
+from moelora.peft.checkpoint import (
+    Mixture,
+    describe_router,
+    holds_set,
+    misfits,
+    read_mixture,
+    save_mixture,
+    save_selected,
+)
 
 
 class RoutedPeftModel(peft.PeftModel):
@@ -41,28 +49,39 @@ class RoutedPeftModel(peft.PeftModel):
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as PEFT does and, with all adapters of a mixture, what belongs to it.
 
-        That is ``moe_lora.json`` and ``router.safetensors`` at the root of the folder, see `moelora.peft.checkpoint`.
-        With ``selected_adapters``, or where there is one adapter and no router, it is PEFT's folder and nothing else.
+        That is ``moe_lora.json`` and ``router.safetensors`` at the root of the folder, see `moelora.peft.checkpoint`;
+        all files take their places together. With ``selected_adapters``, or where there is one adapter and no router,
+        it is PEFT's folder and nothing else, unless the folder holds a set: then adapters of the set that are saved
+        alone are its own from then on, and a whole model takes its place.
         """
-        super().save_pretrained(str(save_directory), *args, **kwargs)
-        given = _SAVE.bind(self, save_directory, *args, **kwargs).arguments
+        given = _SAVE.bind(self, save_directory, *args, **kwargs)
+        options = given.arguments.get("kwargs", {})
+        target = Path(save_directory)
+
+        def write(folder: str | os.PathLike[str]) -> None:
+            given.arguments["save_directory"] = str(folder)
+            super(RoutedPeftModel, self).save_pretrained(*given.args[1:], **given.kwargs)
+
         router = self.base_model.router
         experts = list(self.peft_config)
-        if given.get("selected_adapters") is not None or not given.get("is_main_process", True):
-            return
-        if router is None and len(experts) == 1:
-            return
-        prefix, state = "base_model.router.", given.get("kwargs", {}).get("state_dict")
-        if state is not None:
-            state = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-        write_mixture(
-            save_directory,
-            experts,
-            active=list(self.active_adapters),
-            config=self.base_model.moe_config,
-            router=router,
-            router_state=state,
-        )
+        selected = given.arguments.get("selected_adapters")
+        if not given.arguments.get("is_main_process", True):
+            write(target)
+        elif selected is None and (router is not None or len(experts) > 1 or holds_set(target)):
+            save_mixture(
+                target,
+                write,
+                experts,
+                active=list(self.active_adapters),
+                frozen=[name for name in experts if name in self.base_model.frozen_experts],
+                config=self.base_model.moe_config,
+                router=None if router is None else describe_router(router),
+                router_state=None if router is None else _router_state(router, options.get("state_dict")),
+            )
+        elif selected is not None and (mixture := read_mixture(target)) and {*selected} & {*mixture.experts}:
+            save_selected(target, write, selected)
+        else:
+            write(target)
 
     def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load one adapter, as PEFT does.
@@ -73,6 +92,10 @@ class RoutedPeftModel(peft.PeftModel):
             If `model_id` is the folder of a whole mixture.
         """
         resuming = _asked_by_trainer("_load_from_checkpoint")
+        folder = Path(model_id)
+        whole = read_mixture(folder.parent) if resuming and folder.name == adapter_name else None
+        if whole is not None and folder not in whole.folders.values():
+            return None  # of an older set, which was saved to the same folder
         mixture = read_mixture(model_id)
         if mixture is not None and (resuming or _asked_by_trainer("_load_best_model")):
             return self._restore(mixture)
@@ -123,6 +146,9 @@ class RoutedPeftModel(peft.PeftModel):
         missing = [name for name in mixture.experts if name not in self.peft_config]
         if missing:
             raise ValueError(f"{mixture.folder} holds the experts {missing}, which the model does not have")
+        for name, expert in mixture.check().items():
+            if faults := misfits(self, name, expert):
+                raise ValueError(f"{expert.weights} does not fit the model's adapter {name!r}: {faults}")
         if self.base_model.router is not None:
             mixture.load_router(self.base_model.router)
         for name in mixture.experts:
@@ -153,6 +179,14 @@ def _parameters_of(tuner: nn.Module, adapter: str) -> list[nn.Parameter]:
 
 
 _SAVE = inspect.signature(peft.PeftModel.save_pretrained)
+
+
+def _router_state(router: torch.nn.Module, state: Any) -> Any:
+    """The router's tensors, from the state of the whole model where that is given, as where it is sharded."""
+    if state is None:
+        return router.state_dict()
+    prefix = "base_model.router."
+    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
 
 @functools.cache
