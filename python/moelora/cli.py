@@ -1,6 +1,7 @@
 """The command `moelora`."""
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +24,11 @@ force: the models that it makes with PEFT are routed. So are those of the proces
 multiprocessing. What follows the name of the script or module is the program's own.
 """
 
+VALIDATE = """\
+Prove on a checkpoint that one pass does what N passes of stock PEFT did: outputs, gradients, time, memory and
+compatibility with PEFT, each with what was measured and what is allowed. Everything is computed in float32 on the CPU.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -35,13 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0, or 1 if a package is missing. Wrong arguments leave through ``SystemExit(2)``, as argparse
-        has it, and a program that ``moelora run`` has run may leave through a ``SystemExit`` of its own.
+        Exit status: 0, or 1 if a package is missing or ``moelora validate`` finds a promise that does not hold. Wrong
+        arguments leave through ``SystemExit(2)``, as argparse has it, and a program that ``moelora run`` has run may
+        leave through a ``SystemExit`` of its own.
     """
     parser = argparse.ArgumentParser(prog="moelora", description="A mixture of LoRA experts in one pass.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
     _add_run(commands)
+    _add_validate(commands)
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     own = len(given)
@@ -107,10 +115,7 @@ def _demo(demo: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     try:
         from moelora.demo.run import Settings, device_error, run
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("moelora"):
-            raise
-        print(f'moelora demo: {error.name} is not installed: pip install "moelora[hf]"', file=sys.stderr)
-        return 1
+        return _missing("demo", error)
     if problem := device_error(options.device):
         demo.error(f"argument --device: {problem}")
 
@@ -126,3 +131,60 @@ def _demo(demo: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     print(f"Wrote {', '.join(sorted(path.name for path in options.out.iterdir()))} to {options.out}")
     print(f"Took {time.perf_counter() - started:.0f} s")
     return 0
+
+
+def _add_validate(commands: Any) -> None:
+    validate = commands.add_parser("validate", help="check a checkpoint against stock PEFT", description=VALIDATE)
+    validate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of a mixture")
+    validate.add_argument("--model", metavar="M", help="base model (default: what the first expert names)")
+    validate.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help='text, or JSON lines (.jsonl, .json) with "input_ids" (default: random token ids)',
+    )
+    validate.add_argument("--json", type=Path, metavar="FILE", help="write every figure to this file")
+    validate.add_argument("--batch", type=int, default=2, help="sequences (default: %(default)s)")
+    validate.add_argument("--tokens", type=int, default=64, help="tokens of a sequence, at most (default: %(default)s)")
+    validate.add_argument("--rounds", type=int, default=5, help="timings of each kind (default: %(default)s)")
+    validate.add_argument("--seed", type=int, default=0, help="of token ids and weights (default: %(default)s)")
+    validate.add_argument("--no-speed", action="store_true", help="leave time and memory out")
+    validate.set_defaults(act=partial(_validate, validate))
+
+
+def _validate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    for name in ("batch", "tokens", "rounds"):
+        if (value := getattr(options, name)) < 1:
+            parser.error(f"argument --{name}: must be at least 1, got {value}")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"argument --json: {options.json.parent} is not a folder")
+    try:
+        from moelora.validate.report import as_text as validation_as_text
+        from moelora.validate.run import Settings, validate
+    except ModuleNotFoundError as error:
+        return _missing("validate", error)
+    settings = Settings(
+        options.checkpoint,
+        options.model,
+        options.data,
+        options.batch,
+        options.tokens,
+        options.seed,
+        options.rounds,
+        not options.no_speed,
+    )
+    try:
+        report = validate(settings)
+    except ValueError as error:
+        parser.error(str(error))
+    print(validation_as_text(report))
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0 if report["holds"] else 1
+
+
+def _missing(command: str, error: ModuleNotFoundError) -> int:
+    if error.name is None or error.name.startswith("moelora"):
+        raise error
+    print(f'moelora {command}: {error.name} is not installed: pip install "moelora[hf]"', file=sys.stderr)
+    return 1
