@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("getting-started", "migration", "generation", "training")
+PAGES = ("getting-started", "migration", "generation", "training", "validation")
 
 
 @pytest.mark.parametrize("page", [f"docs/{name}.md" for name in PAGES])

@@ -115,7 +115,7 @@ def _demo(demo: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     try:
         from moelora.demo.run import Settings, device_error, run
     except ModuleNotFoundError as error:
-        return _missing("demo", error)
+        return _without_extra("demo", error)
     if problem := device_error(options.device):
         demo.error(f"argument --device: {problem}")
 
@@ -162,7 +162,7 @@ def _validate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
         from moelora.validate.report import as_text as validation_as_text
         from moelora.validate.run import Settings, validate
     except ModuleNotFoundError as error:
-        return _missing("validate", error)
+        return _without_extra("validate", error)
     settings = Settings(
         options.checkpoint,
         options.model,
@@ -183,7 +183,7 @@ def _validate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
     return 0 if report["holds"] else 1
 
 
-def _missing(command: str, error: ModuleNotFoundError) -> int:
+def _without_extra(command: str, error: ModuleNotFoundError) -> int:
     if error.name is None or error.name.startswith("moelora"):
         raise error
     print(f'moelora {command}: {error.name} is not installed: pip install "moelora[hf]"', file=sys.stderr)

@@ -123,7 +123,7 @@ def check_files(base: Any, mixture: Mixture) -> tuple[Check, Check]:
             on_disk = load_peft_weights(str(mixture.path(name)), device="cpu")
             opened = _saved_tensors(open_stock(base, mixture, [name]), name)
         except Exception as error:  # whatever PEFT raises is the finding
-            faults.append(f"{name}: {_first_line(error)}")
+            faults.append(f"{name}: {first_line(error)}")
             continue
         faults += [f"{name}: {fault}" for fault in _tensor_faults(on_disk, opened)]
         infinite += [f"{name}: {key}" for key, tensor in on_disk.items() if not tensor.isfinite().all()]
@@ -149,7 +149,8 @@ def _tensor_faults(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) ->
     return sorted(faults)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Kind of an error and the beginning of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}"
 
@@ -160,7 +161,7 @@ def check_opens(open_it: Any) -> tuple[Any, Check]:
     try:
         return open_it(), yes("compatibility", promise, [])
     except Exception as error:  # a named error of the loader is the finding
-        return None, yes("compatibility", promise, [_first_line(error)])
+        return None, yes("compatibility", promise, [first_line(error)])
 
 
 def allowance(noise: float, floor: float) -> float:
@@ -338,8 +339,9 @@ def check_gradients(models: Models, report: dict[str, Any]) -> list[Check]:
 
 
 @torch.no_grad()
-def check_compatibility(models: Models, allowed: float) -> list[Check]:
+def check_compatibility(models: Models, report: dict[str, Any]) -> list[Check]:
     """Experts alone in stock PEFT, names, classes, and another round through the disk."""
+    allowed = allowance(report["noise"]["logits"], LOGITS)
     differences = []
     for e, name in enumerate(models.experts):
         alone = open_stock(models.base, models.mixture, [name])(**models.inputs).logits
@@ -375,8 +377,11 @@ def _round_trip(models: Models) -> list[str]:
     if isinstance(models.router, Router):
         routed.base_model.attach_router(copy.deepcopy(models.router), models.mixture.config)
     with tempfile.TemporaryDirectory() as folder:
-        routed.save_pretrained(folder)
-        again: Any = moelora.PeftModel.from_pretrained(twin(models.base), folder)
+        try:
+            routed.save_pretrained(folder)
+            again: Any = moelora.PeftModel.from_pretrained(twin(models.base), folder)
+        except Exception as error:  # a named error of the loader is the finding
+            return [first_line(error)]
     faults = []
     for name in models.mixture.experts:
         faults += [f"{name}: {f}" for f in _tensor_faults(_saved_tensors(again, name), _saved_tensors(routed, name))]

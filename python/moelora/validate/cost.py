@@ -18,6 +18,12 @@ SHORT = 20e-3  # seconds: a step below this is mostly Python and noise
 SMALL = 64 * 2**20  # bytes: a peak below this is mostly the allocator
 
 
+def check_cost(models: Models, rounds: int, report: dict[str, Any]) -> list[Check]:
+    """Measure into ``report["cost"]``, and judge."""
+    report["cost"] = measure(models, rounds)
+    return judge(report["cost"], len(models.experts))
+
+
 def measure(models: Models, rounds: int) -> dict[str, dict[str, Any]]:
     """Measure the old way, one pass and one stock adapter, in turns.
 

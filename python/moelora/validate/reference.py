@@ -62,7 +62,7 @@ class AdapterLoop:
                     weights = weights[:, :, index]
                 else:
                     weights = outside if isinstance(layer, Embedding) else weights[:, :, -1]
-            mixed = y
+            mixed: Tensor = y
             for e, name in enumerate(layer.active_adapters):
                 if name in layer.scaling:
                     mixed = mixed + _for_rows(weights[..., e], y) * _expert(layer, name, x) * layer.scaling[name]
@@ -78,11 +78,12 @@ class AdapterLoop:
 
 def _expert(layer: Any, name: str, x: Tensor) -> Tensor:
     """What one adapter of a stock layer adds, without its scaling."""
+    added: Tensor
     if isinstance(layer, Embedding):
-        looked_up: Tensor = layer._embed(x, layer.lora_embedding_A[name].T)
-        return looked_up @ layer.lora_embedding_B[name].T
-    lora_A = layer.lora_A[name]
-    added: Tensor = layer.lora_B[name](lora_A(layer.lora_dropout[name](x.to(lora_A.weight.dtype))))
+        added = layer._embed(x, layer.lora_embedding_A[name].T) @ layer.lora_embedding_B[name].T
+    else:
+        lora_A = layer.lora_A[name]
+        added = layer.lora_B[name](lora_A(layer.lora_dropout[name](x.to(lora_A.weight.dtype))))
     return added
 
 
