@@ -156,6 +156,8 @@ def _validate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
     for name in ("batch", "tokens", "rounds"):
         if (value := getattr(options, name)) < 1:
             parser.error(f"argument --{name}: must be at least 1, got {value}")
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"argument --seed: must lie in [0, 2**32), got {options.seed}")
     if options.json is not None and not options.json.parent.is_dir():
         parser.error(f"argument --json: {options.json.parent} is not a folder")
     try:

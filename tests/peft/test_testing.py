@@ -24,6 +24,14 @@ def test_it_takes_a_dict_with_a_mask_and_labels_and_given_weights(make_lora, ids
     assert_matches_n_passes(adopt(make_lora("llama")), batch, routing_weights=torch.rand(shape))
 
 
+def test_it_takes_the_routing_weights_of_a_batch(make_lora, ids):
+    batch = {"input_ids": ids, "routing_weights": torch.rand(2, 7, 3)}
+    with torch.no_grad():
+        assert_matches_n_passes(adopt(make_lora("llama")), batch)
+    with pytest.raises(ValueError, match="is for 5 tokens"):
+        assert_matches_n_passes(make_lora("llama"), batch | {"routing_weights": torch.rand(2, 5, 3)})
+
+
 def test_it_takes_embeddings_and_layers_outside_the_decoder(make_lora, ids):
     model = make_lora("llama", target_modules=["embed_tokens", "q_proj", "lm_head"])
     assert_matches_n_passes(model, ids)

@@ -393,6 +393,7 @@ def test_a_text_without_a_tokenizer_is_a_wrong_argument(intact, tmp_path, capsys
         (["--checkpoint", "nowhere"], "argument --checkpoint: nowhere is not a folder"),
         (["--checkpoint", "."], "is not the folder of a mixture"),
         (["--batch", "0"], "argument --batch: must be at least 1, got 0"),
+        (["--seed", "-1"], "argument --seed: must lie in [0, 2**32), got -1"),
         (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
         (["--json", "nowhere/report.json"], "argument --json: nowhere is not a folder"),
         (["--model", "nowhere"], "argument --model: can't open 'nowhere'"),

@@ -44,8 +44,8 @@ def assert_matches_n_passes(
     batch : Tensor [B, S] or mapping
         Token ids, or the model's inputs by name. Labels are left out.
     routing_weights : Tensor [N], [B, N] or [B, S, N], optional
-        Column i belongs to the i-th active adapter. Default: random ones, for each token where the logits are of
-        tokens, else for each sequence.
+        Column i belongs to the i-th active adapter. Default: those of the batch; without any random ones, for each
+        token where the logits are of tokens, else for each sequence.
     rtol, atol : float
         Differences of up to ``atol + rtol * largest`` are let pass, with the largest value of the reference; for
         gradients the largest of the tensor, or a thousandth of that of all tensors. The defaults are for float32.
@@ -75,10 +75,11 @@ def assert_matches_n_passes(
             f"model must have at least two active adapters, got {experts}: call moelora.activate_all_experts(model)"
         )
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "routing_weights")}
+    given = batch.get("routing_weights") if routing_weights is None else routing_weights
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        with torch.random.fork_rng():
-            found = _differences(model, experts, inputs, routing_weights)
+        with torch.random.fork_rng(), torch.enable_grad():
+            found = _differences(model, experts, inputs, given)
     finally:
         for parameter, flag in trainable.items():
             parameter.requires_grad_(flag)
