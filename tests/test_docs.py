@@ -18,6 +18,7 @@ PAGES = (
     "continual-learning",
     "loha-lokr",
     "checkpoints",
+    "validation",
 )
 
 

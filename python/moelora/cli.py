@@ -36,6 +36,11 @@ force: the models that it makes with PEFT are routed. So are those of the proces
 multiprocessing. What follows the name of the script or module is the program's own.
 """
 
+VALIDATE = """\
+Prove on a checkpoint that one pass does what N passes of stock PEFT did: outputs, gradients, time, memory and
+compatibility with PEFT, each with what was measured and what is allowed. Everything is computed in float32 on the CPU.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -58,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_run(commands)
     _add_convert(commands)
     _add_inspect(commands)
+    _add_validate(commands)
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     own = len(given)
@@ -114,6 +120,25 @@ def _add_inspect(commands: Any) -> None:
     inspect.set_defaults(act=_inspect)
 
 
+def _add_validate(commands: Any) -> None:
+    validate = commands.add_parser("validate", help="check a checkpoint against stock PEFT", description=VALIDATE)
+    validate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of a mixture")
+    validate.add_argument("--model", metavar="M", help="base model (default: what the first expert names)")
+    validate.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help='text, or JSON lines (.jsonl, .json) with "input_ids" (default: random token ids)',
+    )
+    validate.add_argument("--json", type=Path, metavar="FILE", help="write every figure to this file")
+    validate.add_argument("--batch", type=int, default=2, help="sequences (default: %(default)s)")
+    validate.add_argument("--tokens", type=int, default=64, help="tokens of a sequence, at most (default: %(default)s)")
+    validate.add_argument("--rounds", type=int, default=5, help="timings of each kind (default: %(default)s)")
+    validate.add_argument("--seed", type=int, default=0, help="of token ids and weights (default: %(default)s)")
+    validate.add_argument("--no-speed", action="store_true", help="leave time and memory out")
+    validate.set_defaults(act=partial(_validate, validate))
+
+
 def _convert(options: argparse.Namespace) -> int:
     try:
         from moelora.peft.convert import convert_checkpoint
@@ -138,6 +163,39 @@ def _inspect(options: argparse.Namespace) -> int:
     report = inspect_checkpoint(options.folder)
     print(json.dumps(report, indent=2) if options.json else text_of(report))
     return 1 if report["problems"] else 0
+
+
+def _validate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    for name in ("batch", "tokens", "rounds"):
+        if (value := getattr(options, name)) < 1:
+            parser.error(f"argument --{name}: must be at least 1, got {value}")
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"argument --seed: must lie in [0, 2**32), got {options.seed}")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"argument --json: {options.json.parent} is not a folder")
+    try:
+        from moelora.validate.report import as_text as validation_as_text
+        from moelora.validate.run import Settings, validate
+    except ModuleNotFoundError as error:
+        return _without_extra("validate", error)
+    settings = Settings(
+        options.checkpoint,
+        options.model,
+        options.data,
+        options.batch,
+        options.tokens,
+        options.seed,
+        options.rounds,
+        not options.no_speed,
+    )
+    try:
+        report = validate(settings)
+    except ValueError as error:
+        parser.error(str(error))
+    print(validation_as_text(report))
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0 if report["holds"] else 1
 
 
 def _without_extra(command: str, error: ModuleNotFoundError) -> int:

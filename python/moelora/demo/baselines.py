@@ -1,22 +1,17 @@
 """The two older ways to mix LoRA experts, on stock PEFT, as references for results and for cost.
 
-Nothing here uses moelora: models come from `peft.get_peft_model`, their adapters are plain LoRA.
+No kernel or layer of moelora is used here: models come from `peft.get_peft_model`, their adapters are plain LoRA.
 """
 
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal language model, wrapped by PEFT or not."""
-    stacks = (getattr(module, name, None) for module in model.modules() for name in ("layers", "h"))
-    return next(stack for stack in stacks if isinstance(stack, nn.ModuleList))
+from moelora.validate import reference
+from moelora.validate.reference import AdapterLoop as AdapterLoop
 
 
 def add_experts(model: PeftModel, names: Sequence[str]) -> None:
@@ -33,52 +28,6 @@ def add_experts(model: PeftModel, names: Sequence[str]) -> None:
         model.add_adapter(name, model.peft_config[names[0]])
     tuner: Any = model.base_model
     tuner.set_adapter(list(names))
-
-
-class AdapterLoop:
-    """Routing weights in stock PEFT layers, the way a fork of PEFT has them: a Python loop over the adapters in each.
-
-    Every LoRA layer computes ``base(x) + sum_e w_e * scaling_e * B_e(A_e(dropout_e(x)))``, one adapter after the other.
-    Without weights it computes ``base(x)`` alone, the first of the two passes.
-
-    Parameters
-    ----------
-    model : PeftModel
-        Stock PEFT model over a decoder-only transformer. It is changed until `remove`.
-
-    Attributes
-    ----------
-    weights : Tensor or None
-        [B, S, N], or [B, S, L, N] with one mixture for each of the L decoder layers. Column i is the i-th active
-        adapter.
-    """
-
-    def __init__(self, model: PeftModel) -> None:
-        self.weights: Tensor | None = None
-        self._layers: list[Any] = []
-        for index, decoder_layer in enumerate(decoder_layers(model)):
-            for layer in decoder_layer.modules():
-                if isinstance(layer, LoraLayer):
-                    self._layers.append(layer)
-                    self._layers[-1].forward = types.MethodType(self._forward_of(index), layer)
-
-    def _forward_of(self, index: int) -> Callable[[LoraLayer, Tensor], Tensor]:
-        def forward(layer: LoraLayer, x: Tensor) -> Tensor:
-            y: Tensor = layer.base_layer(x)
-            if self.weights is None:
-                return y
-            weights = self.weights[:, :, index] if self.weights.dim() == 4 else self.weights
-            for e, name in enumerate(layer.active_adapters):
-                expert = layer.lora_B[name](layer.lora_A[name](layer.lora_dropout[name](x))) * layer.scaling[name]
-                y = y + weights[..., e, None] * expert
-            return y
-
-        return forward
-
-    def remove(self) -> None:
-        """Give the layers PEFT's own forward back."""
-        for layer in self._layers:
-            del layer.forward
 
 
 def router_weights(router: nn.Module, hidden_states: Sequence[Tensor]) -> Tensor:
@@ -136,17 +85,9 @@ def n_passes(model: PeftModel, weights: Tensor, input_ids: Tensor, labels: Tenso
     Tensor
         The loss of the mixed logits if labels are given, else those logits [B, S, V].
     """
-    tuner: Any = model.base_model
-    names = list(tuner.active_adapters)
-    logits: Tensor | None = None
-    for e, name in enumerate(names):
-        tuner.set_adapter(name)
-        of_expert = weights[..., e, None] * model(input_ids=input_ids, use_cache=False).logits
-        logits = of_expert if logits is None else logits + of_expert
-    # set_adapter(name) freezes the others, and a frozen adapter would get no gradient from the backward to come.
-    tuner.set_adapter(names)
-    assert logits is not None
+    logits = reference.n_passes(model, weights, input_ids=input_ids, use_cache=False)
     if labels is None:
         return logits
+    tuner: Any = model.base_model
     loss: Tensor = tuner.model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
     return loss

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import platform
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +11,6 @@ from typing import Any
 
 import peft
 import torch
-import transformers
 from peft import LoraConfig, PeftModel
 from torch import nn
 
@@ -30,6 +28,7 @@ from moelora.demo.training import (
     progress_bar,
     train,
 )
+from moelora.report.machine import machine
 
 LAYERS = 4
 WIDTH = 64  # of the model that is trained
@@ -211,21 +210,6 @@ def cost_ways(base: nn.Module, settings: Settings) -> dict[str, measure.Way]:
         looped=copy.deepcopy(stock),
         mixture=moelora.get_peft_model(copy.deepcopy(base), mixture_config(settings)),
     )
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on besides the settings."""
-    return {
-        "platform": platform.platform(),
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": moelora.get_isa(),
-        "python": platform.python_version(),
-        "moelora": moelora.__version__,
-        "torch": torch.__version__,
-        "peft": peft.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def trained(model: nn.Module) -> Iterator[nn.Parameter]:

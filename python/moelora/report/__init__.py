@@ -1,1 +1,1 @@
-"""What is made of a demo's ``report.json``: the table in the terminal, and pictures."""
+"""What is made of the figures of a demo or a validation: tables, pictures, and how they are measured."""

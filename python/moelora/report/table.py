@@ -1,5 +1,6 @@
 """The tables of a report, as text."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 WAYS = {
@@ -98,8 +99,12 @@ def verdict(report: dict[str, Any]) -> str:
 
 def as_text(report: dict[str, Any]) -> str:
     """The tables and the verdict for a terminal, without a final newline."""
-    tables = sections(report)
-    first = max(len(row[0]) for table in tables for row in table.rows)
+    return f"{render(sections(report))}\n\n{verdict(report)}"
+
+
+def render(tables: Sequence[Section]) -> str:
+    """Tables for a terminal, one below the other, without a final newline; the first columns are equally wide."""
+    first = max(len(row[0]) for table in tables for row in [table.heads, *table.rows])
     blocks = []
     for table in tables:
         widths = [max(len(row[i]) for row in [table.heads, *table.rows]) for i in range(len(table.heads))]
@@ -110,5 +115,4 @@ def as_text(report: dict[str, Any]) -> str:
             for row in [table.heads, *table.rows]
         ]
         blocks.append("\n".join([table.title, "-" * len(lines[0]), *lines]))
-    blocks.append(verdict(report))
     return "\n\n".join(blocks)
