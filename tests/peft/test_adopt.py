@@ -187,7 +187,7 @@ def test_unload_gives_back_a_model_of_its_own(make_base, make_lora, ids):
     assert torch.equal(unloaded(ids).logits, make_base("llama")(ids).logits)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in unloaded.modules())
     assert not model.base_model.has_router()
-    with pytest.raises(ValueError, match="no LoRA layer to route"):
+    with pytest.raises(ValueError, match="no layer with adapters to route"):
         model(ids, routing_weights=torch.ones(3))
     release(model)
     assert type(model.base_model) is lora.LoraModel

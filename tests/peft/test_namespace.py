@@ -10,14 +10,16 @@ from types import ModuleType
 import peft
 import pytest
 import torch
-from peft.tuners import lora
+from peft.tuners import loha, lokr, lora
 
 import moelora
 import moelora.peft
 from moelora import MoELoraConfig, get_peft_model
 from moelora.nn.routers import FixedRouter, PerLayerRouter
+from moelora.peft.lycoris import LoHaLinear, LoKrLinear
 
 PUBLIC = [name for name in dir(peft) if not name.startswith("_") and not isinstance(getattr(peft, name), ModuleType)]
+TUNERS = ("LoraModel", "LoHaModel", "LoKrModel")
 MAKERS = [name for name in PUBLIC if isinstance(getattr(peft, name), type) and "Peft" in name and "Model" in name]
 
 
@@ -33,7 +35,7 @@ def routes(model, ids, n=1):
 def test_every_public_name_of_peft_is_there(module):
     for name in PUBLIC:
         value = getattr(module, name)
-        if name not in MAKERS and name not in ("get_peft_model", "LoraModel"):
+        if name not in (*MAKERS, *TUNERS, "get_peft_model"):
             assert value is getattr(peft, name), name
 
 
@@ -75,9 +77,11 @@ class TestModules:
     """Every module of PEFT is there under our name too, and runs once."""
 
     STOCK = [module.name for module in pkgutil.walk_packages(peft.__path__, "peft.")]
-    ROUTED = {id(getattr(peft, name)): name for name in ("get_peft_model", "LoraModel", *MAKERS)} | {
-        id(lora.Linear): "Linear",
-        id(lora.Embedding): "Embedding",
+    ROUTED = {id(getattr(peft, name)): getattr(moelora, name) for name in ("get_peft_model", *TUNERS, *MAKERS)} | {
+        id(lora.Linear): moelora.Linear,
+        id(lora.Embedding): moelora.Embedding,
+        id(loha.Linear): LoHaLinear,
+        id(lokr.Linear): LoKrLinear,
     }
 
     @pytest.mark.parametrize("name", STOCK)
@@ -101,7 +105,7 @@ class TestModules:
                 assert getattr(ours, key) is importlib.import_module(f"moelora.{value.__name__}"), key
             else:
                 routed = self.ROUTED.get(id(value))
-                assert getattr(ours, key) is (value if routed is None else getattr(moelora, routed)), key
+                assert getattr(ours, key) is (value if routed is None else routed), key
 
     @pytest.mark.parametrize("first", ["moelora.peft.utils.save_and_load", "moelora.peft.tuners.lora.layer"])
     def test_the_first_import_may_go_deep(self, first):

@@ -125,7 +125,8 @@ class Experts(AttachedRouter):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter as PEFT does, and its column in the router."""
         super().delete_adapter(adapter_name)
-        self.frozen_experts -= {adapter_name}
+        if adapter_name in self.frozen_experts:
+            self.frozen_experts -= {adapter_name}
         self._keep_frozen()
         router = self._growing_router()
         if router is not None and router.expert_names == [adapter_name]:

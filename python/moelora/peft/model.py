@@ -20,6 +20,7 @@ class LoraModel(RoutedTuner, SingleAdapters, lora.LoraModel):
 
     routed_classes = {lora.Linear: Linear, lora.Embedding: Embedding} | quantized.ROUTED
     adapter_layer = lora.LoraLayer
+    has_hooks = True
 
 
 class LoHaModel(RoutedTuner, loha.LoHaModel):

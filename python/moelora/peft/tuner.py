@@ -64,10 +64,13 @@ class RoutedTuner(Experts, StaticMixtures):
         Stock class of a layer -> the routed class that takes its place. Everything else is refused when weights arrive.
     adapter_layer : type
         What PEFT's layers of this tuner have in common.
+    has_hooks : bool
+        Whether PEFT's tuner puts hooks around a call (``adapter_names``, aLoRA).
     """
 
     routed_classes: ClassVar[Mapping[Any, type[Routed]]]
     adapter_layer: ClassVar[type[BaseTunerLayer]]
+    has_hooks: ClassVar[bool] = False
 
     # Life: what adopting adds, and takes away again.
 
@@ -206,8 +209,9 @@ class RoutedTuner(Experts, StaticMixtures):
         paged = kwargs.get("cache_implementation") == "paged"
         if paged and (weights is not None or (frame is not None and frame.two_passes)):
             raise continuous_batching()
-        hooks = getattr(super(), "_enable_peft_forward_hooks", None)  # which LoRA alone has
-        with nullcontext() if hooks is None else _Undone(hooks(*args, **kwargs)), Entered(frame):
+        hooks: Any = super()
+        stock = _Undone(hooks._enable_peft_forward_hooks(*args, **kwargs)) if self.has_hooks else nullcontext()
+        with stock, Entered(frame):
             yield
 
     def _frame(self, weights: Any = None, mixture: str | None = None, tail: str = "hold") -> Frame | None:
