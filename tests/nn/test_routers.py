@@ -207,6 +207,165 @@ def test_the_logarithm_of_the_maturity_is_added_after_the_temperature():
     assert router(x).equal(make(temperature=2.0)(x))
 
 
+# Experts come and go
+
+every_router = pytest.mark.parametrize("cls", [FixedRouter, EmbeddingRouter, HiddenStateRouter, PerLayerRouter])
+
+
+def of_names(cls, names, **options):
+    return FixedRouter(names, range(1, len(names) + 1)) if cls is FixedRouter else make(cls, names, **options)
+
+
+def routings(router, x, active=None):
+    layers = range(router.num_layers) if isinstance(router, PerLayerRouter) else [None]
+    return [router.route(x, layer=layer, active=active) for layer in layers]
+
+
+@every_router
+@pytest.mark.parametrize("mlp_dim", [None, 3])
+def test_a_new_expert_weighs_nothing_and_leaves_the_bits_of_the_others(cls, mlp_dim):
+    options = {} if cls is FixedRouter else {"mlp_dim": mlp_dim, "top_k": 2, "temperature": 0.7}
+    router, x = of_names(cls, NAMES[:3], **options), hidden()
+    if cls is not FixedRouter:
+        router.mark_mature("prose", 0.4)
+    before, state = routings(router, x), {name: t.clone() for name, t in router.state_dict().items()}
+    router.add_expert("headers")
+    assert router.expert_names == NAMES
+    for name, t in router.state_dict().items():
+        old = state[name]
+        assert t.dtype is old.dtype
+        if t.shape != old.shape:  # with a row for each expert
+            assert t.shape == (4, *old.shape[1:])
+            t = t[:3]
+        assert t.equal(old)
+    for was, now, among in zip(before, routings(router, x), routings(router, x, active=[0, 1, 2]), strict=True):
+        assert among.weights.equal(was.weights)
+        assert among.counts.equal(was.counts)
+        assert (now.weights[..., 3] == 0).all()
+        assert now.counts[3] == 0
+        torch.testing.assert_close(now.weights[..., :3], was.weights)
+
+
+@every_learned_router
+@pytest.mark.parametrize("mlp_dim", [None, 3])
+def test_a_new_expert_has_a_gate_of_its_own_and_takes_part_when_it_is_activated(cls, mlp_dim):
+    router, x = make(cls, NAMES[:3], mlp_dim=mlp_dim), hidden()
+    router.add_expert("headers", maturity=0.5)
+    assert router.maturity.tolist() == [1, 1, 1, 0.5]
+    router.activate("headers")
+    for layer in range(3):
+        output = router.route(x, layer=layer)
+        expected = output.logits.exp() * torch.tensor([1, 1, 1, 0.5])
+        torch.testing.assert_close(output.weights, expected / expected.sum(-1, keepdim=True))
+        assert output.logits[..., 3].std() > 0.01
+        output.weights[..., 3].sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in router.parameters())
+
+
+@every_learned_router
+@pytest.mark.parametrize("mlp_dim", [None, 3])
+def test_gates_that_grow_keep_dtype_and_what_is_frozen_and_are_new_parameters(cls, mlp_dim):
+    router = make(cls, mlp_dim=mlp_dim).to(torch.bfloat16)
+    frozen = [name for name, _ in router.named_parameters() if name.endswith("bias")]
+    for name in frozen:
+        router.get_parameter(name).requires_grad_(False)
+    before = dict(router.named_parameters())
+    router.add_expert("new")
+    after = dict(router.named_parameters())
+    assert after.keys() == before.keys()
+    for name, parameter in after.items():
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.dtype is torch.bfloat16
+        assert parameter.requires_grad == (name not in frozen)
+        assert (parameter is before[name]) == (parameter.shape == before[name].shape)
+    assert "experts=['code', 'prose', 'tables', 'headers', 'new']" in repr(router)
+    assert "out_features=5" in repr(router)
+
+
+@every_router
+@pytest.mark.parametrize("name", ["code", "tables", "headers"])
+def test_a_removed_expert_takes_its_column_along(cls, name):
+    router, x = of_names(cls, NAMES), hidden()
+    if cls is not FixedRouter:
+        router.mark_mature("tables", 0.3)
+    rest = [i for i in range(4) if NAMES[i] != name]
+    expected = routings(router, x, active=rest)
+    router.remove_expert(name)
+    assert router.expert_names == [NAMES[i] for i in rest]
+    for got, wanted in zip(routings(router, x), expected, strict=True):
+        assert got.weights.equal(wanted.weights)
+
+
+def test_fewer_experts_than_top_k_are_all_picked():
+    router, x = make(top_k=3, capacity_factor=1.0), hidden()
+    router.remove_expert("code")
+    router.remove_expert("headers")
+    assert (router.num_experts, router.top_k) == (2, 2)
+    assert (router(x) > 0).all()
+    router.add_expert("code")
+    assert router.top_k == 2
+
+
+@every_router
+def test_adding_and_removing_gives_the_router_back(cls):
+    router, x = of_names(cls, NAMES), hidden()
+    expected = routings(router, x)
+    router.add_expert("new")
+    router.remove_expert("new")
+    for got, wanted in zip(routings(router, x), expected, strict=True):
+        assert got.weights.equal(wanted.weights)
+
+
+@every_router
+def test_a_renamed_expert_keeps_its_column(cls):
+    router, x = of_names(cls, NAMES), hidden()
+    before = router(x)
+    router.rename_expert("prose", "poems")
+    router.rename_expert("code", "code")
+    assert router.expert_names == ["code", "poems", "tables", "headers"]
+    assert router.column("poems") == 1
+    assert router(x).equal(before)
+
+
+def test_a_new_expert_of_a_fixed_router_gets_the_share_that_is_set():
+    router = FixedRouter(NAMES[:2])
+    router.add_expert("tables")
+    router.activate("tables")
+    assert router(None).tolist() == [0.5, 0.5, 0]
+    router.weights[router.column("tables")] = 1.0
+    assert router(None).tolist() == [0.25, 0.25, 0.5]
+
+
+@every_router
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda router: router.add_expert("prose"), ValueError, "has an expert 'prose' already"),
+        (lambda router: router.add_expert(4), TypeError, "must be a string, got int"),
+        (lambda router: router.remove_expert("poems"), ValueError, "no expert 'poems'"),
+        (lambda router: router.rename_expert("poems", "prose"), ValueError, "no expert 'poems'"),
+        (lambda router: router.rename_expert("code", "prose"), ValueError, "has an expert 'prose' already"),
+        (lambda router: router.rename_expert("code", None), TypeError, "must be a string, got NoneType"),
+    ],
+)
+def test_what_can_not_come_or_go_changes_nothing(cls, change, error, message):
+    router = of_names(cls, NAMES)
+    with pytest.raises(error, match=message):
+        change(router)
+    assert router.expert_names == NAMES
+    assert all(t.shape[:1] != (5,) for t in router.state_dict().values())
+
+
+def test_an_immature_new_expert_and_the_last_one_are_refused():
+    router = make(names=["code"])
+    for maturity, error in ((0.0, ValueError), (1.5, ValueError), ("young", TypeError)):
+        with pytest.raises(error, match="maturity must"):
+            router.add_expert("prose", maturity=maturity)
+    with pytest.raises(ValueError, match="'code' is the router's only expert"):
+        router.remove_expert("code")
+    assert router.expert_names == ["code"]
+
+
 # What training changes
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from moelora import adopt
-from moelora.nn.routers import EmbeddingRouter, FixedRouter, HiddenStateRouter, PerLayerRouter
+from moelora.nn.routers import EmbeddingRouter, FixedRouter, HiddenStateRouter, LastHiddenRouter, PerLayerRouter
 
 NAMES = ["expert_0", "expert_1", "expert_2"]
 N, LAYERS, WIDTH, VOCAB = 3, 2, 32, 89
@@ -60,13 +60,14 @@ def router(reads):
         "embeddings": lambda: EmbeddingRouter(NAMES, WIDTH, top_k=2, capacity_factor=0.5, expert_dropout=0.5),
         "layer": lambda: HiddenStateRouter(NAMES, WIDTH, layer=1),
         "layers": lambda: PerLayerRouter(NAMES, WIDTH, num_layers=LAYERS, top_k=2, capacity_factor=0.5),
+        "last_hidden": lambda: LastHiddenRouter(NAMES, WIDTH, top_k=2),
     }[reads]()
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=2)
     return made
 
 
-READS = ["nothing", "embeddings", "layer", "layers"]
+READS = ["nothing", "embeddings", "layer", "layers", "last_hidden"]
 
 
 @functools.cache
@@ -463,7 +464,7 @@ class TestContinuousBatching:
     def small():
         return {"continuous_batching_config": transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)}
 
-    @pytest.mark.parametrize("reads", READS)
+    @pytest.mark.parametrize("reads", [reads for reads in READS if reads != "last_hidden"])
     def test_works_with_a_router(self, reads, ids):
         model = routed("llama", reads)
         results = model.generate_batch(ids.tolist(), generation_config=self.CONFIG, warmup=False, **self.small())
@@ -479,6 +480,14 @@ class TestContinuousBatching:
         for call in (model.generate, model.base_model.generate):
             with pytest.raises(ValueError, match="continuous batching packs the tokens.*attach a router"):
                 call(ids, routing_weights=w, cache_implementation="paged", max_new_tokens=2)
+
+    def test_refuses_a_router_of_two_passes(self, ids):
+        model = routed("llama", "last_hidden")
+        with pytest.raises(ValueError, match="nor a router that reads 'last_hidden' can follow"):
+            model.generate_batch(ids.tolist(), generation_config=self.CONFIG)
+        for call in (model.generate, model.base_model.generate):
+            with pytest.raises(ValueError, match="nor a router that reads 'last_hidden' can follow"):
+                call(ids, cache_implementation="paged", max_new_tokens=2)
 
 
 class TestRefused:

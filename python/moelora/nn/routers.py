@@ -20,6 +20,7 @@ __all__ = [
     "EmbeddingRouter",
     "FixedRouter",
     "HiddenStateRouter",
+    "LastHiddenRouter",
     "LearnedRouter",
     "PerLayerRouter",
     "Router",
@@ -80,9 +81,9 @@ class Router(nn.Module):
 
     Attributes
     ----------
-    reads : {"nothing", "embeddings", "layer", "layers"}
+    reads : {"nothing", "embeddings", "layer", "layers", "last_hidden"}
         What `route` wants as `hidden_states`: nothing at all, the token embeddings, the input of decoder layer
-        `self.layer`, or the input of every decoder layer in turn.
+        `self.layer`, the input of every decoder layer in turn, or the last hidden states of the base without adapters.
     expert_names : list of str
     activated : Tensor [N] of bool, a buffer
         An expert that is not activated gets weight 0 beside those that are.
@@ -103,10 +104,10 @@ class Router(nn.Module):
         expert_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if getattr(self, "reads", None) not in ("nothing", "embeddings", "layer", "layers"):
+        if getattr(self, "reads", None) not in ("nothing", "embeddings", "layer", "layers", "last_hidden"):
             raise TypeError(
                 f"{type(self).__name__} must declare what it reads: set the class attribute reads to 'nothing', "
-                "'embeddings', 'layer' or 'layers'"
+                "'embeddings', 'layer', 'layers' or 'last_hidden'"
             )
         names = [expert_names] if isinstance(expert_names, str) else list(expert_names)
         if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
@@ -147,6 +148,67 @@ class Router(nn.Module):
     def activate(self, name: str) -> None:
         """Let an expert be picked from now on."""
         self.activated[self.column(name)] = True
+
+    def add_expert(self, name: str) -> None:
+        """Append the column of a new expert, which weighs 0 until `activate`.
+
+        Where `active` does not name it, the weights of the others keep their bits. Parameters that grow are new
+        objects: make their optimizer afterwards.
+
+        Raises
+        ------
+        TypeError
+            `name` is not a string.
+        ValueError
+            There is an expert of this name already.
+        """
+        self._check_new(name)
+        self.arrange([*range(self.num_experts), None])
+        self.expert_names = [*self.expert_names, name]
+
+    def remove_expert(self, name: str) -> None:
+        """Remove an expert and its column; the others share what it had. At most as many are picked as are left.
+
+        Raises
+        ------
+        ValueError
+            There is no expert of this name, or no other.
+        """
+        column = self.column(name)
+        if self.num_experts == 1:
+            raise ValueError(f"{name!r} is the router's only expert: detach the router instead")
+        self.arrange([i for i in range(self.num_experts) if i != column])
+        self.expert_names = [other for other in self.expert_names if other != name]
+
+    def rename_expert(self, old: str, new: str) -> None:
+        """Let a column belong to the adapter `new`.
+
+        Raises
+        ------
+        TypeError
+            `new` is not a string.
+        ValueError
+            There is no expert `old`, or one that is called `new` already.
+        """
+        column = self.column(old)
+        if new != old:
+            self._check_new(new)
+        self.expert_names = [*self.expert_names[:column], new, *self.expert_names[column + 1 :]]
+
+    def arrange(self, columns: Sequence[int | None]) -> None:
+        """Give what is kept for each expert the columns `columns`: old ones by number, None for a new one.
+
+        `add_expert` and `remove_expert` call it; a subclass that keeps anything else for each expert extends it.
+        """
+        self.activated = _arranged(self.activated, columns, False)
+        if self.top_k is not None:
+            self.top_k = min(self.top_k, len(columns))
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"the name of an expert must be a string, got {type(name).__name__}")
+        if name in self.expert_names:
+            raise ValueError(f"the router has an expert {name!r} already, it has {self.expert_names}")
 
     def route(
         self,
@@ -225,7 +287,8 @@ class FixedRouter(Router):
     ----------
     expert_names : iterable of str
     weights : sequence of N numbers, optional
-        Shares of the experts, not negative; brought to a sum of 1. None: equal shares.
+        Shares of the experts, not negative; brought to a sum of 1. None: equal shares. An expert that is added later
+        has share 0 until ``router.weights[router.column(name)]`` is set.
 
     Examples
     --------
@@ -248,6 +311,10 @@ class FixedRouter(Router):
         if not (float(shares.min()) >= 0 and 0 < total < math.inf):
             raise ValueError(f"weights must not be negative, and some must be positive, got {shares.tolist()}")
         self.register_buffer("weights", (shares / total).float())
+
+    def arrange(self, columns: Sequence[int | None]) -> None:
+        super().arrange(columns)
+        self.weights = _arranged(self.weights, columns, 0.0)
 
     def route(
         self,
@@ -291,6 +358,9 @@ class LearnedRouter(Router):
         H.
     mlp_dim : int, optional
         Width of the gate's hidden layer; None: a linear gate.
+    eval_top_k : int in [1, N], optional
+        How many experts each token keeps in evaluation; None: `top_k`, as in training. With ``top_k=None,
+        eval_top_k=1`` all experts train and one of them serves, as in DyLoRA-MoE.
     **options
         As `Router`.
 
@@ -305,13 +375,22 @@ class LearnedRouter(Router):
     gate: nn.Module
 
     def __init__(
-        self, expert_names: Iterable[str], input_size: int, *, mlp_dim: int | None = None, **options: Any
+        self,
+        expert_names: Iterable[str],
+        input_size: int,
+        *,
+        mlp_dim: int | None = None,
+        eval_top_k: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(expert_names, input_size=input_size, **options)
-        _check_kind(Integral, optional=True, mlp_dim=mlp_dim)
+        _check_kind(Integral, optional=True, mlp_dim=mlp_dim, eval_top_k=eval_top_k)
         if mlp_dim is not None and mlp_dim < 1:
             raise ValueError(f"mlp_dim must be positive or None, got {mlp_dim}")
+        if eval_top_k is not None and not 1 <= eval_top_k <= self.num_experts:
+            raise ValueError(f"eval_top_k must lie in [1, {self.num_experts}], the number of experts, got {eval_top_k}")
         self.mlp_dim = mlp_dim
+        self.eval_top_k = eval_top_k
         self.gate = self._new_gate()
         self.register_buffer("maturity", torch.ones(self.num_experts))
 
@@ -328,10 +407,35 @@ class LearnedRouter(Router):
 
     def mark_mature(self, name: str, value: float = 1.0) -> None:
         """Set the maturity of an expert, in (0, 1]."""
-        _check_kind(Real, value=value)
-        if not 0 < value <= 1:
-            raise ValueError(f"value must lie in (0, 1], got {value}")
+        _check_maturity(value=value)
         self.maturity[self.column(name)] = value
+
+    def add_expert(self, name: str, *, maturity: float = 1.0) -> None:
+        """Append the column of a new expert, which weighs 0 until `activate`; its gate starts as that of a new router.
+
+        Parameters
+        ----------
+        name : str
+        maturity : float in (0, 1]
+            As `mark_mature` sets it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `Router.add_expert` and `mark_mature`. The router is as it was then.
+        """
+        _check_maturity(maturity=maturity)
+        super().add_expert(name)
+        self.mark_mature(name, maturity)
+
+    def arrange(self, columns: Sequence[int | None]) -> None:
+        super().arrange(columns)
+        if self.eval_top_k is not None:
+            self.eval_top_k = min(self.eval_top_k, len(columns))
+        self.maturity = _arranged(self.maturity, columns, 1.0)
+        for gate in self.gate if isinstance(self.gate, nn.ModuleList) else (self.gate,):
+            head: Any = gate[-1] if isinstance(gate, nn.Sequential) else gate
+            head.arrange(columns)
 
     def route(
         self,
@@ -365,7 +469,8 @@ class LearnedRouter(Router):
             allowed = self._draw(activated, hidden_states.shape[:-1])
             scores = scores.masked_fill(~allowed, _EXCLUDED)
         n = logits.shape[-1]
-        top_k = None if self.top_k is None else min(self.top_k, n)
+        top_k = self.top_k if self.training or self.eval_top_k is None else self.eval_top_k
+        top_k = None if top_k is None else min(top_k, n)
         routing = route(scores, top_k=top_k, temperature=self.temperature, renormalize=self.renormalize, mask=mask)
         n_tokens = math.prod(hidden_states.shape[:-1]) if mask is None else mask.sum()
         weights, counts = routing.weights, routing.counts
@@ -405,7 +510,8 @@ class LearnedRouter(Router):
         return (luck >= self.expert_dropout) | (luck == luck.amax(-1, keepdim=True))
 
     def extra_repr(self) -> str:
-        return f"input_size={self.input_size}, {super().extra_repr()}"
+        evaluation = "" if self.eval_top_k is None else f", eval_top_k={self.eval_top_k}"
+        return f"input_size={self.input_size}, {super().extra_repr()}{evaluation}"
 
 
 class EmbeddingRouter(LearnedRouter):
@@ -471,6 +577,16 @@ class PerLayerRouter(LearnedRouter):
         return self.gate[layer]
 
 
+class LastHiddenRouter(LearnedRouter):
+    """A learned router on the last hidden states of the base model, the input of its output head: two passes.
+
+    The first pass runs the base without any adapter and without gradient, the second mixes the experts in all layers by
+    what the gate made of the first. So it costs one more forward of the base, and a second cache while generating.
+    """
+
+    reads = "last_hidden"
+
+
 class GateLinear(nn.Linear):
     """A linear layer that computes in float32 at least, whatever the model, its parameters or autocast say.
 
@@ -491,6 +607,17 @@ class GateLinear(nn.Linear):
             with torch.autocast(kind, enabled=False):
                 return F.linear(input.to(dtype), weight, bias)
         return F.linear(input.to(dtype), weight, bias)
+
+    def arrange(self, rows: Sequence[int | None]) -> None:
+        """Give the layer these outputs: old ones by number with their bits, None for one that is drawn anew."""
+        new = type(self)(self.in_features, len(rows), device=self.weight.device, dtype=self.weight.dtype)
+        for name, parameter in self.named_parameters():
+            values = new.get_parameter(name).detach()
+            for row, old in enumerate(rows):
+                if old is not None:
+                    values[row] = parameter.detach()[old]
+            setattr(self, name, nn.Parameter(values, requires_grad=parameter.requires_grad))
+        self.out_features = len(rows)
 
 
 class RouterConfig(Protocol):
@@ -555,6 +682,18 @@ def _check_kind(kind: type, *, optional: bool = False, **arguments: Any) -> None
             continue
         what = ("an integer" if kind is Integral else "a real number") + (" or None" if optional else "")
         raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
+
+
+def _check_maturity(**argument: Any) -> None:
+    _check_kind(Real, **argument)
+    for name, value in argument.items():
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} must lie in (0, 1], got {value}")
+
+
+def _arranged(values: Tensor, columns: Sequence[int | None], new: float) -> Tensor:
+    """Values [N] of other columns: old ones by number, `new` where that is None."""
+    return torch.stack([values.new_tensor(new) if column is None else values[column] for column in columns])
 
 
 def _are_ones(values: Tensor) -> bool:

@@ -11,6 +11,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from moelora.nn.routers import Router
 from moelora.peft.checkpoint import read_mixture
 from moelora.peft.frame import KEYWORDS, check_mixture
 from moelora.peft.model import LoraModel
@@ -85,6 +86,7 @@ def release(model: Model) -> Model:
         tuner.__class__ = lora.LoraModel  # type: ignore[assignment]
         model.special_peft_forward_args.difference_update(KEYWORDS)
         if isinstance(model, RoutedPeftModel):
+            vars(model)["active_adapter"] = model.active_adapter
             model.__class__ = model._stock_class
     else:
         for module in _entrances(model):
@@ -126,7 +128,9 @@ def open_pretrained(
 
 
 def activate_all_experts(model: nn.Module) -> list[str]:
-    """Make every LoRA adapter active and trainable; return their names in the order of registration.
+    """Make every LoRA adapter active, and trainable unless it is frozen; return their names in order of registration.
+
+    A router may pick each of them from now on.
 
     Parameters
     ----------
@@ -143,6 +147,9 @@ def activate_all_experts(model: nn.Module) -> list[str]:
         raise TypeError(f"model must be a PeftModel with LoRA adapters, got {type(model).__name__}")
     names = list(tuner.peft_config)
     tuner.set_adapter(names)
+    if isinstance(tuner, LoraModel) and isinstance(tuner.router, Router):
+        for name in set(names) & set(tuner.router.expert_names):
+            tuner.router.activate(name)
     return names
 
 

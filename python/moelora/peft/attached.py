@@ -105,7 +105,7 @@ class AttachedRouter(BaseTuner):
             layer: Any = router.layer
             if not 0 <= layer < have:
                 raise ValueError(f"router reads layer {layer}, the model has {have} decoder layers")
-        elif (gates := getattr(router, "num_layers", have)) != have:
+        elif router.reads == "layers" and (gates := getattr(router, "num_layers", have)) != have:
             raise ValueError(f"router has gates for {gates} layers, the model has {have} decoder layers")
         if router.input_size is not None and router.input_size != width:
             raise ValueError(f"router reads inputs of width {router.input_size}, the {router.reads} have width {width}")

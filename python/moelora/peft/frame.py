@@ -52,6 +52,7 @@ class Host:
     num_layers: int = 0  # decoder layers
     shifts_labels: bool = False  # its loss compares each position with the label of the next one
     parameters: tuple[str, ...] = ()  # of the model's forward
+    base_parameters: tuple[str, ...] = ()  # of that of the model without its head
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ class Frame:
         Weights of positions past the given ones, in generate.
     stack : {"encoder", "decoder"}, optional
         Whose tokens `given` is for, where each stack has weights of its own.
+    off : bool
+        Nothing is mixed: the layers return what their base does.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Frame:
         mixture: str = "layer",
         tail: str = "hold",
         stack: str | None = None,
+        off: bool = False,
     ) -> None:
         self.host = host
         self.experts = experts
@@ -114,6 +118,7 @@ class Frame:
         self.router = router
         self.mixture = mixture
         self.tail = tail
+        self.off = off
         self.active = None if router is None else columns(router, experts)
         self.gates = None if router is None else next(router.parameters(), None)
         self.generating = False
@@ -125,6 +130,7 @@ class Frame:
         self.reached: int | None = None  # decoder layer whose gate has been read
         self.balance: Balance | None = None
         self.outputs: list[RoutingOutput] = []
+        self.caches: tuple[Any, Any] | None = None  # of a first pass, and the one that was passed to the forward
         self.loss: dict[str, Any] = {}  # mixture="logits": labels and what else the loss takes
         self.depth = 0  # forwards of the model under way
         self.entered_by: nn.Module | None = None  # whose hook entered it, where no call of ours is around
@@ -161,6 +167,11 @@ class Frame:
         """Whether weights were given that differ between the tokens of a sequence."""
         given = self.given
         return given is not None and given.dim() > 2 and (given.dim() == 3 or given.shape[:2] != (1, 1))
+
+    @property
+    def two_passes(self) -> bool:
+        """Whether the weights come from a pass of the base before the routed one."""
+        return self.router is not None and self.router.reads == "last_hidden"
 
     def check_batch(self, prompt: Tensor | None) -> None:
         """Raise if generate is asked to continue more or fewer sequences than there are given weights for.
@@ -276,6 +287,10 @@ class Frame:
         while running is not None and running is not self.caller:
             running = running.f_back
         return running is None
+
+    def see_last_hidden(self, hidden_states: Tensor) -> None:
+        """The last hidden states [B, S, H] of the base: what a router that reads "last_hidden" waits for."""
+        self.now = self._route(hidden_states, None)
 
     def see_embeddings(self, embeddings: Tensor) -> None:
         """The token embeddings [B, S, H]: what a router that reads "embeddings" waits for."""
@@ -415,6 +430,8 @@ class Recompute:
         frame = current(self.host)
         if frame is None:
             return self.function(function, *args, **kwargs)
+        if frame.off:  # without gradient, so nothing is recomputed
+            return function(*args, **kwargs)
         if self.index is not None and frame.reached != self.index:
             # transformers before 5.18 checkpoints the module call, so its pre-hooks run inside the region.
             frame.reach(self.index, args[0] if args else None)

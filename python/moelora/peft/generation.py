@@ -1,4 +1,4 @@
-"""What generate can't do with given weights is refused before it begins."""
+"""What generate can't do with given weights, or with a router of two passes, is refused before it begins."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _PROMPTS = ("inputs", "inputs_embeds", "input_ids", "input_features", "input_val
 
 
 def check_generate(frame: Frame, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse, before generate begins, what given weights can't follow."""
-    if kwargs.get("cache_implementation") == "paged":
+    """Refuse, before generate begins, what given weights or a router of two passes can't follow."""
+    if kwargs.get("cache_implementation") == "paged" and (frame.given is not None or frame.two_passes):
         raise continuous_batching()
     prompt = next((kwargs[name] for name in _PROMPTS if isinstance(kwargs.get(name), Tensor)), None)
     frame.check_batch(args[0] if args and isinstance(args[0], Tensor) else prompt)
@@ -30,5 +30,6 @@ def check_generate(frame: Frame, model: Any, args: tuple[Any, ...], kwargs: dict
 def continuous_batching() -> ValueError:
     return ValueError(
         "continuous batching packs the tokens of all requests into one row, on a thread of its own, where "
-        "routing_weights can't follow: attach a router, or call generate without cache_implementation='paged'"
+        "neither routing_weights nor a router that reads 'last_hidden' can follow: attach a router that reads "
+        "embeddings or layers, or call generate without cache_implementation='paged'"
     )

@@ -56,6 +56,8 @@ class Routed(nn.Module, LoraLayer):
         if self.disable_adapters or (routing_weights is None and frame is None):
             plain: Tensor = super().forward(x, *args, **kwargs)
             return plain
+        if frame is not None and frame.off:
+            return self._base_output(x, *args, **kwargs)
         experts: list[str] = self.active_adapters
         if frame is not None:
             assert site is not None

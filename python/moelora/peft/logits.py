@@ -88,7 +88,7 @@ def check(frame: Frame, model: nn.Module, call: Call, arguments: dict[str, Any])
         raise ValueError("mixture='logits' mixes once, so it takes no weights for each stack: pass [N] or [B, N]")
     if frame.given is not None and frame.given.dim() == 4:
         raise ValueError("mixture='logits' mixes once, so it takes no routing_weights [B, S, L, N]: pass [B, S, N]")
-    if frame.router is not None and frame.router.reads not in ("nothing", "embeddings"):
+    if frame.router is not None and frame.router.reads in ("layer", "layers"):
         raise ValueError(
             f"mixture='logits' can't use {type(frame.router).__name__}, which reads hidden states that each expert "
             "changes: pass routing_weights"

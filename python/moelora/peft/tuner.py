@@ -19,11 +19,12 @@ from moelora.nn.losses import router_aux_loss
 from moelora.nn.routers import Router
 from moelora.peft import logits
 from moelora.peft.anatomy import decoder, parameters, reads_encoder, token_embeddings
-from moelora.peft.attached import AttachedRouter
 from moelora.peft.balance import Balance, loss_shifts_labels, share_of_step
 from moelora.peft.call import check_consumed, read_call
 from moelora.peft.config import MoELoraConfig, mark_hosted
 from moelora.peft.embedding import Embedding
+from moelora.peft.experts import Experts
+from moelora.peft.first_pass import keep, last_hidden_states
 from moelora.peft.frame import (
     KEYWORDS,
     TAILS,
@@ -50,10 +51,11 @@ ADDED = (
     "_router_hooks",
     "_routing_hooks",
     "_unroutable",
+    "frozen_experts",
 )
 
 
-class RoutedTuner(AttachedRouter):
+class RoutedTuner(Experts):
     """What a routed tuner adds to the tuner of PEFT that it is derived from; comes before it among the bases.
 
     Attributes
@@ -96,6 +98,7 @@ class RoutedTuner(AttachedRouter):
         host.encoder_decoder = bool(getattr(getattr(top, "config", None), "is_encoder_decoder", False))
         host.shifts_labels = loss_shifts_labels(top)
         host.parameters = parameters(top)
+        host.base_parameters = parameters(top.base_model) if host.transformer else ()
         stack, self._decoder_layers = decoder(top)
         host.num_layers = len(self._decoder_layers)
         layer_of = {id(m): i for i, layer in enumerate(self._decoder_layers) for m in layer.modules()}
@@ -184,13 +187,13 @@ class RoutedTuner(AttachedRouter):
             frame = self._frame(routing_weights, mixture, routing_tail)
         if frame is not None:
             frame.generating = True
-            if frame.given is not None:
-                check_generate(frame, self.model, args, kwargs)
+            check_generate(frame, self.model, args, kwargs)
         with Entered(frame):
             return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        if KEYWORDS & kwargs.keys():  # transformers would ignore them
+        frame = self._frame()
+        if KEYWORDS & kwargs.keys() or (frame is not None and frame.two_passes):  # transformers would ignore the former
             raise continuous_batching()
         return self.model.generate_batch(*args, **kwargs)
 
@@ -202,9 +205,10 @@ class RoutedTuner(AttachedRouter):
         tail = kwargs.pop("routing_tail", "hold")
         if kwargs.get("adapter_names") is not None and (weights is not None or isinstance(self.router, Router)):
             raise ValueError("adapter_names can't be used together with routing weights or a router: use one of them")
-        if weights is not None and kwargs.get("cache_implementation") == "paged":
-            raise continuous_batching()
         frame = self._frame(weights, mixture, tail)
+        paged = kwargs.get("cache_implementation") == "paged"
+        if paged and (weights is not None or (frame is not None and frame.two_passes)):
+            raise continuous_batching()
         with _Undone(super()._enable_peft_forward_hooks(*args, **kwargs)), Entered(frame):  # type: ignore[misc]
             yield
 
@@ -247,6 +251,8 @@ class RoutedTuner(AttachedRouter):
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         host = self._host
         frame = self._running()
+        if frame is not None and frame.off:
+            return None
         if frame is not None:
             frame.depth += 1
             if frame.depth > 1:
@@ -275,13 +281,16 @@ class RoutedTuner(AttachedRouter):
         changed = None
         if frame.mixture == "logits":
             logits.check(frame, module, call, arguments)
-            frame.begin(call, balance)
-            repeated, frame.loss = logits.spread(frame, module, call, arguments)
-            changed = (), repeated
-        else:
-            frame.begin(call, balance)
+        frame.begin(call, balance)
         if torch.is_grad_enabled():
             self._carry_into_checkpoints()
+        if frame.two_passes:
+            hidden_states, first = last_hidden_states(host, self.model, arguments)
+            frame.caches = first, arguments.get("past_key_values")
+            frame.see_last_hidden(hidden_states)
+        if frame.mixture == "logits":
+            repeated, frame.loss = logits.spread(frame, module, call, arguments)
+            changed = (), repeated
         if made_here:
             frame.enter_by_hook(module)
             frame.depth = 1
@@ -292,7 +301,7 @@ class RoutedTuner(AttachedRouter):
 
     def _after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         frame = current(self._host)
-        if frame is None:
+        if frame is None or frame.off:
             return None
         frame.depth -= 1
         if frame.depth:  # of a call inside it, which was refused
@@ -300,6 +309,9 @@ class RoutedTuner(AttachedRouter):
         try:
             if output is None:  # it raised
                 return None
+            if frame.caches is not None:
+                first, cache = frame.caches
+                keep(first, getattr(output, "past_key_values", None) if cache is None else cache)
             if frame.mixture == "logits":
                 output = logits.mix(frame, module, output, frame.loss)
             # Nobody sees the outputs inside generate.
