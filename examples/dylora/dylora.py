@@ -6,10 +6,11 @@ The experts and the router live in the model, so it is an ordinary model for Tra
 from pathlib import Path
 
 import torch
-from moelora import LoraConfig, PeftModel, activate_all_experts, get_peft_model
-from moelora.nn import PerLayerRouter
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from moelora import LoraConfig, PeftModel, activate_all_experts, get_peft_model
+from moelora.nn import PerLayerRouter
 
 LORA = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules="all-linear")
 
@@ -39,23 +40,23 @@ class DyLoRAMoE:
             return self.model(input_ids=input_ids, output_hidden_states=True, use_cache=False).hidden_states[-1]
 
     def add_expert(self) -> str:
-        """A new expert and its column in every gate. It has no weight yet, so the outputs stay what they are."""
+        """A new expert, and its column in every gate. It has no weight yet, so the outputs stay what they are."""
         name = f"expert_{len(self.experts)}"
-        self.model.base_model.add_expert(name, LORA)
+        self.model.base_model.add_expert(name)
         return name
 
     def learn_alone(self, expert: str) -> None:
         """Let one expert act, and learn."""
-        self.model.base_model.set_adapter(expert)
-        self.model.base_model.router.requires_grad_(False)
+        self.model.base_model.unfreeze_expert(expert)
+        self.model.set_adapter(expert)
 
-    def learn_to_mix(self, expert: str) -> None:
-        """Let all experts act; this one and the router learn, the others are frozen."""
-        tuner = self.model.base_model
-        tuner.activate_expert(expert)
-        for name in activate_all_experts(self.model):
-            (tuner.unfreeze_expert if name == expert else tuner.freeze_expert)(name)
-        tuner.router.requires_grad_(True)
+    def learn_to_mix(self) -> None:
+        """Let all experts act. Those that are not frozen learn, and the router."""
+        activate_all_experts(self.model)
+
+    def keep(self, expert: str) -> None:
+        """Let an expert stay what it is from now on."""
+        self.model.base_model.freeze_expert(expert)
 
     def set_maturity(self, expert: str, value: float) -> None:
         self.model.base_model.mark_mature(expert, value)

@@ -4,10 +4,11 @@ import tempfile
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from novelty import NoveltyDetector
-from stream import Task
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from novelty import NoveltyDetector
+from stream import Task
 
 LEARNING_RATE = 1e-2
 REHEARSED = 32  # sequences kept of each task
@@ -22,7 +23,8 @@ class DyLoRA(Protocol):
     def hidden_states(self, input_ids: Tensor) -> Tensor: ...
     def add_expert(self) -> str: ...
     def learn_alone(self, expert: str) -> None: ...
-    def learn_to_mix(self, expert: str) -> None: ...
+    def learn_to_mix(self) -> None: ...
+    def keep(self, expert: str) -> None: ...
     def set_maturity(self, expert: str, value: float) -> None: ...
 
 
@@ -56,13 +58,12 @@ class Lifecycle:
     def learn(self, task: Task) -> Visit:
         """Learn one task.
 
-        First the expert learns on its own: a new one if the task is novel, else the one that knows the domain. Then it
-        and the router learn how the experts work together, on a part of the task and of all that came before. Every
-        other expert is frozen in both stages. A new expert ripens in the second one: the router
-        gives it more from step to step.
+        First an expert learns on its own: a new one if the task is novel, else the one that knows the domain. Then that
+        expert and the router learn how all experts work together, from a few sequences of this task and of all before
+        it. The other experts are frozen throughout. A new expert ripens meanwhile: the router holds it back at first.
         """
         dylora, detector = self.dylora, self.detector
-        embedding = embed(dylora, task.train)
+        embedding = embed(dylora, task.train[::4])
         similarity = max(detector.similarities(embedding).values(), default=None)
         known = detector.recognise(embedding)
         if known is not None:
@@ -75,9 +76,10 @@ class Lifecycle:
         fit(dylora.model, task.train, self.skill_steps)
         self.rehearsal.append(task.train[:: max(1, len(task.train) // REHEARSED)][:REHEARSED])
         if len(dylora.experts) > 1:
-            dylora.learn_to_mix(expert)
+            dylora.learn_to_mix()
             ripening = [] if known else [Ripening(dylora, expert)]
             fit(dylora.model, torch.cat(self.rehearsal), self.mixing_steps, ripening)
+        dylora.keep(expert)
         return Visit(expert, known is None, similarity)
 
 

@@ -16,7 +16,7 @@ LORA = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules="all
 
 
 class DynamicRouter(nn.Module):
-    """A gate on the base's last hidden states, which gets a column with every expert. Maturity as in moelora."""
+    """A gate on the base's last hidden states, which gets a column with every expert."""
 
     def __init__(self, hidden_size: int, num_experts: int = 1, temperature: float = 2.0) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class NPasses(nn.Module):
         super().__init__()
         self.foundation_model = foundation_model
         self.router = router
-        self.learning: list[str] = []
+        self.learning: str | None = None
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
         experts = list(self.foundation_model.peft_config)
@@ -54,11 +54,10 @@ class NPasses(nn.Module):
             weights = self.router(self.hidden_states(input_ids))
             logits = 0
             for i, expert in enumerate(experts):
-                # set_adapter freezes the others and would make this one learn.
-                self.foundation_model.set_adapter(expert, inference_mode=expert not in self.learning)
+                self.foundation_model.set_adapter(expert, inference_mode=expert != self.learning)
                 passed = self.foundation_model(input_ids=input_ids, use_cache=False)
                 logits = logits + weights[..., i, None] * passed.logits
-            self.activate(experts)  # or the backward would reach no expert but the last
+            self.activate(experts)  # each set_adapter has frozen the others, and the backward is still to come
         loss = None
         if labels is not None:
             loss = self.foundation_model.loss_function(logits, labels, vocab_size=logits.shape[-1])
@@ -72,10 +71,10 @@ class NPasses(nn.Module):
         return outputs.hidden_states[-1]
 
     def activate(self, experts: list[str]) -> None:
-        """Let these experts act; those in `learning` learn, too."""
+        """Let these experts act. Only the one that is `learning` is trainable."""
         self.foundation_model.base_model.set_adapter(experts, inference_mode=True)
         for name, parameter in self.foundation_model.named_parameters():
-            if any(f".{expert}." in name for expert in self.learning):
+            if f".{self.learning}." in name:
                 parameter.requires_grad_(True)
 
 
@@ -106,14 +105,15 @@ class DyLoRAMoE:
         return name
 
     def learn_alone(self, expert: str) -> None:
-        self.model.learning = [expert]
+        self.model.learning = expert
         self.model.activate([expert])
-        self.model.router.requires_grad_(False)
 
-    def learn_to_mix(self, expert: str) -> None:
-        self.model.learning = [expert]
+    def learn_to_mix(self) -> None:
         self.model.activate(self.experts)
-        self.model.router.requires_grad_(True)
+
+    def keep(self, expert: str) -> None:
+        self.model.learning = None
+        self.model.activate(self.experts)
 
     def set_maturity(self, expert: str, value: float) -> None:
         self.model.router.maturity[self.experts.index(expert)] = value

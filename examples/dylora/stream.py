@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from moelora.demo.text import Domain, windows
 from torch import Tensor
+
+from moelora.demo.text import Domain, windows
 
 LENGTH = 128  # tokens of a sequence; a token is a byte
 
