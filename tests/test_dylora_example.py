@@ -101,8 +101,8 @@ class TestTheStream:
         assert repr(report["ways"]["moelora"]["generated"]) in printed
 
     def test_experts_of_both_ways_open_with_stock_peft(self, out):
-        for folder in (out / "moelora" / "expert_3", out / "old_way" / "peft_adapters" / "expert_3" / "expert_3"):
-            stock = peft.PeftModel.from_pretrained(make_llama(32, 2), folder, adapter_name="expert_3")
+        for saved in ("moelora/model/expert_3", "old_way/model/peft_adapters/expert_3/expert_3"):
+            stock = peft.PeftModel.from_pretrained(make_llama(32, 2), out / saved, adapter_name="expert_3")
             assert any(p.any() for name, p in stock.named_parameters() if "lora_B.expert_3" in name)
 
 

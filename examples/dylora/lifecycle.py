@@ -11,7 +11,7 @@ from novelty import NoveltyDetector
 from stream import Task
 
 LEARNING_RATE = 1e-2
-REHEARSED = 32  # sequences kept of each task
+REHEARSED = 128  # sequences kept of each task
 
 
 class DyLoRA(Protocol):

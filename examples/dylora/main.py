@@ -36,8 +36,8 @@ class Size(NamedTuple):
     """Sequences of each domain."""
 
 
-FULL = Size(width=64, layers=2, base_steps=200, skill_steps=80, mixing_steps=60, held_out=48)
-SMOKE = Size(width=32, layers=2, base_steps=100, skill_steps=16, mixing_steps=10, held_out=16)
+FULL = Size(width=64, layers=2, base_steps=200, skill_steps=60, mixing_steps=60, held_out=48)
+SMOKE = Size(width=32, layers=2, base_steps=150, skill_steps=20, mixing_steps=20, held_out=12)
 
 
 def main() -> None:
@@ -65,6 +65,7 @@ def run(size: Size, out: Path) -> dict[str, Any]:
     base: Any = make_llama(size.width, size.layers)
     train(base, batches(domains, "base", 0, torch.device("cpu")), size.base_steps, 5e-3, "base model")
     base.requires_grad_(False)
+    base.save_pretrained(out / "base")
     ordinary = torch.cat([sequences(domain.base)[:32] for domain in domains])
 
     report: dict[str, Any] = {"base": losses(base, held_out), "ways": {}}
@@ -83,9 +84,9 @@ def run(size: Size, out: Path) -> dict[str, Any]:
             print(f"{name:8} {task.domain:14} {visit.expert}{' (new)' if visit.grown else ''}", flush=True)
 
         folder = out / name.replace(" ", "_")
-        moe.save(folder)
+        moe.save(folder / "model")
         detector.save(folder / "skills.safetensors")
-        loaded = way.load(copy.deepcopy(base), folder)
+        loaded = way.load(copy.deepcopy(base), folder / "model")
         known = NoveltyDetector.load(folder / "skills.safetensors")
         start = time.perf_counter()
         text = moe.generate(prompt, NEW_TOKENS)
@@ -102,7 +103,7 @@ def run(size: Size, out: Path) -> dict[str, Any]:
         }
 
     old, new = learned["old way"], learned["moelora"]
-    report["logits_mode_difference"] = compare.old_logits_in_one_call(base, old, out / "old_way", batch)
+    report["logits_mode_difference"] = compare.old_logits_in_one_call(base, old, out / "old_way" / "model", batch)
     report["cost"] = compare.costs(old, new, batch)
     return report
 
