@@ -21,7 +21,8 @@ class DynamicRouter(nn.Module):
     def __init__(self, hidden_size: int, num_experts: int = 1, temperature: float = 2.0) -> None:
         super().__init__()
         self.gate = nn.Linear(hidden_size, num_experts)
-        self.register_buffer("maturity", torch.ones(num_experts))
+        # Not saved: all experts are mature when they are kept.
+        self.register_buffer("maturity", torch.ones(num_experts), persistent=False)
         self.temperature = temperature
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ class DyLoRAMoE:
     def load(cls, base: PreTrainedModel, folder: Path) -> "DyLoRAMoE":
         loaded = cls(base)
         state = safetensors.torch.load_file(folder / "router.safetensors")
-        for _ in state["maturity"][1:]:
+        for _ in state["gate.bias"][1:]:
             loaded.add_expert()
         loaded.model.router.load_state_dict(state)
         for expert in loaded.experts:
