@@ -44,6 +44,8 @@ def measure(models: Models, rounds: int) -> dict[str, dict[str, Any]]:
         "one_lora": lambda: single(**inputs).logits,
     }
     tuned = {"n_passes": stock, "moelora": routed, "one_lora": single}
+    for name in routed.base_model.frozen_experts:
+        routed.base_model.unfreeze_expert(name)  # as they were saved; the old way trains all of them, too
     for model in tuned.values():
         model.base_model.set_adapter(list(model.active_adapters))  # trainable
         model.train()
