@@ -45,8 +45,8 @@ class MoELoraConfig(LoraConfig):
     router_temperature : float
         Logits of the router are divided by it before the softmax; positive.
     router_type : {"learned_with_maturity", "learned", "fixed"}
-        What `moelora.get_peft_model` builds: one linear gate for each decoder layer, with or without the maturity of
-        the experts, or constant weights.
+        What `moelora.get_peft_model` builds: one linear gate for each decoder layer (both learned types; maturities
+        are 1 until `mark_mature`), or constant weights.
     expert_capacity_factor : float
         In training, an expert takes at most ``ceil(factor * tokens * top_k / num_experts)`` picks; positive.
     expert_dropout : float
