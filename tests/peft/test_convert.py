@@ -283,6 +283,7 @@ class TestAGateOfDyLoRA:
             ({"gate.weight": torch.ones(2, 32), "gate.bias": torch.ones(2)}, {}, "but there are the experts"),
             (GATE, {"num_experts": 4}, "has num_experts 3, but its settings say 4"),
             (GATE, {"input_size": 31}, "has input_size 32, but its settings say 31"),
+            (GATE, {"expert_maturity": "all"}, "has settings whose 'expert_maturity' are no numbers"),
         ],
     )
     def test_that_is_not_of_these_experts_is_refused(self, stock, opened, tmp_path, gate, settings, message):

@@ -48,6 +48,11 @@ def read_expert(folder: Path) -> Expert:
     config = read_json(path)
     if not isinstance(config.get("peft_type"), str):
         raise ValueError(f"{path} must say a 'peft_type', got {config.get('peft_type')!r}")
+    targets = config.get("target_modules")
+    if not isinstance(targets, (str, type(None))) and not (
+        isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    ):
+        raise ValueError(f"{path} must have names as 'target_modules', got {targets!r}")
     names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
     weights = next((folder / name for name in names if (folder / name).is_file()), None)
     if weights is None:

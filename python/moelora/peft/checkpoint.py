@@ -180,7 +180,7 @@ def build_router(description: dict[str, Any], where: str) -> routers.Router:
         )
     try:
         return kind(**arguments)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # the first where it would be larger than the memory
         raise ValueError(f"{where} has a router that can't be made: {error}") from error
 
 

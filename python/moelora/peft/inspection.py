@@ -113,7 +113,7 @@ def _describe_expert(name: str, folder: Path, expert: Expert, mixture: Mixture) 
         "peft_type": config["peft_type"],
         "base_model": expert.base,
         "ranks": sorted(set(check_pairs(expert.shapes, expert.weights).values())),
-        "alpha": config.get("lora_alpha"),
+        "alpha": config.get("lora_alpha", config.get("alpha")),
         "target_modules": sorted(targets) if isinstance(targets, list) else targets,
         "parameters": sum(math.prod(shape) for shape in expert.shapes.values()),
         "bytes": expert.weights.stat().st_size + (folder / CONFIG_NAME).stat().st_size,
@@ -166,7 +166,7 @@ def as_text(report: dict[str, Any]) -> str:
         targets = expert["target_modules"]
         modules = targets if isinstance(targets, str) else _shortened(targets or [])
         lines.append(
-            f"{expert['name']:<16}{','.join(map(str, expert['ranks'])) or '-':>8}{expert['alpha'] or '-':>8}"
+            f"{expert['name']:<16}{','.join(map(str, expert['ranks'])) or '-':>8}{str(expert['alpha'] or '-'):>8}"
             f"{expert['parameters']:>14,}{_size(expert['bytes']):>12}  {state:<8} {modules}"
         )
     lines.append("")

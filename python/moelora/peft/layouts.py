@@ -121,7 +121,11 @@ def dylora_router(names: list[str], shapes: Shapes, settings: Mapping[str, Any],
     arguments = {"expert_names": names, "input_size": width, "top_k": None}
     arguments["temperature"] = settings.get("temperature", _TEMPERATURE)
     maturity = settings.get("expert_maturity")
-    if maturity is None or all(value != 0 for value in torch.as_tensor(maturity).flatten().tolist()):
+    try:
+        mature = maturity is None or bool(torch.as_tensor(maturity).all())
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} has settings whose 'expert_maturity' are no numbers: {error}") from error
+    if mature:
         arguments["eval_top_k"] = settings.get("top_k", _TOP_K)
         if arguments["eval_top_k"] != 1:  # for a single one it makes no difference in evaluation
             arguments["temperature"] = 1.0
