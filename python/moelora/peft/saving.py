@@ -67,9 +67,7 @@ def save_mixture(
             staged,
             {
                 "active": active,
-                "config": None
-                if config is None
-                else {f.name: _plain(getattr(config, f.name)) for f in mixture_fields()},
+                "config": None if config is None else {f.name: getattr(config, f.name) for f in mixture_fields()},
                 "experts": experts,
                 "files": _describe_files(staged),
                 "format_version": FORMAT_VERSION,
