@@ -443,6 +443,10 @@ class TestAKill:
         with pytest.raises(ValueError, match="leads out of"):
             opened(target)
         assert (outside / "file").read_text() == "mine"
+        for content in ("{", "5", "[5]"):
+            (target / commit.COMMITTED / commit.SUPERSEDED).write_text(content)
+            with pytest.raises(ValueError, match=r"superseded.json is no list of names"):
+                opened(target)
 
 
 def edit(name, change):
@@ -516,6 +520,10 @@ BROKEN = {
         edit(MANIFEST, lambda d: d["router"]["arguments"].update(more=1)),
         "has a router that can't be made: .*more",
     ),
+    "a router beyond all memory": (
+        edit(MANIFEST, lambda d: d["router"]["arguments"].update(input_size=10**12)),
+        "has a router that can't be made: .*memory",
+    ),
     "no folder": (lambda f: shutil.rmtree(f / "expert_1"), "expert_1.* is missing"),
     "no folder, and none listed": (
         lambda f: (edit(MANIFEST, lambda d: d.update(files={}))(f), shutil.rmtree(f / "expert_1")),
@@ -566,6 +574,10 @@ BROKEN = {
     "no type of adapter": (
         edit("expert_1/adapter_config.json", lambda d: d.pop("peft_type")),
         "expert_1.adapter_config.json must say a 'peft_type', got None",
+    ),
+    "layers that are no names": (
+        edit("expert_1/adapter_config.json", lambda d: d.update(target_modules=[5])),
+        r"expert_1.adapter_config.json must have names as 'target_modules', got \[5\]",
     ),
     "other layers": (
         edit("expert_1/adapter_config.json", lambda d: d.update(target_modules=["k_proj", "down_proj"])),

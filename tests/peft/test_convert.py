@@ -9,16 +9,13 @@ import torch
 
 from moelora import PeftModel
 from moelora.cli import main
-from moelora.nn import routers
 from moelora.peft import commit
-from moelora.peft.checkpoint import find_mixture, read_mixture
+from moelora.peft.checkpoint import read_mixture
 from moelora.peft.convert import convert_checkpoint
+from moelora.peft.layouts import find_mixture
 
 NAMES = ["expert_0", "expert_1", "expert_2"]
 TARGETS = ["q_proj", "down_proj"]
-two_pass = pytest.mark.skipif(
-    "LastHiddenRouter" not in routers.__all__, reason="a gate of DyLoRA-MoE is a LastHiddenRouter"
-)
 
 
 def tensors(model):
@@ -250,7 +247,6 @@ GATE = {"gate.weight": torch.randn(3, 32), "gate.bias": torch.randn(3)}
 
 
 class TestAGateOfDyLoRA:
-    @two_pass
     @pytest.mark.parametrize("settings", [{}, {"top_k": 2, "temperature": 0.5, "num_experts": 3}])
     def test_weighs_as_it_did_there(self, stock, opened, ids, tmp_path, settings):
         dylora(tmp_path / "old", stock, GATE, **settings)
@@ -262,7 +258,6 @@ class TestAGateOfDyLoRA:
             torch.testing.assert_close(model.base_model.get_routing_weights(x), expected)
             assert torch.isfinite(model(ids).logits).all()
 
-    @two_pass
     @pytest.mark.parametrize("young", [False, True])
     @pytest.mark.parametrize("prefix", ["", "gate."])
     def test_of_the_older_form_too(self, stock, opened, tmp_path, young, prefix):
@@ -288,6 +283,7 @@ class TestAGateOfDyLoRA:
             ({"gate.weight": torch.ones(2, 32), "gate.bias": torch.ones(2)}, {}, "but there are the experts"),
             (GATE, {"num_experts": 4}, "has num_experts 3, but its settings say 4"),
             (GATE, {"input_size": 31}, "has input_size 32, but its settings say 31"),
+            (GATE, {"expert_maturity": "all"}, "has settings whose 'expert_maturity' are no numbers"),
         ],
     )
     def test_that_is_not_of_these_experts_is_refused(self, stock, opened, tmp_path, gate, settings, message):

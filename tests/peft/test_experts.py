@@ -3,6 +3,8 @@
 import ast
 import copy
 import math
+import pickle
+from functools import partial
 
 import peft
 import pytest
@@ -11,7 +13,7 @@ from peft import LoraConfig
 from torch import nn
 
 import moelora
-from moelora import MoELoraConfig, activate_all_experts, adopt, release
+from moelora import MoELoraConfig, PeftModel, activate_all_experts, adopt, release
 from moelora.nn import parameter_groups
 from moelora.nn.routers import (
     EmbeddingRouter,
@@ -21,6 +23,7 @@ from moelora.nn.routers import (
     PerLayerRouter,
     Router,
 )
+from moelora.peft.inspection import inspect_checkpoint
 
 NAMES = ["expert_0", "expert_1", "expert_2"]
 
@@ -249,6 +252,21 @@ BAD_EXPERTS = {
         lambda t: t.add_expert("new", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])),
         ValueError,
         r"modules_to_save=\['lm_head'\]: .*requires_grad_",
+    ),
+    "tokens of its own": (
+        lambda t: t.add_expert("new", LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])),
+        ValueError,
+        r"trainable_token_indices=\[1, 2\]: .*requires_grad_",
+    ),
+    "other layers of the base": (
+        lambda t: t.add_expert("new", LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 3)])),
+        ValueError,
+        "layer_replication=.*, which changes the base of all experts",
+    ),
+    "the biases of the router": (
+        lambda t: t.add_expert("new", LoraConfig(target_modules=["q_proj"], bias="all")),
+        ValueError,
+        "would be saved with the router's biases",
     ),
     "another base": (
         lambda t: t.add_expert("new", LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa_niter_4")),
@@ -609,6 +627,57 @@ class TestAnActivatedExpert:
         model.base_model.add_expert("new")
         assert activate_all_experts(model) == [*NAMES, "new"]
         assert model.base_model.router.activated.all()
+
+
+def as_opened(model, base, folder):
+    """The model saved into a folder and opened again, which must be the same."""
+    model.save_pretrained(folder)
+    opened = PeftModel.from_pretrained(base, folder)
+    state, expected = opened.state_dict(), model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+    tuners = opened.base_model, model.base_model
+    for kept in ("active_adapters", "frozen_experts"):
+        assert getattr(tuners[0], kept) == getattr(tuners[1], kept)
+    assert list(opened.peft_config) == list(model.peft_config)
+    assert repr(tuners[0].router) == repr(tuners[1].router)
+    assert not inspect_checkpoint(folder)["problems"]
+    return opened
+
+
+@pytest.mark.parametrize("way", ROUTERS)
+def test_a_life_is_saved_into_one_folder_again_and_again(make_lora, make_base, ids, tmp_path, way):
+    model = adopt(make_lora("llama", target_modules=["q_proj", "down_proj"]))
+    attach(model, way)
+    base = partial(make_base, "llama")
+    model.base_model.add_expert("new", LoraConfig(r=7, target_modules=["k_proj", "o_proj"]))
+    amplify(model, "new")
+    if way != "fixed":
+        model.base_model.mark_mature("expert_1", 0.3)
+    model.base_model.freeze_expert("expert_1")
+    model = as_opened(model, base(), tmp_path)
+    assert model.base_model.router.activated.tolist() == [True, True, True, False]
+    model.base_model.rename_expert("expert_0", "first")
+    model.base_model.activate_expert("new")
+    model = as_opened(model, base(), tmp_path)
+    before = model(ids).logits
+    model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    model.base_model.to_single_adapter([0.1, 0.2, 0.3, 0.4])
+    model = as_opened(model, base(), tmp_path)
+    assert torch.equal(model(ids).logits, before)
+    for gone in ("mixture", "expert_2", "first"):
+        model.base_model.remove_expert(gone)
+    opened = as_opened(model, base(), tmp_path)
+    assert list(opened.peft_config) == ["expert_1", "new"]
+    assert torch.equal(opened(ids).logits, model(ids).logits)
+    assert type(release(opened)) is peft.PeftModelForCausalLM
+
+
+def test_a_static_mixture_is_not_counted_as_an_expert(make_base):
+    model = moelora.get_peft_model(make_base("llama"), MoELoraConfig(target_modules=["q_proj"], num_experts=3))
+    model.base_model.to_single_adapter([1, 1, 1])
+    model.base_model.add_expert("new")
+    assert model.base_model.moe_config.num_experts == 4
 
 
 class TestAfterGrowth:

@@ -132,8 +132,10 @@ def test_it_reads_other_layouts(make_lora, tmp_path):
 
 def test_it_names_adapters_that_do_not_belong(make_lora, saved):
     make_lora("llama", n=5, target_modules=["q_proj"]).save_pretrained(saved, selected_adapters=["expert_4"])
+    (saved / "adapter_config.json").write_bytes((saved / "expert_0" / "adapter_config.json").read_bytes())
     report = inspect_checkpoint(saved)
-    assert report["notes"] == ["expert_4 is an adapter that does not belong to the set"]
+    strange = ["the folder itself", "expert_4"]
+    assert report["notes"] == [f"{path} is an adapter that does not belong to the set" for path in strange]
     assert not report["problems"]
 
 

@@ -14,6 +14,7 @@ from torch import nn
 import moelora
 from moelora import MoELoraConfig, adopt, release
 from moelora.nn.routers import FixedRouter, Router
+from moelora.peft.inspection import inspect_checkpoint
 from moelora.peft.model import LoHaModel, LoKrModel
 
 NAMES = ["expert_0", "expert_1", "expert_2"]
@@ -236,6 +237,9 @@ def test_a_saved_mixture_opens_again_and_each_expert_in_stock_peft(make, make_ba
     opened = moelora.PeftModel.from_pretrained(make_base("llama"), tmp_path).eval()
     assert list(opened.peft_config) == NAMES
     torch.testing.assert_close(opened(ids).logits, model(ids).logits, **CLOSE)
+    described = inspect_checkpoint(tmp_path)
+    assert [expert["alpha"] for expert in described["experts"]] == [model.peft_config[name].alpha for name in NAMES]
+    assert not described["problems"]
     alone = peft.PeftModel.from_pretrained(make_base("llama"), str(tmp_path / NAMES[1])).eval()
     torch.testing.assert_close(alone(ids).logits, model(ids, routing_weights=torch.eye(3)[1]).logits, **CLOSE)
 

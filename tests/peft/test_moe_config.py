@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import peft
 import pytest
 
@@ -170,3 +171,10 @@ def test_a_missing_folder_and_another_method_are_refused(tmp_path):
     peft.IA3Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a IA3Config"):
         MoELoraConfig.from_pretrained(tmp_path)
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    config = MoELoraConfig(router_temperature=np.float32(1.5), expert_dropout=np.float16(0.25))
+    config.save_pretrained(tmp_path)
+    again = MoELoraConfig.from_pretrained(tmp_path)
+    assert (again.router_temperature, again.expert_dropout) == (1.5, 0.25)

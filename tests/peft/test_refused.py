@@ -618,7 +618,16 @@ def only_active(model: Any) -> None:
         model.base_model.set_adapter(NAMES)
 
 
-change("new experts with `modules_to_save`", "requires_grad_", one_with(modules_to_save=["lm_head"]), one_with())
+for own in ({"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}):
+    change(
+        "new experts with `modules_to_save` or `trainable_token_indices`", "requires_grad_", one_with(**own), one_with()
+    )
+change(
+    "new experts with `layer_replication`",
+    "which changes the base of all experts",
+    one_with(layer_replication=[(0, 2), (1, 3)]),
+    one_with(),
+)
 for init in ("pissa", "olora", "corda", "lora_ga"):
     change(
         "new experts whose initialisation changes the base (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA)",

@@ -6,6 +6,7 @@ import json
 import pickle
 import warnings
 
+import numpy as np
 import peft
 import pytest
 import safetensors.torch
@@ -16,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 import moelora
 from moelora import MoELoraConfig, PeftModel, adopt, release
-from moelora.nn import EmbeddingRouter, FixedRouter, HiddenStateRouter, PerLayerRouter
+from moelora.nn import EmbeddingRouter, FixedRouter, HiddenStateRouter, LastHiddenRouter, PerLayerRouter
 from moelora.peft.checkpoint import read_mixture
 
 NAMES = ["expert_0", "expert_1", "expert_2"]
@@ -199,6 +200,10 @@ class TestACheckpoint:
             lambda: EmbeddingRouter(NAMES, 32, top_k=1, mlp_dim=8, renormalize=False),
             lambda: HiddenStateRouter(NAMES, 32, layer=2, temperature=0.5),
             lambda: PerLayerRouter(NAMES, 32, num_layers=3, capacity_factor=2.0, expert_dropout=0.25),
+            lambda: PerLayerRouter(
+                NAMES, np.int64(32), num_layers=3, top_k=np.int64(2), expert_dropout=np.float32(0.5)
+            ),
+            lambda: LastHiddenRouter(NAMES, 32, eval_top_k=1).double(),
         ],
     )
     def test_brings_back_every_router(self, make_lora, make_base, ids, tmp_path, make):
@@ -208,6 +213,8 @@ class TestACheckpoint:
         model.save_pretrained(tmp_path)
         opened = PeftModel.from_pretrained(make_base("llama"), tmp_path)
         assert repr(opened.base_model.router) == repr(router)
+        state = opened.base_model.router.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in router.state_dict().items())
         assert torch.equal(opened(ids).logits, model(ids).logits)
         assert opened.base_model.moe_config is None
 

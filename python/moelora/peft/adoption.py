@@ -13,8 +13,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from moelora.nn.routers import Router
-from moelora.peft.checkpoint import find_mixture, misfits
+from moelora.peft.adapter_files import misfits
 from moelora.peft.frame import KEYWORDS, check_mixture
+from moelora.peft.layouts import find_mixture
 from moelora.peft.model import TUNERS
 from moelora.peft.peft_model import RoutedPeftModel, routed_class
 from moelora.peft.tuner import ADDED, RoutedTuner

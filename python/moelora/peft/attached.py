@@ -57,8 +57,8 @@ class AttachedRouter(BaseTuner):
             raise ValueError(
                 f"router has {saved_by_name}, which PEFT would save with the adapters: rename without {self.prefix!r}"
             )
-        if any(getattr(config, "bias", "none") == "all" for config in self.peft_config.values()):
-            raise ValueError("adapters with bias='all' would be saved with the router's biases: use bias='lora_only'")
+        for config in self.peft_config.values():
+            _check_bias(config)
         if isinstance(router, Router):
             self._check_router(router)
         if self.router is not None:
@@ -70,6 +70,11 @@ class AttachedRouter(BaseTuner):
         router.train(self.training)
         if isinstance(router, Router):
             self._watch_for(router)
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        if self.router is not None:
+            _check_bias(config)
 
     def make_router(self, moe_config: MoELoraConfig) -> Router:
         """Build the router that ``moe_config.router_type`` names, for this model and its active adapters.
@@ -192,3 +197,8 @@ class AttachedRouter(BaseTuner):
         frame = current(self._host)
         if frame is not None:
             frame.reach(index, args[0] if args else kwargs["hidden_states"])
+
+
+def _check_bias(config: Any) -> None:
+    if getattr(config, "bias", "none") == "all":
+        raise ValueError("adapters with bias='all' would be saved with the router's biases: use bias='lora_only'")

@@ -80,7 +80,7 @@ def settle(target: Path) -> None:
     committed = target / COMMITTED
     changed = {target}
     with suppress(FileNotFoundError):  # here and below: another process is faster
-        for name in json.loads((committed / SUPERSEDED).read_text()):
+        for name in _superseded(committed, target):
             _check_place(target, name)
             (target / name).unlink(missing_ok=True)
             changed.add((target / name).parent)
@@ -118,6 +118,17 @@ def is_inside(name: object) -> bool:
 def _files(folder: Path) -> list[str]:
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     return [name for name in found if name != SUPERSEDED]
+
+
+def _superseded(committed: Path, target: Path) -> list[str]:
+    text = (committed / SUPERSEDED).read_text()
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(is_inside(name) for name in names):
+        raise ValueError(f"{committed / SUPERSEDED} is no list of names, or one of them leads out of {target}")
+    return names
 
 
 def _check_place(target: Path, name: str) -> None:

@@ -116,6 +116,8 @@ class MoELoraConfig(LoraConfig):
             value = getattr(self, name)
             if not isinstance(value, Real):
                 raise TypeError(f"{name} must be a real number, got {value!r}")
+            if not isinstance(value, (int, float)):  # of NumPy, which JSON does not take
+                setattr(self, name, float(value))
             if value == math.inf:
                 raise ValueError(f"{name} must be finite, got {value}")
         if self.num_experts < 2:

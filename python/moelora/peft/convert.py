@@ -16,19 +16,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from moelora.nn.routers import Router
-from moelora.peft.checkpoint import (
-    Expert,
-    Shapes,
-    build_router,
-    check_pairs,
-    describe_router,
-    dylora_router,
-    find_mixture,
-    load_pickled,
-    number,
-    save_mixture,
-)
+from moelora.peft.adapter_files import Expert, Shapes, check_pairs, load_pickled
+from moelora.peft.checkpoint import build_router
 from moelora.peft.config import read_json
+from moelora.peft.layouts import dylora_router, find_mixture, number
+from moelora.peft.saving import describe_router, save_mixture
 
 
 def convert_checkpoint(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,8 @@ from moelora.nn.routers import LearnedRouter, Router
 from moelora.peft.attached import AttachedRouter
 from moelora.peft.config import MoELoraConfig
 
-# Initialisations of an adapter that change the base weights, which all experts share.
-_CHANGES_THE_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
+# Ways of starting an adapter that take it out of the base's weights, which all experts share.
+CHANGING_THE_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 
 class Experts(AttachedRouter):
@@ -64,10 +64,10 @@ class Experts(AttachedRouter):
             If `name` is not a string, or `config` not a configuration.
         ValueError
             If there is such an expert already, PEFT or the router can't take the name, the configuration is of another
-            type, brings modules of its own (``modules_to_save``) or changes the base weights, or `maturity` is given
-            and there is no router that has it. The model is as it was then.
+            type, brings modules or tokens of its own (``modules_to_save``, ``trainable_token_indices``) or changes the
+            base, or `maturity` is given and there is no router that has it. The model is as it was then.
         """
-        self._check_new(name)
+        check_new_name(name, self.peft_config, self.prefix)
         config = self._new_config(config)
         router = self._growing_router()
         if router is not None and name in router.expert_names:
@@ -77,8 +77,6 @@ class Experts(AttachedRouter):
             )
         if maturity is not None and not isinstance(router, LearnedRouter):
             raise ValueError(f"maturity={maturity} needs a router that has it, got {type(self.router).__name__}")
-        if name in self.prefix:
-            warnings.warn(f"PEFT may not load {name!r} again, a name that is part of {self.prefix!r}", stacklevel=2)
         layers = set(self._adapter_modules())
         with _gradients_kept(self):
             self.peft_config[name] = config
@@ -147,7 +145,7 @@ class Experts(AttachedRouter):
             If there is no expert `old`, or one that is called `new`, or PEFT can't take the name.
         """
         self._check_known(old)
-        self._check_new(new)
+        check_new_name(new, self.peft_config, self.prefix)
         router = self._growing_router()
         if router is not None and old in router.expert_names:
             router.rename_expert(old, new)  # which refuses a name that it has, before anything has changed
@@ -256,18 +254,6 @@ class Experts(AttachedRouter):
         if name not in self.peft_config:
             raise ValueError(f"there is no expert {name!r}, only {list(self.peft_config)}")
 
-    def _check_new(self, name: str) -> None:
-        if not isinstance(name, str):
-            raise TypeError(f"the name of an expert must be a string, got {type(name).__name__}")
-        if name in self.peft_config:
-            raise ValueError(f"there is an expert {name!r} already")
-        # PEFT would find out halfway.
-        if not name or "." in name or any(hasattr(kind(), name) for kind in (nn.ModuleDict, nn.ParameterDict)):
-            raise ValueError(
-                f"an expert can't be called {name!r}: a name must not be empty, have a dot, or be an attribute of "
-                "torch.nn.ModuleDict or ParameterDict"
-            )
-
     def _new_config(self, config: PeftConfig | None) -> Any:
         """The checked configuration of a new expert, a copy."""
         if config is not None and not isinstance(config, PeftConfig):
@@ -278,13 +264,19 @@ class Experts(AttachedRouter):
         new: Any = copy.deepcopy(first if config is None else config)
         if new.peft_type != first.peft_type:
             raise ValueError(f"config must be of type {first.peft_type}, like the other experts, got {new.peft_type}")
-        if new.modules_to_save:
+        for field in ("modules_to_save", "trainable_token_indices"):
+            if getattr(new, field, None):
+                raise ValueError(
+                    f"config has {field}={getattr(new, field)}: PEFT would give the expert its own copy of what it "
+                    "names, and only one can be active: train the shared modules themselves (requires_grad_)"
+                )
+        if getattr(new, "layer_replication", None):
             raise ValueError(
-                f"config has modules_to_save={new.modules_to_save}: PEFT would give the expert its own copy of them, "
-                "and only one can be active: train the shared modules themselves (requires_grad_)"
+                f"config has layer_replication={new.layer_replication}, which changes the base of all experts: pass a "
+                "config without it"
             )
         start = getattr(new, "init_lora_weights", True)
-        if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
+        if isinstance(start, str) and start.startswith(CHANGING_THE_BASE):
             raise ValueError(
                 f"config has init_lora_weights={start!r}, which changes the base weights of all experts: pass a config "
                 "with init_lora_weights=True"
@@ -312,7 +304,8 @@ class Experts(AttachedRouter):
 
     def _count_experts(self) -> None:
         """Let every configuration of a mixture say how many experts there are: at least 2, as they have to."""
-        n = max(2, len(self.peft_config))
+        router = self._growing_router()  # which leaves out adapters that are no experts, as a static mixture is
+        n = max(2, len(self.peft_config) if router is None else router.num_experts)
 
         def counted(config: Any) -> Any:
             if not isinstance(config, MoELoraConfig) or not config.use_moe_routing or config.num_experts == n:
@@ -325,6 +318,21 @@ class Experts(AttachedRouter):
             self.peft_config[name] = counted(config)
         if vars(self).get("_moe_config") is not None:
             self._moe_config = counted(self._moe_config)
+
+
+def check_new_name(name: Any, taken: Collection[str], prefix: str) -> None:
+    """Raise for a name that an adapter can't get, which PEFT would find out halfway; `prefix` is that of the tuner."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of an expert must be a string, got {type(name).__name__}")
+    if name in taken:
+        raise ValueError(f"there is an expert {name!r} already")
+    if not name or "." in name or any(hasattr(kind(), name) for kind in (nn.ModuleDict, nn.ParameterDict)):
+        raise ValueError(
+            f"an expert can't be called {name!r}: a name must not be empty, have a dot, or be an attribute of "
+            "torch.nn.ModuleDict or ParameterDict"
+        )
+    if name in prefix:
+        warnings.warn(f"PEFT may not load {name!r} again, a name that is part of {prefix!r}", stacklevel=3)
 
 
 @contextmanager

@@ -11,17 +11,11 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME
 
-from moelora.peft.checkpoint import (
-    Expert,
-    Mixture,
-    check_pairs,
-    find_unchanged,
-    read_expert,
-    read_shapes,
-    sha256,
-)
+from moelora.peft.adapter_files import Expert, check_pairs, read_expert, read_shapes, sha256
+from moelora.peft.checkpoint import Mixture
 from moelora.peft.commit import COMMITTED, STAGED, current, pending
 from moelora.peft.config import FILE_NAME, FORMAT_VERSION, mixture_fields
+from moelora.peft.layouts import find_unchanged
 
 
 def inspect_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -61,9 +55,10 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     _describe(mixture, report)
     report["problems"] = [problem.replace(str(mixture.folder), str(root)) for problem in dict.fromkeys(problems)]
     belong = {path.relative_to(mixture.folder) for path in mixture.folders.values()}
-    strange = sorted(path.parent.relative_to(root) for path in root.glob(f"*/{CONFIG_NAME}"))
+    found = (*root.glob(CONFIG_NAME), *root.glob(f"*/{CONFIG_NAME}"))
+    strange = sorted(path.parent.relative_to(root) for path in found)
     report["notes"] += [
-        f"{path} is an adapter that does not belong to the set"
+        f"{path if path.name else 'the folder itself'} is an adapter that does not belong to the set"
         for path in strange
         if path not in belong and path.name not in (COMMITTED, STAGED)
     ]
@@ -118,7 +113,7 @@ def _describe_expert(name: str, folder: Path, expert: Expert, mixture: Mixture) 
         "peft_type": config["peft_type"],
         "base_model": expert.base,
         "ranks": sorted(set(check_pairs(expert.shapes, expert.weights).values())),
-        "alpha": config.get("lora_alpha"),
+        "alpha": config.get("lora_alpha", config.get("alpha")),
         "target_modules": sorted(targets) if isinstance(targets, list) else targets,
         "parameters": sum(math.prod(shape) for shape in expert.shapes.values()),
         "bytes": expert.weights.stat().st_size + (folder / CONFIG_NAME).stat().st_size,
@@ -171,7 +166,7 @@ def as_text(report: dict[str, Any]) -> str:
         targets = expert["target_modules"]
         modules = targets if isinstance(targets, str) else _shortened(targets or [])
         lines.append(
-            f"{expert['name']:<16}{','.join(map(str, expert['ranks'])) or '-':>8}{expert['alpha'] or '-':>8}"
+            f"{expert['name']:<16}{','.join(map(str, expert['ranks'])) or '-':>8}{str(expert['alpha'] or '-'):>8}"
             f"{expert['parameters']:>14,}{_size(expert['bytes']):>12}  {state:<8} {modules}"
         )
     lines.append("")

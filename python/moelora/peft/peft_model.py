@@ -19,15 +19,9 @@ import peft
 import torch
 from torch import nn
 
-from moelora.peft.checkpoint import (
-    Mixture,
-    describe_router,
-    holds_set,
-    misfits,
-    read_mixture,
-    save_mixture,
-    save_selected,
-)
+from moelora.peft.adapter_files import misfits
+from moelora.peft.checkpoint import Mixture, read_mixture
+from moelora.peft.saving import describe_router, holds_set, save_mixture, save_selected
 
 
 class RoutedPeftModel(peft.PeftModel):

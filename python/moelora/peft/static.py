@@ -13,6 +13,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from torch import Tensor, nn
 
+from moelora.peft.experts import CHANGING_THE_BASE, check_new_name
 from moelora.peft.frame import Host, as_weights
 from moelora.peft.routed import Routed
 
@@ -21,9 +22,6 @@ Mixture = dict[str, float]
 
 # What vLLM's --max-lora-rank takes (MaxLoRARanks in vllm/config/lora.py, 0.14).
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
-# Ways of starting an adapter that take it out of the base's weights, so that it is none for the base as it was.
-_CHANGING_THE_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 
 class StaticMixtures(BaseTuner):
@@ -149,7 +147,7 @@ class SingleAdapters(StaticMixtures):
             shape does not fit; if an expert is not plain LoRA or brings more than LoRA layers. The model is as it was
             then.
         """
-        _check_name(adapter_name, self.peft_config)
+        check_new_name(adapter_name, self.peft_config, self.prefix)
         experts = list(self.active_adapters)
         mixtures = [(layer, mixture) for layer, mixture in self._mixtures(weights, "weights", experts) if mixture]
         config = _config([self.peft_config[name] for name in experts], experts, mixtures)
@@ -289,17 +287,6 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 # One adapter.
 
 
-def _check_name(name: Any, taken: dict[str, Any]) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"adapter_name must be a string, got {type(name).__name__}")
-    if not name or "." in name:
-        raise ValueError(f"adapter_name must be the name of a module, without dots, got {name!r}")
-    if name in taken:
-        raise ValueError(
-            f"adapter_name must be new, but there is an adapter {name!r} already: delete_adapter({name!r})"
-        )
-
-
 def _config(configs: list[Any], experts: list[str], mixtures: list[tuple[Any, Mixture]]) -> LoraConfig:
     """The configuration of one adapter for all of these layers."""
     for name, config in zip(experts, configs, strict=True):
@@ -307,7 +294,7 @@ def _config(configs: list[Any], experts: list[str], mixtures: list[tuple[Any, Mi
             if getattr(config, field, None):
                 raise ValueError(f"expert {name!r} has {field}, which one LoRA adapter of all can't carry")
         start = config.init_lora_weights
-        if isinstance(start, str) and start.startswith(_CHANGING_THE_BASE):
+        if isinstance(start, str) and start.startswith(CHANGING_THE_BASE):
             raise ValueError(
                 f"expert {name!r} was started with init_lora_weights={start!r}, which changed the base, so the mixture "
                 "would be wrong on the base as it was: convert the expert to plain LoRA, as PEFT does it with "
