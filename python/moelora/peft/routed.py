@@ -6,7 +6,6 @@ runs PEFT's own forward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,7 +20,7 @@ class Routed(nn.Module, BaseTunerLayer):
     """What every routed layer adds to the stock layer that it is derived from; comes before it among the bases."""
 
     r: dict[str, int]  # rank of each adapter
-    lora_variant: Mapping[str, Any] = {}  # adapters of LoRA layers that are not plain LoRA
+    lora_variant: Any = {}  # adapters that are not plain LoRA, in layers of LoRA
     _site: Site | None = None
 
     def forward(self, x: Tensor, *args: Any, routing_weights: Tensor | None = None, **kwargs: Any) -> Tensor:
