@@ -14,6 +14,7 @@ from torch import nn
 import moelora
 from moelora import MoELoraConfig, adopt, release
 from moelora.nn.routers import FixedRouter, Router
+from moelora.peft import lycoris
 from moelora.peft.inspection import inspect_checkpoint
 from moelora.peft.model import LoHaModel, LoKrModel
 
@@ -36,12 +37,15 @@ def kind(request):
 
 @pytest.fixture
 def make(make_base):
-    def make(kind, n=3, **options):
+    def make(kind, n=3, family="llama", **options):
         """A stock PeftModel with n active experts that all do something."""
         of, settings = KINDS[kind]
-        settings = {"r": 2, "alpha": 3, "target_modules": TARGETS, "task_type": "CAUSAL_LM"} | settings | options
+        about = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+        if family == "t5":
+            about = {"target_modules": ["q", "v", "wi"], "task_type": "SEQ_2_SEQ_LM"}
+        settings = {"r": 2, "alpha": 3} | about | settings | options
         config = of(**settings)
-        model = peft.get_peft_model(make_base("llama"), config, adapter_name=NAMES[0])
+        model = peft.get_peft_model(make_base(family), config, adapter_name=NAMES[0])
         for name in NAMES[1:n]:
             model.add_adapter(name, copy.deepcopy(config))
         model.base_model.set_adapter(NAMES[:n])
@@ -54,10 +58,10 @@ def make(make_base):
     return make
 
 
-def looping(model, weights):
+def looping(model, weights, by_layer=None):
     """The plain loop over experts that routed layers are compared with, in a stock model."""
 
-    def forward_of(layer):
+    def forward_of(layer, weights):
         def forward(x):
             y = layer.base_layer(x)
             for i, name in enumerate(layer.active_adapters):
@@ -68,9 +72,9 @@ def looping(model, weights):
 
         return forward
 
-    for layer in model.modules():
+    for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
-            layer.forward = forward_of(layer)
+            layer.forward = forward_of(layer, weights if by_layer is None else by_layer(name))
     return model
 
 
@@ -143,9 +147,11 @@ def test_a_layer_alone_takes_what_a_layer_of_lora_takes(make, name):
         layer(x, routing_weights=torch.rand(5, 2))
 
 
+@pytest.mark.parametrize("options", [{"module_dropout": 0.4}, {"module_dropout": 0.4, "rank_dropout": 0.3}])
 @pytest.mark.parametrize("name", ["loha", "lokr"])
-def test_dropout_of_rows_and_of_experts_is_that_of_peft(make, name, ids):
-    options = {"rank_dropout": 0.3, "module_dropout": 0.4}
+def test_dropout_of_rows_and_of_experts_is_that_of_peft(make, name, options, ids):
+    if len(options) == 2 and not lycoris._IS_ASKED:
+        pytest.skip("where PEFT draws rows unasked, an expert that is left out draws some too: other random numbers")
     stock, model = make(name, **options).train(), adopt(make(name, **options)).train()
     for seed in range(3):
         torch.manual_seed(seed)
@@ -180,13 +186,63 @@ def test_the_result_has_the_dtype_of_peft(make, dtype, ids, weights):
         model(ids, labels=ids, routing_weights=weights).loss.backward()
 
 
-def test_autocast_trains(make, ids, weights, gradients):
-    w = weights.clone().requires_grad_()
-    model = adopt(make("loha"))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(ids, labels=ids, routing_weights=w).loss
-    loss.backward()
-    assert w.grad.abs().sum() > 0 and gradients(model)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["loha", "lokr"])
+def test_a_layer_under_autocast_is_that_of_peft(make, name, dtype, gradients):
+    x, g = torch.randn(2, 7, 32), torch.randn(2, 7, 32)
+
+    def step(model, **routing):
+        layer, read = model.base_model.model.model.layers[0].self_attn.q_proj, x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype):
+            y = layer(read, **routing)
+        y.backward(g.to(y.dtype))
+        return gradients(model) | {"x": read.grad, "y": y}
+
+    expected = step(make(name))
+    for shape in ((3,), (2, 7, 3)):
+        got = step(adopt(make(name)), routing_weights=torch.ones(shape))
+        assert {key: t.dtype for key, t in got.items()} == {key: t.dtype for key, t in expected.items()}
+        for key, value in expected.items():
+            assert (got[key] - value).float().norm() < 2 * torch.finfo(dtype).eps * value.float().norm(), key
+
+
+@pytest.mark.parametrize("name", ["loha", "lokr"])
+def test_weights_of_each_stack_of_an_encoder_decoder_model_equal_a_loop(make, name, ids, gradients):
+    labels = torch.randint(3, 97, (2, 5), generator=torch.Generator().manual_seed(8))
+
+    def step(model, **routing):
+        loss = model(input_ids=ids, labels=labels, **routing).loss
+        loss.backward()
+        return loss, gradients(model)
+
+    def given():
+        chance = torch.Generator().manual_seed(9)
+        return {s: torch.rand(2, n, 3, generator=chance).requires_grad_() for s, n in (("encoder", 7), ("decoder", 5))}
+
+    mine, theirs = given(), given()
+    reads = lambda layer: "encoder" if ".encoder." in layer or "EncDecAttention.v" in layer else "decoder"  # noqa: E731
+    reference = looping(make(name, family="t5"), None, by_layer=lambda layer: theirs[reads(layer)])
+    loss, got = step(adopt(make(name, family="t5")), routing_weights=mine)
+    expected, wanted = step(reference)
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    torch.testing.assert_close(
+        got | {s: w.grad for s, w in mine.items()}, wanted | {s: w.grad for s, w in theirs.items()}, **CLOSE
+    )
+    assert all(w.grad.abs().sum() > 0 for w in mine.values())
+
+
+@pytest.mark.parametrize(("name", "shape"), [("loha", (2, 7, 3)), ("lokr", (3,))])
+def test_a_training_step_compiles_without_a_break(make, name, shape, ids, gradients):
+    torch._dynamo.reset()
+    w = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    eager, model = adopt(make(name, target_modules=["q_proj"])), adopt(make(name, target_modules=["q_proj"]))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected, got = (m(ids, labels=ids, use_cache=False, routing_weights=w) for m in (eager, compiled))
+    torch.testing.assert_close(got.logits, expected.logits, **CLOSE)
+    expected.loss.backward()
+    got.loss.backward()
+    torch.testing.assert_close(gradients(model), gradients(eager), **CLOSE)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", ["loha", "lokr"])

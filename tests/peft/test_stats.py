@@ -98,6 +98,23 @@ def test_of_a_router_counts_tokens_that_are_not_padding(model, ids, reads, optio
         assert_counts(usage, unmasked(next(output.weights for index, output in seen if index == layer)))
 
 
+class OfSequences(EmbeddingRouter):
+    """One mixture for each sequence, from the mean of its embeddings."""
+
+    def route(self, hidden_states, attention_mask=None, *, layer=None, active=None):
+        return super().route(hidden_states.mean(-2), active=active)
+
+
+def test_of_a_router_of_whole_sequences_counts_their_tokens(model, ids):
+    router = OfSequences(NAMES, 32, top_k=2)
+    nn.init.normal_(router.gate.weight, std=9.0)
+    model.base_model.attach_router(router)
+    seen = routings_of(router)
+    with routing_stats(model) as stats:
+        model(ids, attention_mask=MASK)
+    assert_counts(stats, seen[0][1].weights.repeat_interleave(LENGTHS, 0))
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 7, 3), (2, 7, 3, 3), (1, 1, 3, 3)])
 def test_of_given_weights_counts_every_token_of_a_sequence(model, ids, shape):
     w = torch.rand(shape, generator=torch.Generator().manual_seed(4)) - 0.2

@@ -208,8 +208,7 @@ class Frame:
             if self.stack is None:
                 self._fit(self.given, call)
         elif self.router is not None and self.router.reads != "nothing":
-            activated = self.router.activated[self.active].to(call.device)
-            self.now = torch.where(activated.any(), activated / activated.sum(), 1 / len(activated))
+            self.now = None
             return
         if self.host.recorders and self.stack is None:
             self._record_fitted()
@@ -335,7 +334,8 @@ class Frame:
             self._check_output(output, () if hidden_states is None else hidden_states.shape[:-1])
         self.outputs.append(output)
         if self.host.recorders:
-            self._record(output.weights, layer, output.counts)
+            # The router has counted the rows it saw; one of a whole sequence stands for all tokens of it.
+            self._record(output.weights, layer, output.counts if output.weights.dim() == 3 else None)
         return output.weights if self.balance is None else self.balance.watch(output)
 
     def _check_output(self, output: Any, tokens: tuple[int, ...]) -> None:
@@ -384,6 +384,8 @@ class Frame:
                 )
             weights = self.layers[site.layer]
         if weights is None:
+            weights = self._before_gate()
+        if weights is None:
             raise ValueError(
                 f"{site.name} was called outside the forward of its model, where routing weights per token can't be "
                 "matched: pass routing_weights to the layer"
@@ -397,6 +399,13 @@ class Frame:
                 f"of shape {tuple(weights.shape)}: pass [N], or leave it out of target_modules"
             )
         return matched
+
+    def _before_gate(self) -> Tensor | None:
+        """The uniform mixture, which layers take that run before the router has read anything."""
+        if self.router is not None and self.call is not None:
+            activated = self.router.activated[self.active].to(self.call.device)
+            self.now = torch.where(activated.any(), activated / activated.sum(), 1 / len(activated))
+        return self.now
 
     def _match(self, weights: Tensor, site: Site, x: Tensor) -> Tensor | None:
         call, rows = self.call, x.shape if site.ids else x.shape[:-1]
@@ -423,7 +432,8 @@ class Frame:
         """What decoder layer `index`, or a region around all of them, takes of the weights, for `inside`."""
         if self.layers is not None:
             return tuple(self.layers) if index is None else (self.layers[index],)
-        return (self.now,) if self.encoder is None else (self.now, self.encoder.now)
+        now = self.now if self.now is not None else self._before_gate()
+        return (now,) if self.encoder is None else (now, self.encoder.now)
 
     def inside(self, index: int | None, weights: Sequence[Tensor]) -> Frame:
         """This frame as it is in a checkpointed region whose arguments are `weights`, see `Recompute`."""

@@ -20,6 +20,7 @@ class Routed(nn.Module, BaseTunerLayer):
     """What every routed layer adds to the stock layer that it is derived from; comes before it among the bases."""
 
     r: dict[str, int]  # rank of each adapter
+    lora_variant: Any = {}  # adapters that are not plain LoRA, in layers of LoRA
     _site: Site | None = None
 
     def forward(self, x: Tensor, *args: Any, routing_weights: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -69,7 +70,8 @@ class Routed(nn.Module, BaseTunerLayer):
                     f"routing_weights must have one column for each active adapter {experts}, got shape "
                     f"{tuple(weights.shape)}"
                 )
-        self._check(experts, kwargs)
+        if kwargs or self.merged_adapters or self.lora_variant:
+            self._check(experts, kwargs)
         return self._mixed(x, weights, experts, args, kwargs)
 
     def extra_repr(self) -> str:
