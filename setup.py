@@ -25,8 +25,8 @@ from setuptools.command.build_ext import build_ext
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 
 # What a kernel file is compiled with besides CFLAGS; the run-time dispatch enters it only on a CPU that has all of it.
-# The tuning: gcc's generic one, since 13, takes a fused multiply-add apart where it follows another one of the same sum,
-# and does so or not depending on the tile, so that the bits of a row depend on its neighbours.
+# The tuning: gcc's generic one, since 13, takes fused multiply-adds that follow each other in a sum apart, and does so
+# or not depending on the tile, so that the bits of a row depend on its neighbours.
 X86_KERNEL_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mtune=haswell"],
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mtune=haswell"],

@@ -14,7 +14,6 @@ from torch import nn
 import moelora
 from moelora import MoELoraConfig, adopt, release
 from moelora.nn.routers import FixedRouter, Router
-from moelora.peft import lycoris
 from moelora.peft.inspection import inspect_checkpoint
 from moelora.peft.model import LoHaModel, LoKrModel
 
@@ -150,8 +149,6 @@ def test_a_layer_alone_takes_what_a_layer_of_lora_takes(make, name):
 @pytest.mark.parametrize("options", [{"module_dropout": 0.4}, {"module_dropout": 0.4, "rank_dropout": 0.3}])
 @pytest.mark.parametrize("name", ["loha", "lokr"])
 def test_dropout_of_rows_and_of_experts_is_that_of_peft(make, name, options, ids):
-    if len(options) == 2 and not lycoris._IS_ASKED:
-        pytest.skip("where PEFT draws rows unasked, an expert that is left out draws some too: other random numbers")
     stock, model = make(name, **options).train(), adopt(make(name, **options)).train()
     for seed in range(3):
         torch.manual_seed(seed)

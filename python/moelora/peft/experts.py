@@ -82,6 +82,10 @@ class Experts(AttachedRouter):
             self.peft_config[name] = config
             try:
                 self.inject_adapter(self.model, name)
+                if not any(
+                    name in of_adapters for layer in self._adapter_modules() for of_adapters in _by_adapter(layer)
+                ):
+                    raise ValueError(f"target_modules={config.target_modules} were not found in the base model")
                 self._cast_adapter_dtype(name, autocast_adapter_dtype)
                 if isinstance(router, LearnedRouter):
                     router.add_expert(name, maturity=1.0 if maturity is None else maturity)

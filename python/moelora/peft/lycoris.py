@@ -46,9 +46,7 @@ class RoutedLycoris(Routed, LycorisLayer):
             # As in PEFT, an expert is left out, or rows of its delta weight, for all tokens of the call.
             dropout = self.module_dropout[name]
             left_out = self.training and dropout > 0 and bool(torch.rand(1) <= dropout)
-            drops_rows = self.training and bool(self.rank_dropout[name]) and not left_out
-            options = {"apply_rank_dropout": drops_rows} if _IS_ASKED else {}
-            deltas.append(self.get_delta_weight(name, **options))
+            deltas.append(self._delta(name, self.training and bool(self.rank_dropout[name]) and not left_out))
             # A factor, so that the gradients of an expert that is left out are zero and not None.
             columns.append(weights[..., i] * (not left_out))
         inner = deltas[0].dtype
@@ -61,6 +59,18 @@ class RoutedLycoris(Routed, LycorisLayer):
         else:
             mixture = _Mixture.apply(x, torch.stack(columns, -1), *deltas)  # type: ignore[no-untyped-call]
         return (y + mixture).to(dtype)
+
+    def _delta(self, name: str, drops_rows: bool) -> Tensor:
+        if _IS_ASKED:
+            delta: Tensor = self.get_delta_weight(name, apply_rank_dropout=drops_rows)
+            return delta
+        probability = self.rank_dropout[name]
+        try:
+            self.rank_dropout[name] = probability if drops_rows else 0.0
+            delta = self.get_delta_weight(name)
+        finally:
+            self.rank_dropout[name] = probability
+        return delta
 
 
 class LoHaLinear(RoutedLycoris, loha.Linear):
