@@ -209,6 +209,8 @@ class TestACheckpoint:
     def test_brings_back_every_router(self, make_lora, make_base, ids, tmp_path, make):
         model = adopt(make_lora("llama"))
         router = make().eval()
+        for parameter in router.parameters():
+            nn.init.uniform_(parameter)  # with all bits of its dtype
         model.base_model.attach_router(router)
         model.save_pretrained(tmp_path)
         opened = PeftModel.from_pretrained(make_base("llama"), tmp_path)
