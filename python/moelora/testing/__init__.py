@@ -64,7 +64,12 @@ def assert_matches_n_passes(
     >>> assert_matches_n_passes(model, {"input_ids": ids, "attention_mask": mask})  # doctest: +SKIP
     """
     if not isinstance(model, peft.PeftModel) or not isinstance(model.base_model, lora.LoraModel):
-        raise TypeError(f"model must be a PeftModel with LoRA adapters, got {type(model).__name__}")
+        got = (
+            f"one with a {type(model.base_model).__name__}"
+            if isinstance(model, peft.PeftModel)
+            else type(model).__name__
+        )
+        raise TypeError(f"model must be a PeftModel with LoRA adapters, got {got}")
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):
