@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import moelora
+from moelora.cli import main
 from moelora.demo.text import load_domains
 from moelora.demo.training import make_llama
 
@@ -104,6 +105,11 @@ class TestTheStream:
         for saved in ("moelora/model/expert_3", "old_way/model/peft_adapters/expert_3/expert_3"):
             stock = peft.PeftModel.from_pretrained(make_llama(32, 2), out / saved, adapter_name="expert_3")
             assert any(p.any() for name, p in stock.named_parameters() if "lora_B.expert_3" in name)
+
+    @pytest.mark.parametrize("saved", ["moelora", "old_way"])
+    def test_what_either_way_has_saved_keeps_every_promise(self, out, saved, capsys):
+        arguments = ["--checkpoint", f"{out}/{saved}/model", "--model", f"{out}/base", "--no-speed", "--tokens", "16"]
+        assert main(["validate", *arguments]) == 0, capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 import dylora
 import old_way
 from lifecycle import DyLoRA
-from moelora import PeftModel, activate_all_experts
+from moelora import PeftModel
 from moelora.demo.measure import Way, cost
 
 
@@ -27,12 +27,7 @@ def difference(got: Tensor, expected: Tensor) -> float:
 
 def old_logits_in_one_call(base: PreTrainedModel, old: old_way.DyLoRAMoE, saved: Path, input_ids: Tensor) -> float:
     """How far moelora's logits mode is from the old way: its saved experts, its router's weights, its result."""
-    first, *others = old.experts
-    folder = saved / "peft_adapters"
-    model = PeftModel.from_pretrained(copy.deepcopy(base), folder / first / first, adapter_name=first)
-    for expert in others:
-        model.load_adapter(folder / expert / expert, adapter_name=expert)
-    activate_all_experts(model)
+    model = PeftModel.from_pretrained(copy.deepcopy(base), saved)
     expected = logits(old.model, input_ids)
     weights = old.model.router(old.hidden_states(input_ids)).detach()
     return difference(logits(model, input_ids, routing_weights=weights, mixture="logits"), expected)

@@ -173,6 +173,8 @@ def _validate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
         parser.error(f"argument --seed: must lie in [0, 2**32), got {options.seed}")
     if options.json is not None and not options.json.parent.is_dir():
         parser.error(f"argument --json: {options.json.parent} is not a folder")
+    if options.json is not None and options.json.is_dir():
+        parser.error(f"argument --json: {options.json} is a folder")
     try:
         from moelora.validate.report import as_text as validation_as_text
         from moelora.validate.run import Settings, validate
@@ -194,7 +196,10 @@ def _validate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
         parser.error(str(error))
     print(validation_as_text(report))
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        try:
+            options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            parser.error(f"argument --json: {error}")
     return 0 if report["holds"] else 1
 
 

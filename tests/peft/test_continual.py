@@ -1,5 +1,7 @@
 """A stream of domains: experts keep what they have learned, and one adapter does not."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ def stream() -> dict[str, Any]:
     """What is left by the program of the page."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, Any] = {"__name__": "page"}
-    exec(compile("\n".join(blocks), str(PAGE), "exec"), names)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile("\n".join(blocks), str(PAGE), "exec"), names)
+    assert printed.getvalue()
     return names
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoHaConfig, get_peft_model
 
 import moelora
 from moelora import MoELoraConfig, adopt
@@ -136,6 +137,9 @@ def test_a_wrong_mixture_of_logits_is_named(make_lora, ids, monkeypatch):
 def test_what_it_can_not_compare_is_an_error(make_lora, make_base, ids):
     with pytest.raises(TypeError, match="must be a PeftModel with LoRA adapters, got LlamaForCausalLM"):
         assert_matches_n_passes(make_base("llama"), ids)
+    loha = get_peft_model(make_base("llama"), LoHaConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match="with LoRA adapters, got PeftModel with a LoHaModel"):
+        assert_matches_n_passes(loha, ids)
     model = make_lora("llama")
     with pytest.raises(TypeError, match="batch must be a tensor of token ids or a mapping of inputs, got list"):
         assert_matches_n_passes(model, [ids])
@@ -147,3 +151,12 @@ def test_what_it_can_not_compare_is_an_error(make_lora, make_base, ids):
 def test_it_takes_a_model_as_get_peft_model_makes_it(make_base, ids):
     config = MoELoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], num_experts=2, top_k_experts=1)
     assert_matches_n_passes(moelora.get_peft_model(make_base("llama"), config), ids)
+
+
+def test_it_takes_frozen_experts_and_leaves_them_frozen(make_lora, ids):
+    model = adopt(make_lora("llama"))
+    model.base_model.freeze_expert("expert_1")
+    assert_matches_n_passes(model, ids)
+    assert model.base_model.frozen_experts == {"expert_1"}
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trains and not any("expert_1" in name for name in trains)

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch as st
 import torch
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import moelora
 from moelora.cli import main
-from moelora.nn.routers import EmbeddingRouter, FixedRouter, HiddenStateRouter
+from moelora.nn.routers import EmbeddingRouter, FixedRouter, HiddenStateRouter, LastHiddenRouter
 from moelora.peft import layers, logits, peft_model
 from moelora.validate.comparison import difference, gradient_differences
 from moelora.validate.cost import judge
@@ -67,11 +68,17 @@ def run(folder, tmp_path, *options):
     return status, json.loads(out.read_text())
 
 
+@pytest.fixture
+def judge_no_time(monkeypatch):
+    """On a busy machine a step of these models may take long enough to be judged, and be late."""
+    monkeypatch.setattr("moelora.validate.cost.SHORT", math.inf)
+
+
 def failed(report):
     return {check["promise"]: check["note"] for check in report["checks"] if check["holds"] is False}
 
 
-def test_an_intact_checkpoint_keeps_every_promise(intact, tmp_path, capsys):
+def test_an_intact_checkpoint_keeps_every_promise(intact, tmp_path, capsys, judge_no_time):
     status, report = run(intact, tmp_path, "--rounds", "2")
     assert status == 0 and report["holds"] and not failed(report)
     groups = [check["group"] for check in report["checks"]]
@@ -79,7 +86,7 @@ def test_an_intact_checkpoint_keeps_every_promise(intact, tmp_path, capsys):
         "outputs": 7,
         "gradients": 2,
         "cost": 3,
-        "compatibility": 7,
+        "compatibility": 8,
     }
     judged = [c for c in report["checks"] if c["measured"] is not None and c["holds"] is not None]
     assert judged and all(0 <= c["measured"] <= c["allowed"] for c in judged)
@@ -100,6 +107,7 @@ def test_an_intact_checkpoint_keeps_every_promise(intact, tmp_path, capsys):
         FixedRouter(EXPERTS, [1, 2, 5]),
         EmbeddingRouter(EXPERTS, 32, top_k=2),
         HiddenStateRouter(EXPERTS, 32, layer=1),
+        LastHiddenRouter(EXPERTS, 32, top_k=2),
     ],
     ids=lambda router: type(router).__name__,
 )
@@ -116,6 +124,77 @@ def test_layers_outside_the_decoder_are_compared_too(base_folder, tmp_path):
     folder = save_mixture(base_folder, tmp_path / "mixture", target_modules=targets)
     status, report = run(folder, tmp_path)
     assert status == 0 and len(report["layers"]) == 2 + 2
+
+
+def test_frozen_experts_are_compared_like_the_others(base_folder, tmp_path, judge_no_time):
+    model = moelora.PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(base_folder), str(save_mixture(base_folder, tmp_path / "mixture"))
+    )
+    for name in EXPERTS:  # all: then nothing of the model trains
+        model.base_model.freeze_expert(name)
+    model.save_pretrained(str(tmp_path / "frozen"))
+    assert json.loads((tmp_path / "frozen" / "moe_lora.json").read_text())["frozen"] == EXPERTS
+    status, report = run(tmp_path / "frozen", tmp_path, "--rounds", "1")
+    assert status == 0
+    assert any("lora_A.expert_1" in name for name in report["gradients"]["layer"])
+    assert set(report["cost"]) == {"n_passes", "moelora", "one_lora"}
+
+
+def test_an_expert_that_is_not_activated_takes_no_part_but_its_files_do(base_folder, tmp_path):
+    base = LlamaForCausalLM.from_pretrained(base_folder)
+    model = moelora.PeftModel.from_pretrained(base, str(save_mixture(base_folder, tmp_path / "mixture")))
+    model.base_model.add_expert("young")
+    model.save_pretrained(str(tmp_path / "grown"))
+    status, report = run(tmp_path / "grown", tmp_path)
+    assert status == 0 and report["experts"] == [*EXPERTS, "young"] and set(report["one_hot"]) == set(EXPERTS)
+    (tmp_path / "grown" / "young" / ADAPTER).unlink()
+    status, report = run(tmp_path / "grown", tmp_path)
+    assert status == 1 and f"young/{ADAPTER} is missing" in failed(report)["the files of every expert are whole"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_folders_of_stock_peft_are_a_mixture_of_experts_of_any_number_and_rank(base_folder, tmp_path, judge_no_time, n):
+    torch.manual_seed(6)
+    for e in range(n):
+        config = LoraConfig(r=1 + e, target_modules=["q_proj", ["v_proj", "up_proj"][e % 2]], task_type="CAUSAL_LM")
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(base_folder), config, adapter_name=f"expert_{e}")
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(str(tmp_path / "plain"))
+    status, report = run(tmp_path / "plain", tmp_path, "--rounds", "1")
+    assert status == 0 and report["experts"] == [f"expert_{e}" for e in range(n)]
+
+
+def test_layers_of_gpt2_are_compared(tmp_path):
+    torch.manual_seed(5)
+    GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2, n_positions=10)).save_pretrained(
+        tmp_path / "base"
+    )
+    config = moelora.MoELoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn", "c_proj"], num_experts=2)
+    model = moelora.get_peft_model(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(str(tmp_path / "mixture"))
+    status, report = run(tmp_path / "mixture", tmp_path)
+    assert status == 0 and len(report["layers"]) == 3 and report["batch"] == [2, 10]
+
+
+def test_a_base_that_was_saved_in_bfloat16_is_compared_in_float32(base_folder, tmp_path):
+    LlamaForCausalLM.from_pretrained(base_folder).bfloat16().save_pretrained(tmp_path / "base")
+    status, report = run(save_mixture(tmp_path / "base", tmp_path / "mixture"), tmp_path)
+    assert status == 0 and report["dtype"] == "float32" and report["model"] == str(tmp_path / "base")
+
+
+def test_what_rounding_does_to_a_model_that_magnifies_it_is_allowed(base_folder, tmp_path):
+    folder = save_mixture(base_folder, tmp_path / "mixture", lora_alpha=1000)
+    status, report = run(folder, tmp_path)
+    assert status == 0
+    judged = {check["promise"]: check for check in report["checks"]}
+    one_hot = judged["one-hot weights equal each adapter alone"]
+    assert 1e-5 < one_hot["allowed"] <= 1e-3
+    assert one_hot["allowed"] == pytest.approx(min(4 * report["noise"]["one_hot"], 1e-3))
 
 
 def change(path, edit):
@@ -146,7 +225,7 @@ def narrow_router(tensors):
 @pytest.mark.parametrize(
     ("file", "edit", "named"),
     [
-        (f"expert_1/{ADAPTER}", drop_b, "expert_1: .*lora_B"),
+        (f"expert_1/{ADAPTER}", drop_b, "^expert_1: .*lora_B"),
         (f"expert_2/{ADAPTER}", put_nan, "expert_2: .*lora_B"),
         (f"expert_0/{ADAPTER}", cut, "expert_0: .*(lora_A|size mismatch)"),
         ("router.safetensors", narrow_router, "router"),
@@ -161,6 +240,44 @@ def test_a_damaged_checkpoint_fails_and_what_is_wrong_is_named(intact, tmp_path,
     assert re.search(named, " ".join(failed(report).values()))
     text = capsys.readouterr().out
     assert "FAILS" in text and "the checkpoint has to open first" in text
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def rank_as_text(path):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": "three"}))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "promise", "named"),
+    [
+        (f"expert_1/{ADAPTER}", Path.unlink, "the files of every expert are whole", "expert_1: .* is missing"),
+        (f"expert_1/{ADAPTER}", cut_short, "the files of every expert are whole", "expert_1: .* no whole safetensors"),
+        ("expert_0/adapter_config.json", cut_short, "the files of every expert are whole", "expert_0: .* no JSON"),
+        ("expert_2", shutil.rmtree, "the files of every expert are whole", "expert_2: .* is missing"),
+        ("expert_0/adapter_config.json", rank_as_text, "every expert opens in stock PEFT.*", "expert_0: TypeError"),
+        ("moe_lora.json", cut_short, "moelora reads what the folder says.*", "moe_lora.json is no JSON"),
+        ("moe_lora.json", Path.unlink, "moelora reads what the folder says.*", "router.safetensors must have"),
+        ("router.safetensors", Path.unlink, "moelora opens the checkpoint.*", "router.safetensors is missing"),
+        ("router.safetensors", cut_short, "moelora opens the checkpoint.*", "bytes instead of"),
+    ],
+)
+def test_every_damage_is_a_promise_that_fails(intact, tmp_path, file, damage, promise, named):
+    folder = shutil.copytree(intact, tmp_path / "mixture")
+    damage(folder / file)
+    status, report = run(folder, tmp_path)
+    assert status == 1 and report["skipped"].endswith("the checkpoint has to open first")
+    (note,) = (note for name, note in failed(report).items() if re.fullmatch(promise, name))
+    assert re.search(named, note)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_tensors_of_another_dtype_are_taken_as_stock_peft_takes_them(intact, tmp_path, dtype):
+    folder = shutil.copytree(intact, tmp_path / "mixture")
+    change(folder / "expert_2" / ADAPTER, lambda tensors: tensors.update({k: t.to(dtype) for k, t in tensors.items()}))
+    assert run(folder, tmp_path)[0] == 0
 
 
 def test_a_folder_of_an_unknown_version_fails(intact, tmp_path):
@@ -391,10 +508,11 @@ def test_a_text_without_a_tokenizer_is_a_wrong_argument(intact, tmp_path, capsys
     ("options", "message"),
     [
         (["--checkpoint", "nowhere"], "argument --checkpoint: nowhere is not a folder"),
-        (["--checkpoint", "."], "is not the folder of a mixture"),
+        (["--checkpoint", "."], "neither moe_lora.json nor folders expert_<int>"),
         (["--batch", "0"], "argument --batch: must be at least 1, got 0"),
         (["--seed", "-1"], "argument --seed: must lie in [0, 2**32), got -1"),
         (["--rounds", "0"], "argument --rounds: must be at least 1, got 0"),
+        (["--json", "."], "argument --json: . is a folder"),
         (["--json", "nowhere/report.json"], "argument --json: nowhere is not a folder"),
         (["--model", "nowhere"], "argument --model: can't open 'nowhere'"),
     ],
@@ -415,3 +533,38 @@ def test_a_base_model_that_is_gone_asks_for_model(intact, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(folder, tmp_path)
     assert "pass the folder of its base model with --model" in capsys.readouterr().err
+
+
+def test_a_base_model_that_is_quantised_or_broken_is_a_wrong_argument(intact, base_folder, tmp_path, capsys):
+    quantised = shutil.copytree(base_folder, tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    method = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
+    broken = shutil.copytree(base_folder, tmp_path / "broken")
+    cut_short(broken / "model.safetensors")
+    for model, reason in ((quantised, "it is quantised"), (broken, "SafetensorError")):
+        with pytest.raises(SystemExit, match="2"):
+            run(intact, tmp_path, "--model", str(model))
+        error = capsys.readouterr().err
+        assert f"argument --model: can't open '{model}'" in error and reason in error
+
+
+@pytest.mark.parametrize("config", [LoHaConfig, LoKrConfig])
+def test_experts_of_another_kind_than_lora_are_a_wrong_argument(base_folder, tmp_path, capsys, config):
+    options = config(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = moelora.get_peft_model(LlamaForCausalLM.from_pretrained(base_folder), options, adapter_name="a")
+    model.add_adapter("b", options)
+    model.save_pretrained(str(tmp_path / "mixture"))
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "mixture", tmp_path)
+    error = capsys.readouterr().err
+    assert f"experts of type {options.peft_type.value}" in error and "is for LORA alone" in error
+
+
+def test_a_checkpoint_without_an_active_expert_is_a_wrong_argument(intact, tmp_path, capsys):
+    folder = shutil.copytree(intact, tmp_path / "mixture")
+    document = json.loads((folder / "moe_lora.json").read_text())
+    (folder / "moe_lora.json").write_text(json.dumps(document | {"active": []}))
+    with pytest.raises(SystemExit, match="2"):
+        run(folder, tmp_path)
+    assert "is active, so nothing is mixed" in capsys.readouterr().err

@@ -64,7 +64,8 @@ def assert_matches_n_passes(
     >>> assert_matches_n_passes(model, {"input_ids": ids, "attention_mask": mask})  # doctest: +SKIP
     """
     if not isinstance(model, peft.PeftModel) or not isinstance(model.base_model, lora.LoraModel):
-        raise TypeError(f"model must be a PeftModel with LoRA adapters, got {type(model).__name__}")
+        inside = f" with a {type(model.base_model).__name__}" if isinstance(model, peft.PeftModel) else ""
+        raise TypeError(f"model must be a PeftModel with LoRA adapters, got {type(model).__name__}{inside}")
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     if not isinstance(batch, Mapping):

@@ -155,3 +155,19 @@ def watched(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[No
     finally:
         for handle in hooks:
             handle.remove()
+
+
+@contextmanager
+def shaken(model: Any) -> Iterator[None]:
+    """Context in which the model's embeddings are as if rounded otherwise: off by up to one unit in the last place."""
+    noise = torch.Generator().manual_seed(2)
+
+    def shake(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        off = 2 * torch.rand(output.shape, generator=noise) - 1
+        return output * (1 + torch.finfo(output.dtype).eps * off)
+
+    hook = model.get_input_embeddings().register_forward_hook(shake)
+    try:
+        yield
+    finally:
+        hook.remove()

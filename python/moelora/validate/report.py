@@ -39,7 +39,7 @@ def as_text(report: dict[str, Any]) -> str:
         heads = ["", "train step ms", "quartiles", "forward ms", "quartiles", "train peak MiB"]
         tables.append(Section("Cost of a batch", heads, [_cost_row(way, measured[way]) for way in WAYS]))
     notes = [f"{c['promise']}: {c['note']}" for c in report["checks"] if c["note"]]
-    notes += [report[name] for name in ("router", "untrained", "skipped") if name in report]
+    notes += [report[name] for name in ("untrained", "skipped") if name in report]
     blocks = [
         render(tables),
         *(["Notes\n" + "\n".join(f"- {note}" for note in notes)] if notes else []),

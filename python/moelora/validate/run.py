@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 import moelora
-from moelora.nn.routers import Router
-from moelora.peft.checkpoint import Mixture, read_mixture
+from moelora.peft.checkpoint import Expert, find_mixture, read_expert
 from moelora.report.machine import machine
 from moelora.validate import checks, cost
 from moelora.validate.checks import Check, Models, yes
 from moelora.validate.reference import twin
+
+SKIPPED = "outputs, gradients and cost: the checkpoint has to open first"
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,35 @@ def _validate(settings: Settings, report: dict[str, Any], found: list[Check]) ->
     if not settings.checkpoint.is_dir():
         raise ValueError(f"argument --checkpoint: {settings.checkpoint} is not a folder")
     try:
-        mixture = read_mixture(settings.checkpoint)
-    except ValueError as error:
+        mixture = find_mixture(settings.checkpoint)
+    except (ValueError, OSError) as error:
         found.append(yes("compatibility", "moelora reads what the folder says of its mixture", [str(error)]))
+        report["skipped"] = SKIPPED
         return
     if mixture is None:
-        raise ValueError(f"argument --checkpoint: {settings.checkpoint} is not the folder of a mixture of experts")
+        raise ValueError(
+            f"argument --checkpoint: {settings.checkpoint} is not the folder of a mixture of experts: it has neither "
+            "moe_lora.json nor folders expert_<int> of adapters"
+        )
     report["experts"] = mixture.experts
-    base, name = _base(settings, mixture)
+    experts, faults = {}, []
+    for name, folder in mixture.folders.items():
+        try:
+            experts[name] = read_expert(folder)
+        except (ValueError, OSError) as error:
+            faults.append(f"{name}: {error}")
+    found.append(yes("compatibility", "the files of every expert are whole", faults))
+    if faults:
+        report["skipped"] = SKIPPED
+        return
+    if kinds := {expert.config["peft_type"] for expert in experts.values()} - {"LORA"}:
+        raise ValueError(
+            f"argument --checkpoint: {settings.checkpoint} has experts of type {', '.join(sorted(kinds))}: what is "
+            "compared here, a loop over the adapters in stock layers, is for LORA alone"
+        )
+    if not mixture.active:
+        raise ValueError(f"argument --checkpoint: no expert of {settings.checkpoint} is active, so nothing is mixed")
+    base, name = _base(settings, experts)
     report["model"] = name
     report["parameters"] = sum(p.numel() for p in base.parameters())
     inputs, report["data"] = _inputs(settings, base, name)
@@ -89,19 +111,17 @@ def _validate(settings: Settings, report: dict[str, Any], found: list[Check]) ->
     routed, opened = checks.check_opens(open_it)
     found.append(opened)
     if any(check.holds is False for check in found):
-        report["skipped"] = "outputs, gradients and cost: the checkpoint has to open first"
+        report["skipped"] = SKIPPED
         return
     router = routed.base_model.router
     if router is not None:
         routed.base_model.detach_router()
-    experts = list(routed.active_adapters)
+    active = list(routed.active_adapters)
     stock = checks.open_stock(base, mixture, mixture.experts)
-    stock.base_model.set_adapter(experts)
+    stock.base_model.set_adapter(active)
     noise = torch.Generator().manual_seed(settings.seed)
-    weights = torch.randn(*inputs["input_ids"].shape, len(experts), generator=noise).softmax(-1)
+    weights = torch.randn(*inputs["input_ids"].shape, len(active), generator=noise).softmax(-1)
     models = Models(base, mixture, routed.eval(), stock, router, inputs, weights)
-    if router is not None and not isinstance(router, Router):
-        report["router"] = f"{type(router).__name__} does not act by itself, so it was not run"
     if all(not p.any() for name, p in stock.named_parameters() if "lora_B" in name or "embedding_A" in name):
         report["untrained"] = (
             "every B of the checkpoint is zero: the experts change nothing yet, so the logits prove little"
@@ -122,22 +142,16 @@ def _validate(settings: Settings, report: dict[str, Any], found: list[Check]) ->
             return
 
 
-def _base(settings: Settings, mixture: Mixture) -> tuple[Any, str]:
-    name = settings.model
-    if name is None:
-        try:
-            name = checks.base_name(mixture.path(mixture.experts[0]))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"argument --model: needed, the checkpoint does not name one ({error})") from error
+def _base(settings: Settings, experts: dict[str, Expert]) -> tuple[Any, str]:
+    name = settings.model or next((expert.base for expert in experts.values() if expert.base), None)
     if not name:
         raise ValueError("argument --model: needed, the checkpoint does not name its base model")
     try:
         return checks.open_base(name), name
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and the packages below it raise errors of many types
         asked = "" if settings.model else ", which the checkpoint names: pass the folder of its base model with --model"
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"argument --model: can't open {name!r} as a causal language model{asked} ({reason})"
+            f"argument --model: can't open {name!r} as a causal language model{asked} ({checks.first_line(error)})"
         ) from error
 
 
