@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# And continual-learning, whose program tests/peft/test_continual.py runs.
 PAGES = (
     "getting-started",
     "migration",

@@ -68,7 +68,7 @@ class Experts(AttachedRouter):
             base, or `maturity` is given and there is no router that has it. The model is as it was then.
         """
         check_new_name(name, self.peft_config, self.prefix)
-        config = self._new_config(config)
+        new: Any = self._new_config(config)
         router = self._growing_router()
         if router is not None and name in router.expert_names:
             raise ValueError(
@@ -79,13 +79,13 @@ class Experts(AttachedRouter):
             raise ValueError(f"maturity={maturity} needs a router that has it, got {type(self.router).__name__}")
         layers = set(self._adapter_modules())
         with _gradients_kept(self):
-            self.peft_config[name] = config
+            self.peft_config[name] = new
             try:
                 self.inject_adapter(self.model, name)
                 if not any(
                     name in of_adapters for layer in self._adapter_modules() for of_adapters in _by_adapter(layer)
                 ):
-                    raise ValueError(f"target_modules={config.target_modules} were not found in the base model")
+                    raise ValueError(f"target_modules={new.target_modules} were not found in the base model")
                 self._cast_adapter_dtype(name, autocast_adapter_dtype)
                 if isinstance(router, LearnedRouter):
                     router.add_expert(name, maturity=1.0 if maturity is None else maturity)
