@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import moelora
-from moelora.peft.checkpoint import Expert, find_mixture, read_expert
+from moelora.peft.adapter_files import Expert, read_expert
+from moelora.peft.layouts import find_mixture
 from moelora.report.machine import machine
 from moelora.validate import checks, cost
 from moelora.validate.checks import Check, Models, yes
