@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
+from peft import LoHaConfig, LoKrConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import moelora
 from moelora import MoELoraConfig, get_peft_model
+from moelora.nn import EmbeddingRouter, FixedRouter, HiddenStateRouter, LastHiddenRouter, PerLayerRouter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,3 +59,105 @@ def test_cached_generation_on_a_gpu_equals_uncached(model):
     ids = torch.randint(1, 64, (2, 5), device="cuda")
     options = {"input_ids": ids, "max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(**options), model.generate(**options, use_cache=False))
+
+
+NAMES = ["expert_0", "expert_1", "expert_2"]
+ROUTERS = {
+    "fixed": lambda: FixedRouter(NAMES, [1, 2, 3]),
+    "embeddings": lambda: EmbeddingRouter(NAMES, 32, top_k=2),
+    "layer": lambda: HiddenStateRouter(NAMES, 32, layer=1, mlp_dim=8),
+    "layers": lambda: PerLayerRouter(NAMES, 32, num_layers=2, top_k=2, capacity_factor=1.0),
+    "last_hidden": lambda: LastHiddenRouter(NAMES, 32, eval_top_k=1),
+}
+
+
+@pytest.fixture(params=ROUTERS)
+def routed(request, model):
+    model.base_model.detach_router()
+    model.base_model.attach_router(ROUTERS[request.param]())
+    return model
+
+
+def on_both(model):
+    return model, copy.deepcopy(model).cuda()
+
+
+def test_routers_on_a_gpu_give_the_results_of_the_cpu(routed):
+    ids, mask = torch.randint(1, 64, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    cpu, gpu = on_both(routed.train())
+    for model, device in ((cpu, "cpu"), (gpu, "cuda")):
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": ids.to(device)}
+        with moelora.routing_stats(model) as stats:
+            out = model(**inputs)
+        out.loss.backward()
+        if model is cpu:
+            expected, seen = out, stats
+    torch.testing.assert_close(out.logits.cpu()[mask == 1], expected.logits[mask == 1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.loss.cpu(), expected.loss, atol=1e-4, rtol=1e-4)
+    wanted = {name: p.grad for name, p in cpu.named_parameters() if p.grad is not None}
+    got = {name: p.grad for name, p in gpu.named_parameters() if p.grad is not None}
+    assert wanted and got.keys() == wanted.keys()
+    for name, grad in got.items():
+        torch.testing.assert_close(grad.cpu(), wanted[name], atol=1e-4, rtol=1e-3, msg=name)
+    assert stats.tokens == seen.tokens
+    assert stats.weight == pytest.approx(seen.weight, abs=1e-5)
+
+
+def test_routers_generate_on_a_gpu_as_without_a_cache(routed):
+    routed.cuda().eval()
+    ids = torch.randint(1, 64, (2, 5), device="cuda")
+    options = {"input_ids": ids, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(routed.generate(**options), routed.generate(**options, use_cache=False))
+
+
+def test_experts_come_and_go_on_a_gpu(model):
+    model.cuda()
+    ids = torch.randint(64, (2, 7), device="cuda")
+    before, tuner = model(input_ids=ids).logits, model.base_model
+    tuner.add_expert("new")
+    assert all(p.is_cuda for p in model.parameters())
+    assert torch.equal(model(input_ids=ids).logits, before)
+    tuner.activate_expert("new")
+    model.train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    tuner.remove_expert("expert_1")
+    assert model(input_ids=ids).logits.isfinite().all()
+
+
+def test_a_mixture_is_saved_from_a_gpu_and_opened_on_the_cpu(model, tmp_path):
+    ids, base = torch.randint(64, (2, 7)), copy.deepcopy(model.get_base_model())
+    expected = model(input_ids=ids).logits
+    model.cuda().save_pretrained(tmp_path)
+    plain = LlamaForCausalLM(base.config)
+    state = {name.replace(".base_layer", ""): t for name, t in base.state_dict().items() if "lora_" not in name}
+    plain.load_state_dict(state)
+    opened = moelora.PeftModel.from_pretrained(plain, tmp_path, torch_device="cpu").eval()
+    torch.testing.assert_close(opened(input_ids=ids).logits, expected)
+
+
+def test_static_mixtures_on_a_gpu(model):
+    ids, weights = torch.randint(64, (2, 7), device="cuda"), torch.tensor([0.2, 0.5, 0.3])
+    model.cuda()
+    expected = model(input_ids=ids, routing_weights=weights).logits
+    model.base_model.to_single_adapter(weights)
+    alone = copy.deepcopy(model)
+    alone.base_model.detach_router()
+    alone.set_adapter("mixture")
+    torch.testing.assert_close(alone(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+    merged = model.merge_and_unload(routing_weights=weights)
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 7, 3)])
+@pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig])
+def test_loha_and_lokr_on_a_gpu(kind, shape, model):
+    config = kind(r=4, target_modules=["q_proj", "down_proj"], init_weights=False)
+    mixture = get_peft_model(LlamaForCausalLM(model.config), config, adapter_name="expert_0")
+    for name in NAMES[1:]:
+        mixture.add_adapter(name, config)
+    moelora.activate_all_experts(mixture)
+    ids, weights = torch.randint(64, (2, 7)), torch.rand(shape)
+    cpu, gpu = on_both(mixture.eval())
+    got = gpu(input_ids=ids.cuda(), routing_weights=weights.cuda()).logits
+    torch.testing.assert_close(got.cpu(), cpu(input_ids=ids, routing_weights=weights).logits, atol=1e-4, rtol=1e-4)
