@@ -512,7 +512,7 @@ def state_space_cache_of_two_passes(tools: Tools) -> Case:
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     call = lambda: model.generate(tools.ids, **options)  # noqa: E731
     advised = lambda: model.generate(tools.ids, use_cache=False, **options)  # noqa: E731
-    message = "as cache_params can't hold the first pass"
+    message = "as cache(_params)? can't hold the first pass"
     return Case(model, call, message, lambda: model(tools.ids, use_cache=False).logits, routed=advised)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.generation.utils import ALL_CACHE_NAMES
+
+# What models call the cache among their arguments and outputs: "cache" since transformers 5.24.
+CACHES = tuple(dict.fromkeys(["cache", "past_key_values", "cache_params", *ALL_CACHE_NAMES]))
 
 
 class Call(NamedTuple):
@@ -50,9 +54,14 @@ def read_call(arguments: dict[str, Any], *, transformer: bool, per_token: bool, 
     return Call(first.shape[0], seq, past, None if isinstance(keep, int) and not keep else keep, mask, device)
 
 
+def cache_among(values: Mapping[str, Any]) -> Any:
+    """The cache among the arguments or the outputs of a model, or None."""
+    return next((values[name] for name in CACHES if values.get(name) is not None), None)
+
+
 def _cached(arguments: dict[str, Any]) -> int:
     """How many tokens of the text the cache holds."""
-    cache = next((arguments[name] for name in ALL_CACHE_NAMES if arguments.get(name) is not None), None)
+    cache = cache_among(arguments)
     if cache is None:
         return 0
     try:

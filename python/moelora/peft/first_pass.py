@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers.cache_utils import CacheLayerMixin
 
+from moelora.peft.call import CACHES, cache_among
 from moelora.peft.frame import Entered, Frame, Host
 
 # What the arguments of a model's forward say about its outputs.
@@ -21,8 +22,6 @@ _OF_THE_OUTPUT = frozenset(
     {"labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict"}
     | {"output_hidden_states", "output_attentions", "output_router_logits"}
 )
-_CACHE = "past_key_values"
-_CACHES = (*ALL_CACHE_NAMES, "cache")  # the last in continuous batching
 _FIRST = "_moelora_first_pass"  # attribute of a cache: that of the first pass, whose layers are its last ones
 
 
@@ -55,12 +54,12 @@ def last_hidden_states(host: Host, model: PreTrainedModel, arguments: dict[str, 
         for name, value in arguments.items()
         if name not in _OF_THE_OUTPUT and (name in known or "kwargs" in known)
     }
-    for name in _CACHES:
+    for name in CACHES:
         if passed.get(name) is not None:
             passed[name] = _first_of(name, passed[name])
     with torch.no_grad(), Entered(Frame(host, [], off=True)):
         output = model.base_model(**passed, return_dict=True)
-    return output.last_hidden_state, output.get(_CACHE)
+    return output.last_hidden_state, cache_among(output)
 
 
 def keep(first: Cache | None, cache: Cache | None) -> None:
@@ -73,7 +72,9 @@ def keep(first: Cache | None, cache: Cache | None) -> None:
 
 def _first_of(name: str, cache: Any) -> Cache:
     """The cache of the first pass that belongs to a cache."""
-    if name != _CACHE or not isinstance(cache, Cache) or cache.offloading:
+    layers = getattr(cache, "layers", [None])
+    grows = isinstance(cache, Cache) and all(isinstance(layer, CacheLayerMixin) for layer in layers)
+    if not grows or cache.offloading:
         raise ValueError(
             f"{type(cache).__name__} as {name} can't hold the first pass of a router that reads 'last_hidden': pass "
             "use_cache=False, or a DynamicCache or StaticCache that is not offloaded"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from moelora.peft.call import Call
+from moelora.peft.call import Call, cache_among
 from moelora.peft.frame import Frame
 
 _BATCHED = (
@@ -93,8 +93,8 @@ def check(frame: Frame, model: nn.Module, call: Call, arguments: dict[str, Any])
             f"mixture='logits' can't use {type(frame.router).__name__}, which reads hidden states that each expert "
             "changes: pass routing_weights"
         )
-    if arguments.get("use_cache") or arguments.get("past_key_values") is not None:
-        raise ValueError("mixture='logits' has no cache: pass use_cache=False and no past_key_values")
+    if arguments.get("use_cache") or cache_among(arguments) is not None:
+        raise ValueError("mixture='logits' has no cache: pass use_cache=False and no cache")
     for name in ("output_hidden_states", "output_attentions"):
         if asked(name):
             raise ValueError(f"mixture='logits' has no single result for {name}: use mixture='layer'")

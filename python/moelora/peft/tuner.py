@@ -19,7 +19,7 @@ from moelora.nn.routers import Router
 from moelora.peft import logits
 from moelora.peft.anatomy import decoder, parameters, reads_encoder, token_embeddings
 from moelora.peft.balance import Balance, loss_shifts_labels, share_of_step
-from moelora.peft.call import check_consumed, continues, read_call
+from moelora.peft.call import cache_among, check_consumed, continues, read_call
 from moelora.peft.config import MoELoraConfig, mark_hosted
 from moelora.peft.embedding import Embedding
 from moelora.peft.experts import Experts
@@ -292,7 +292,7 @@ class RoutedTuner(Experts, StaticMixtures):
             self._carry_into_checkpoints()
         if frame.two_passes:
             hidden_states, first = last_hidden_states(host, self.model, arguments)
-            frame.caches = first, arguments.get("past_key_values")
+            frame.caches = first, cache_among(arguments)
             frame.see_last_hidden(hidden_states)
         if frame.mixture == "logits":
             repeated, frame.loss = logits.spread(frame, module, call, arguments)
@@ -317,7 +317,9 @@ class RoutedTuner(Experts, StaticMixtures):
                 return None
             if frame.caches is not None:
                 first, cache = frame.caches
-                keep(first, getattr(output, "past_key_values", None) if cache is None else cache)
+                if cache is None and isinstance(output, Mapping):
+                    cache = cache_among(output)
+                keep(first, cache)
             if frame.mixture == "logits":
                 output = logits.mix(frame, module, output, frame.loss)
             # Nobody sees the outputs inside generate.
