@@ -26,7 +26,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def benchmark():
+def convergence():
     """The modules of the benchmark, by name."""
     names = ("ways", "run", "report")
     with pytest.MonkeyPatch.context() as patch:
@@ -37,11 +37,11 @@ def benchmark():
 
 
 @pytest.fixture(scope="module")
-def trained(benchmark):
+def trained(convergence):
     """In float64: all ways after some steps on the same batches, their losses, and what they started from."""
     torch.manual_seed(0)
     base = make_llama(width=32, layers=2).double().requires_grad_(False)
-    ways = benchmark["ways"].make_ways(base, rank=3, seed=1, steps=STEPS)
+    ways = convergence["ways"].make_ways(base, rank=3, seed=1, steps=STEPS)
     start = {name: {key: p.detach().clone() for key, p in way.trained.items()} for name, way in ways.items()}
     batches = torch.randint(VOCAB_SIZE, (STEPS, 2, 12))
     losses = {name: [way.step(input_ids) for input_ids in batches] for name, way in ways.items()}
@@ -67,13 +67,13 @@ def test_training_moves_every_expert_and_the_gate_and_two_mixtures_differ(traine
     assert losses["n_passes"] != pytest.approx(losses["layer_loop"], rel=1e-6)
 
 
-def smoke(benchmark, out):
-    return benchmark["run"].main(["--smoke", "--out", str(out)])
+def smoke(convergence, out):
+    return convergence["run"].main(["--smoke", "--out", str(out)])
 
 
-def test_a_run_leaves_what_table_and_picture_are_made_from(benchmark, tmp_path, capsys):
+def test_a_run_leaves_what_table_and_picture_are_made_from(convergence, tmp_path, capsys):
     out = tmp_path / "made" / "curves.csv"
-    assert smoke(benchmark, out) == 0
+    assert smoke(convergence, out) == 0
     with out.open() as curves, out.with_name("curves_summary.csv").open() as summary:
         points, rows = list(csv.DictReader(curves)), list(csv.DictReader(summary))
     ways = {"n_passes", "moelora_logits", "layer_loop", "moelora", "one_lora", "n_passes_nudged", "layer_loop_nudged"}
@@ -84,7 +84,7 @@ def test_a_run_leaves_what_table_and_picture_are_made_from(benchmark, tmp_path, 
     assert of_moelora[-1]["loss"] == "" and float(of_moelora[-1]["held_out_loss"]) > 0
 
     capsys.readouterr()
-    benchmark["report"].main([str(out), "--plot", str(tmp_path / "curves.png")])
+    convergence["report"].main([str(out), "--plot", str(tmp_path / "curves.png")])
     printed = capsys.readouterr().out
     assert "| moelora_logits against n_passes |" in printed and "| moelora against layer_loop |" in printed
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -94,8 +94,8 @@ def test_a_run_leaves_what_table_and_picture_are_made_from(benchmark, tmp_path, 
     ("mixture", "factor", "named"),
     [("logits", 1.001, "moelora_logits"), ("layer", 1.001, "moelora"), ("layer", math.nan, "moelora")],
 )
-def test_a_way_that_drifts_is_named_and_fails_the_run(mixture, factor, named, benchmark, tmp_path, monkeypatch, capsys):
-    by_moelora = benchmark["ways"].by_moelora
+def test_a_way_that_drifts_is_named_and_fails_the_run(mixture, factor, named, convergence, tmp_path, monkeypatch, capsys):
+    by_moelora = convergence["ways"].by_moelora
 
     def a_little_off(of_mixture):
         def loss_of(model):
@@ -104,7 +104,7 @@ def test_a_way_that_drifts_is_named_and_fails_the_run(mixture, factor, named, be
 
         return loss_of
 
-    monkeypatch.setattr(benchmark["ways"], "by_moelora", a_little_off)
-    assert smoke(benchmark, tmp_path / "curves.csv") == 1
+    monkeypatch.setattr(convergence["ways"], "by_moelora", a_little_off)
+    assert smoke(convergence, tmp_path / "curves.csv") == 1
     drifted = [line for line in capsys.readouterr().out.splitlines() if " drifted from " in line]
     assert drifted and all(line.startswith(f"{named} drifted") for line in drifted)
