@@ -276,12 +276,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import old_way
 
+torch.manual_seed(0)
 sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
 moe = old_way.DyLoRAMoE(LlamaForCausalLM(LlamaConfig(**sizes)).requires_grad_(False))
 moe.add_expert()
 for name, parameter in moe.model.named_parameters():
     if "lora_B" in name:
-        torch.nn.init.normal_(parameter)
+        torch.nn.init.normal_(parameter, std=0.2)
 moe.keep("expert_1")
 ids = torch.arange(7)[None]
 with torch.no_grad():
