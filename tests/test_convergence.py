@@ -94,7 +94,9 @@ def test_a_run_leaves_what_table_and_picture_are_made_from(convergence, tmp_path
     ("mixture", "factor", "named"),
     [("logits", 1.001, "moelora_logits"), ("layer", 1.001, "moelora"), ("layer", math.nan, "moelora")],
 )
-def test_a_way_that_drifts_is_named_and_fails_the_run(mixture, factor, named, convergence, tmp_path, monkeypatch, capsys):
+def test_a_way_that_drifts_is_named_and_fails_the_run(
+    mixture, factor, named, convergence, tmp_path, monkeypatch, capsys
+):
     by_moelora = convergence["ways"].by_moelora
 
     def a_little_off(of_mixture):
