@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import moelora
-from moelora.demo.baselines import AdapterLoop, add_experts, n_passes
+from moelora.demo.baselines import add_experts, n_passes
 from moelora.demo.training import TARGETS, Training, mean_loss
+from moelora.validate.reference import AdapterLoop
 
 EXPERTS = 4
 NAMES = [f"expert_{i}" for i in range(EXPERTS)]

@@ -35,7 +35,8 @@ from harness import columns, interleave, peak_bytes, quartiles, write_csv  # noq
 from small import NAMES, build  # noqa: E402
 
 import moelora  # noqa: E402
-from moelora.demo.baselines import AdapterLoop, add_experts, n_passes, two_passes  # noqa: E402
+from moelora.demo.baselines import add_experts, n_passes, two_passes  # noqa: E402
+from moelora.validate.reference import AdapterLoop  # noqa: E402
 
 
 class Peer:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from moelora.validate import reference
-from moelora.validate.reference import AdapterLoop as AdapterLoop
+from moelora.validate.reference import AdapterLoop
 
 
 def add_experts(model: PeftModel, names: Sequence[str]) -> None:

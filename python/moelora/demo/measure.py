@@ -13,7 +13,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from moelora.demo.baselines import AdapterLoop, n_passes, router_weights, two_passes
+from moelora.demo.baselines import n_passes, router_weights, two_passes
+from moelora.validate.reference import AdapterLoop
 
 ROUNDS = 5
 

@@ -27,7 +27,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from torch import nn
+from torch import Tensor, nn
 
 from moelora.nn import routers
 from moelora.peft.adapter_files import Expert, differences, read_expert, read_shapes, sha256
@@ -140,9 +140,10 @@ class Mixture:
         """
         assert self.router is not None
         router = build_router(self.router, str(self.folder))
-        self.load_router(router)
-        if any(tensor.dtype == torch.float64 for tensor in safetensors.torch.load_file(self.router_file).values()):
-            self.load_router(router.double())  # float32 can't hold its bits
+        state = self._read_router(router)
+        if any(tensor.dtype == torch.float64 for tensor in state.values()):
+            router.double()  # float32 can't hold its bits
+        router.load_state_dict(router.state_dict() | state)
         return router
 
     def load_router(self, router: nn.Module) -> None:
@@ -153,6 +154,10 @@ class Mixture:
         ValueError
             The folder has no router, or one with other tensors or experts. The router is as it was then.
         """
+        router.load_state_dict(router.state_dict() | self._read_router(router))
+
+    def _read_router(self, router: nn.Module) -> dict[str, Tensor]:
+        """The saved tensors, which are those of this router."""
         if self.router is None:
             raise ValueError(f"{self.folder} holds no router, but the model has one: detach it, or load another folder")
         names = getattr(router, "expert_names", None)
@@ -166,7 +171,12 @@ class Mixture:
         faults = differences(found, {name: tuple(own[name].shape) for name in wanted})
         if faults:
             raise ValueError(f"{path} is not of this {type(router).__name__}: {faults}")
-        router.load_state_dict(own | safetensors.torch.load_file(path))
+        return safetensors.torch.load_file(path)
+
+
+def folder_of(root: Path, expert: str) -> Path:
+    """Where PEFT keeps an adapter in a folder of several."""
+    return root if expert == AT_ROOT else root / expert
 
 
 def build_router(description: dict[str, Any], where: str) -> routers.Router:
@@ -214,7 +224,7 @@ def read_set(root: Path) -> Mixture | None:
     return Mixture(
         folder=root,
         layout="moelora",
-        folders={name: root if name == AT_ROOT else root / name for name in document["experts"]},
+        folders={name: folder_of(root, name) for name in document["experts"]},
         active=document["active"],
         frozen=document["frozen"],
         config=make_config(path, document),

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from moelora.nn.routers import Router
 from moelora.peft.adapter_files import Expert, Shapes, check_pairs, load_pickled
-from moelora.peft.checkpoint import build_router
+from moelora.peft.checkpoint import build_router, folder_of
 from moelora.peft.config import read_json
 from moelora.peft.layouts import dylora_router, find_mixture, number
-from moelora.peft.saving import describe_router, save_mixture
+from moelora.peft.saving import as_safetensors, describe_router, save_mixture
 
 
 def convert_checkpoint(
@@ -78,10 +78,10 @@ def convert_checkpoint(
 
     def write(folder: Path) -> None:
         for name, expert in experts.items():
-            place = folder if name == "default" else folder / name
+            place = folder_of(folder, name)
             place.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(mixture.path(name) / CONFIG_NAME, place / CONFIG_NAME)
-            _write_weights(_load(expert), place)
+            (place / SAFETENSORS_WEIGHTS_NAME).write_bytes(as_safetensors(_load(expert)))
 
     save_mixture(
         target,
@@ -102,11 +102,6 @@ def _load(expert: Expert) -> dict[str, Tensor]:
     return load_pickled(expert.weights)
 
 
-def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
-    tensors = {name: tensor.clone().contiguous() for name, tensor in state.items()}
-    safetensors.torch.save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-
-
 def _convert_state_dicts(source: Path, target: Path, options: dict[str, Any]) -> list[str]:
     base = source / "peft_adapters" if (source / "peft_adapters").is_dir() else source
     paths = [path for path in base.glob("expert_*.pt") if re.fullmatch(r"expert_\d+", path.stem)]
@@ -121,7 +116,7 @@ def _convert_state_dicts(source: Path, target: Path, options: dict[str, Any]) ->
         for name, state in states.items():
             (folder / name).mkdir()
             (folder / name / CONFIG_NAME).write_text(json.dumps(configs[name], indent=2, sort_keys=True))
-            _write_weights(state, folder / name)
+            (folder / name / SAFETENSORS_WEIGHTS_NAME).write_bytes(as_safetensors(state))
 
     save_mixture(
         target,

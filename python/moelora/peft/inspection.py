@@ -12,7 +12,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME
 
 from moelora.peft.adapter_files import Expert, check_pairs, read_expert, read_shapes, sha256
-from moelora.peft.checkpoint import Mixture
+from moelora.peft.checkpoint import AT_ROOT, Mixture
 from moelora.peft.commit import COMMITTED, STAGED, current, pending
 from moelora.peft.config import FILE_NAME, FORMAT_VERSION, mixture_fields
 from moelora.peft.layouts import find_unchanged
@@ -47,7 +47,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
         problems.append(str(error))
         return report
     if mixture is None and (root / CONFIG_NAME).is_file():
-        mixture = Mixture(folder=root, layout="peft", folders={"default": root}, active=["default"])
+        mixture = Mixture(folder=root, layout="peft", folders={AT_ROOT: root}, active=[AT_ROOT])
     if mixture is None:
         legacy = any(re.fullmatch(r"expert_\d+\.pt", path.name) for path in root.rglob("expert_*.pt"))
         problems.append(f"{root} holds no experts" + (" but state dicts: run moelora convert" if legacy else ""))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moelora.nn import routers
 from moelora.peft.adapter_files import sha256
-from moelora.peft.checkpoint import AT_ROOT, CARD, ROUTER_FILE, check_names, read_mixture
+from moelora.peft.checkpoint import CARD, ROUTER_FILE, check_names, folder_of, read_mixture
 from moelora.peft.commit import replacing, supersede
 from moelora.peft.config import FILE_NAME, FORMAT_VERSION, MoELoraConfig, mixture_fields, read_document
 
@@ -55,13 +55,11 @@ def save_mixture(
     """
     check_names(experts, str(target))
     with replacing(target) as staged:
-        if (target / CARD).is_file():  # PEFT goes on with the one that is there
-            shutil.copyfile(target / CARD, staged / CARD)
-        write_experts(staged)
+        _stage_experts(target, staged, write_experts)
         if router is not None:
-            (staged / ROUTER_FILE).write_bytes(_tensors(router_state or {}))
+            (staged / ROUTER_FILE).write_bytes(as_safetensors(router_state or {}))
         if _root_is_free(target, staged):
-            (staged / SAFETENSORS_WEIGHTS_NAME).write_bytes(_tensors({}))
+            (staged / SAFETENSORS_WEIGHTS_NAME).write_bytes(as_safetensors({}))
         _finish(
             target,
             staged,
@@ -84,15 +82,13 @@ def save_selected(target: Path, write_experts: Callable[[Path], None], selected:
     Parameters as `save_mixture`.
     """
     with replacing(target) as staged:
-        if (target / CARD).is_file():
-            shutil.copyfile(target / CARD, staged / CARD)
-        write_experts(staged)
+        _stage_experts(target, staged, write_experts)
         document = read_document(target / FILE_NAME)
         belong = {name for name in selected if name in document["experts"]}
-        folders = {"." if name == AT_ROOT else name for name in belong}
+        folders = {folder_of(Path(), name) for name in belong}
 
         def of_them(file: str) -> bool:
-            return Path(file).parent.as_posix() in folders and file != ROUTER_FILE
+            return Path(file).parent in folders and file != ROUTER_FILE
 
         document["files"] = {name: known for name, known in document["files"].items() if not of_them(name)} | {
             name: known for name, known in _describe_files(staged).items() if of_them(name)
@@ -108,6 +104,12 @@ def holds_set(folder: Path) -> bool:
         return True
 
 
+def _stage_experts(target: Path, staged: Path, write_experts: Callable[[Path], None]) -> None:
+    if (target / CARD).is_file():  # PEFT goes on with the one that is there
+        shutil.copyfile(target / CARD, staged / CARD)
+    write_experts(staged)
+
+
 def _root_is_free(target: Path, staged: Path) -> bool:
     """Whether no adapter is at the root, neither "default" of this set nor one that is there already."""
     if (staged / CONFIG_NAME).exists() or (target / WEIGHTS_NAME).exists():
@@ -120,8 +122,7 @@ def _finish(target: Path, staged: Path, document: dict[str, Any], written: Itera
     gone = {ROUTER_FILE} if document["router"] is None else set()
     # PEFT would go on loading an expert's older weights in the other format.
     for name in written:
-        folder = Path("." if name == AT_ROOT else name)
-        formats = {(folder / file).as_posix() for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)}
+        formats = {(folder_of(Path(), name) / file).as_posix() for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)}
         gone |= formats - document["files"].keys()
     gone = {name for name in gone if (target / name).exists()}
     if gone:
@@ -165,7 +166,8 @@ def _parameters(kind: type) -> Iterator[str]:
             return
 
 
-def _tensors(state: Mapping[str, Tensor]) -> bytes:
+def as_safetensors(state: Mapping[str, Tensor]) -> bytes:
+    """The file of these tensors, as PEFT writes it."""
     # Copies: safetensors takes neither views of each other nor gaps.
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
     return safetensors.torch.save(copies, {"format": "pt"})
