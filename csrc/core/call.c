@@ -3,6 +3,8 @@
 
 #include <stdlib.h>
 
+#include "grouped.h"
+
 enum { ALIGNMENT = 64 };
 
 void ml_reserve(budget *b, int64_t rows_, int64_t cols, int64_t size) {
@@ -62,11 +64,11 @@ ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out) {
   c->products = ml_active_kernels()->products[p->dtype];
   c->elementwise = &ml_elementwise_table[p->dtype];
   c->size = (int64_t)c->elementwise->size;
-  if (leave_out && c->T > 0 && c->T < VERY_FEW_TOKENS) c->unused = unused_experts(c);
-  for (int64_t e = 0; e < p->n_experts; e++) {
-    c->drops |= ml_mask_of(p, e).threshold > 0;
+  for (int64_t e = 0; e < p->n_experts; e++) c->drops |= ml_mask_of(p, e).threshold > 0;
+  c->grouped = ml_is_grouped(c);
+  if (leave_out && !c->grouped && c->T > 0 && c->T < VERY_FEW_TOKENS) c->unused = unused_experts(c);
+  for (int64_t e = 0; e < p->n_experts; e++)
     if (ML_ADD_OVERFLOWS(c->R, rank_of(c, e), &c->R)) return ML_ERR_OVERFLOW;
-  }
   return ML_OK;
 }
 
@@ -75,6 +77,7 @@ void ml_reserve_common(const call *c, budget *b) {
   ml_reserve(b, N + 1, 1, sizeof *c->offsets);
   ml_reserve(b, N, 1, sizeof *c->a);
   ml_reserve(b, N, 1, sizeof *c->b);
+  if (c->grouped) return;
   ml_reserve(b, c->T, N, c->size);
   if (c->p->top_k) ml_reserve(b, c->T, N, 1);
 }
@@ -90,8 +93,10 @@ ml_status ml_allocate(call *c, budget b) {
   c->offsets = ml_take(c, p->n_experts + 1, 1, sizeof *c->offsets);
   c->a = ml_take(c, p->n_experts, 1, sizeof *c->a);
   c->b = ml_take(c, p->n_experts, 1, sizeof *c->b);
-  c->factors = ml_take(c, c->T, p->n_experts, c->size);
-  c->keep = p->top_k ? ml_take(c, c->T, p->n_experts, 1) : NULL;
+  if (!c->grouped) {
+    c->factors = ml_take(c, c->T, p->n_experts, c->size);
+    if (p->top_k) c->keep = ml_take(c, c->T, p->n_experts, 1);
+  }
   c->offsets[0] = 0;
   for (int64_t e = 0; e < p->n_experts; e++) {
     const ml_expert *expert = &p->experts[e];

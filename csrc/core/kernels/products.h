@@ -270,6 +270,7 @@ static void NAME(short_sums)(int64_t tokens, int64_t n, int64_t depth, const voi
 }
 
 #include "dropout.h"
+#include "grouped.h"
 
 static const ml_products NAME(table) = {
     .lanes = NAME(lanes),
@@ -280,6 +281,8 @@ static const ml_products NAME(table) = {
     .short_dots = NAME(short_dots),
     .short_sums = NAME(short_sums),
     .keep = NAME(keep),
+    .grouped_dots = NAME(grouped_dots),
+    .scatter_add = NAME(scatter_add),
 };
 
 #undef REAL
