@@ -64,11 +64,15 @@ ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out) {
   c->products = ml_active_kernels()->products[p->dtype];
   c->elementwise = &ml_elementwise_table[p->dtype];
   c->size = (int64_t)c->elementwise->size;
-  for (int64_t e = 0; e < p->n_experts; e++) c->drops |= ml_mask_of(p, e).threshold > 0;
+  for (int64_t e = 0; e < p->n_experts; e++) {
+    c->drops |= ml_mask_of(p, e).threshold > 0;
+    if (ML_ADD_OVERFLOWS(c->R, p->experts[e].rank, &c->R)) return ML_ERR_OVERFLOW;
+  }
   c->grouped = ml_is_grouped(c);
-  if (leave_out && !c->grouped && c->T > 0 && c->T < VERY_FEW_TOKENS) c->unused = unused_experts(c);
-  for (int64_t e = 0; e < p->n_experts; e++)
-    if (ML_ADD_OVERFLOWS(c->R, rank_of(c, e), &c->R)) return ML_ERR_OVERFLOW;
+  if (leave_out && !c->grouped && c->T > 0 && c->T < VERY_FEW_TOKENS) {
+    c->unused = unused_experts(c);
+    for (int64_t e = 0; e < p->n_experts; e++) c->R -= p->experts[e].rank - rank_of(c, e);
+  }
   return ML_OK;
 }
 

@@ -14,6 +14,9 @@
 #define ML_UNROLL _Pragma("GCC unroll 64")
 #endif
 
+/* Brings what is at p, if it is memory at all, into the second level of the cache. */
+#define ML_PREFETCH(p) __builtin_prefetch((p), 0, 2)
+
 /* *result = a op b; true when that overflows. */
 #define ML_MUL_OVERFLOWS(a, b, result) __builtin_mul_overflow(a, b, result)
 #define ML_ADD_OVERFLOWS(a, b, result) __builtin_add_overflow(a, b, result)

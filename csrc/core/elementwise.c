@@ -4,6 +4,8 @@
 
 #include "compiler.h"
 
+enum { PICK_BLOCK = 16 }; /* weights that are compared at a time */
+
 #define REAL float
 #define NAME(op) ml_##op##_f32
 #include "elementwise_typed.h"

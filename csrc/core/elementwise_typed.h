@@ -80,6 +80,13 @@ static inline bool NAME(is_larger)(REAL v, REAL smallest) {
   return v > smallest || (ML_ISNAN(v) && !ML_ISNAN(smallest));
 }
 
+/* Whether any of PICK_BLOCK weights may be larger: most blocks hold none, and the compiler compares vectors. */
+static inline bool NAME(any_larger)(const REAL *w, REAL smallest) {
+  int any = 0;
+  for (int i = 0; i < PICK_BLOCK; i++) any |= !(w[i] <= smallest);
+  return any != 0;
+}
+
 static void NAME(pick)(int64_t first, int64_t last, int64_t seq, int64_t n_experts, ml_tokens weights,
                        const ml_expert *experts, int64_t top_k, int32_t *chosen, void *factors_) {
   for (int64_t t = first; t < last; t++) {
@@ -88,6 +95,9 @@ static void NAME(pick)(int64_t first, int64_t last, int64_t seq, int64_t n_exper
     REAL *factors = (REAL *)factors_ + t * top_k; /* the weights for now, falling */
     int64_t n = 0;
     for (int64_t e = 0; e < n_experts; e++) {
+      while (n == top_k && weights.col == 1 && n_experts - e >= PICK_BLOCK && !NAME(any_larger)(w + e, factors[n - 1]))
+        e += PICK_BLOCK;
+      if (e == n_experts) break;
       REAL v = w[e * weights.col];
       if (n == top_k && !NAME(is_larger)(v, factors[n - 1])) continue;
       int64_t i = n < top_k ? n++ : n - 1;

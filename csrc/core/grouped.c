@@ -4,9 +4,10 @@
 #include "grouped.h"
 
 enum {
-  BLOCK_PAIRS = 64,     /* of one expert, in one task */
-  BLOCK_COLUMNS = 1024, /* of a sum in one go: rows of a few tokens and experts stay in the cache */
-  SPREAD_TOKENS = 2048, /* whose columns of a panel stay in the cache */
+  BLOCK_PAIRS = 64,       /* of one expert, in one task */
+  BLOCK_COLUMNS = 512,    /* of a sum in one go: rows of a few tokens and experts stay in the cache */
+  SPREAD_TOKENS = 2048,   /* that share a packing of M */
+  SPREAD_BYTES = 1 << 20, /* of packed panels, which stay in the second level of the cache */
   PACK_COLUMNS = 256,
   PICK_TOKENS = 64,
   FEW_PAIRS = 8 /* up to here, B is read in place */
@@ -30,17 +31,37 @@ int64_t ml_kept_width(const call *c) {
 
 static int64_t most_blocks(const call *c) { return c->T * c->p->top_k / BLOCK_PAIRS + c->p->n_experts; }
 
-bool ml_is_grouped(const call *c) {
-  int64_t N = c->p->n_experts, k = c->p->top_k;
-  return k > 0 && !c->drops && c->T > 0 && N >= 2 * k;
+/* The products of the pairs take about four times as long for the work that they do as those of everything, which stream
+ * through x and y once; and what tells the experts apart takes its time, too. Where dropout gives each expert an x of its
+ * own, everything is computed. */
+bool ml_is_grouped(const call *c) { return c->p->top_k > 0 && c->T > 0 && !c->drops && c->R / 4 >= ml_kept_width(c); }
+
+/* Panels of a task: runs of 1 KB of a row where that leaves at least 8 tasks. */
+static int64_t panels_of(const call *c, int64_t d) {
+  int64_t panels = ceil_div(d, c->products->panel_width);
+  return panels >= 32 ? 4 : panels >= 16 ? 2 : 1;
 }
 
-/* Elements of a thread's scratch. */
-static int64_t spread_scratch(const call *c) { return (widest_rank(c) + BLOCK_PAIRS) * c->products->panel_width; }
-static int64_t collect_scratch(const call *c) { return (DEPTH_BLOCK + widest_rank(c)) * c->products->panel_width; }
+/* The same, as long as the panels of all experts stay in the second level of the cache. */
+static int64_t spread_panels(const call *c, int64_t d) {
+  int64_t most = SPREAD_BYTES / c->size / c->products->panel_width / c->R;
+  return most < 1 ? 1 : min_(most, panels_of(c, d));
+}
+
+static int64_t spread_scratch(const call *c, int64_t d) {
+  return c->R * spread_panels(c, d) * c->products->panel_width;
+}
+
+static int64_t collect_scratch(const call *c, int64_t d) {
+  return (BLOCK_PAIRS + widest_rank(c)) * panels_of(c, d) * c->products->panel_width;
+}
 
 static int64_t spread_tasks(const call *c, int64_t d) {
-  return ceil_div(d, c->products->panel_width) * ceil_div(c->T, SPREAD_TOKENS);
+  return ceil_div(d, spread_panels(c, d) * c->products->panel_width) * ceil_div(c->T, SPREAD_TOKENS);
+}
+
+static int64_t collect_tasks(const call *c, int64_t d) {
+  return ceil_div(d, panels_of(c, d) * c->products->panel_width);
 }
 
 static void reserve_phase(const call *c, budget *b, int64_t elements, int64_t tasks) {
@@ -58,12 +79,16 @@ void ml_reserve_grouping(const call *c, budget *b) {
   ml_reserve(b, N + 1, 1, sizeof(int64_t));
   ml_reserve(b, c->T, k, sizeof(int64_t));
   ml_reserve(b, c->T, k, sizeof(int64_t));
+  ml_reserve(b, c->T, k, sizeof(int64_t));
   ml_reserve(&packed, c->R, d, c->size);
   ml_reserve_phase(b, packed);
   if (b->overflow) return;
   ml_reserve(b, most_blocks(c), 1, sizeof(pair_block));
-  reserve_phase(c, b, spread_scratch(c), spread_tasks(c, d));
-  reserve_phase(c, b, collect_scratch(c), ceil_div(d, c->products->panel_width));
+  const int64_t widths[] = {c->p->d_in, c->p->d_out};
+  for (int i = 0; i < 2; i++) {
+    reserve_phase(c, b, spread_scratch(c, widths[i]), spread_tasks(c, widths[i]));
+    reserve_phase(c, b, collect_scratch(c, widths[i]), collect_tasks(c, widths[i]));
+  }
 }
 
 typedef struct {
@@ -92,6 +117,7 @@ void ml_group(call *c, grouping *g, ml_tokens hidden, bool write) {
   g->start = ml_take(c, N + 1, 1, sizeof *g->start);
   g->pair = ml_take(c, T, k, sizeof *g->pair);
   g->token = ml_take(c, T, k, sizeof *g->token);
+  g->element = ml_take(c, T, k, sizeof *g->element);
   g->blocks = ml_take(c, most_blocks(c), 1, sizeof *g->blocks);
   picking j = {g, write && hidden.data};
   ml_parallel_for(ml_threads_for(c, T * (N + (j.clear ? c->R : 0))), ceil_div(T, PICK_TOKENS), pick_task, &j);
@@ -109,6 +135,8 @@ void ml_group(call *c, grouping *g, ml_tokens hidden, bool write) {
   g->first[0] = g->start[0] = 0;
   for (int64_t e = 0; e < N; e++) {
     g->start[e + 1] = g->start[e] + (g->first[e + 1] - g->first[e]) * rank_of(g, e);
+    for (int64_t i = g->first[e]; i < g->first[e + 1]; i++)
+      g->element[g->pair[i]] = g->start[e] + (i - g->first[e]) * rank_of(g, e);
     for (int64_t i = g->first[e]; i < g->first[e + 1]; i += BLOCK_PAIRS)
       g->blocks[g->n_blocks++] = (pair_block){e, i, min_(i + BLOCK_PAIRS, g->first[e + 1])};
   }
@@ -176,73 +204,49 @@ static void project(call *c, const grouping *g, factor m, rows x, char *out,
   c->used = used;
 }
 
-/* ---- spread: out = init, += h M_e for each pair ---- */
+/* ---- spread: out = init + h M_e over the pairs of each token ---- */
 
 typedef struct {
   const grouping *g;
   factor m;
   const char *h;
   rows out, init;
-  char *scratch; /* per thread: a panel of one expert [widest rank], products of a block, [panel_width] each */
+  char *packed; /* per thread: panels [R, panel_width] of the experts that are used */
 } spreading;
-
-/* The first of places first .. last - 1 whose token is not before t. */
-static int64_t place_from(const grouping *g, int64_t first, int64_t last, int64_t t) {
-  while (first < last) {
-    int64_t middle = first + (last - first) / 2;
-    if (g->token[middle] < t)
-      first = middle + 1;
-    else
-      last = middle;
-  }
-  return first;
-}
 
 static void spread_task(void *context, int64_t task, int thread) {
   const spreading *s = context;
   const grouping *g = s->g;
   const call *c = g->c;
   const ml_products *k = c->products;
-  int64_t panels = ceil_div(s->m.d, k->panel_width), t0 = task / panels * SPREAD_TOKENS, t1 = t0 + SPREAD_TOKENS;
-  int64_t d0 = task % panels * k->panel_width, cols = min_(k->panel_width, s->m.d - d0);
-  int64_t width = round_up(cols, k->lanes);
-  char *panel = at(c, s->scratch, thread * spread_scratch(c));
-  char *products = at(c, panel, widest_rank(c) * k->panel_width);
-  rows out = {at(c, s->out.data, d0), s->out.row};
-  for (int64_t t = t0; t < min_(t1, c->T); t++) {
-    char *to = at(c, out.data, t * out.row);
-    if (!s->init.data)
-      memset(to, 0, (size_t)(cols * c->size));
-    else if (s->init.data != s->out.data)
-      memcpy(to, at(c, s->init.data, t * s->init.row + d0), (size_t)(cols * c->size));
-  }
-  for (int64_t e = 0; e < s->m.n_parts; e++) {
-    int64_t i = place_from(g, g->first[e], g->first[e + 1], t0), last = place_from(g, i, g->first[e + 1], t1);
-    int64_t rank = rank_of(g, e);
-    ml_matrix part = s->m.parts[e];
-    part.data = at(c, part.data, d0 * part.col);
-    if (last - i <= FEW_PAIRS && (part.row == 1 || rank == 1)) {
-      for (; i < last; i++)
-        k->short_dots(1, cols, rank, row_of(g, s->h, e, i), rank, part.data, part.col,
-                      at(c, out.data, g->token[i] * out.row), out.row);
-      continue;
-    }
-    if (i == last) continue;
-    if (width > cols) memset(panel, 0, (size_t)(rank * width * c->size));
-    k->pack(panel, width, rank, cols, part.data, part.row, part.col);
-    for (; i < last; i += BLOCK_PAIRS) {
-      int64_t n = min_(BLOCK_PAIRS, last - i);
-      k->product(n, cols, rank, row_of(g, s->h, e, i), rank, 1, panel, width, products, width, NULL, 0);
-      k->scatter_add(n, cols, products, width, out.data, out.row, g->token + i);
+  int64_t strip = spread_panels(c, s->m.d) * k->panel_width, strips = ceil_div(s->m.d, strip), top_k = c->p->top_k;
+  int64_t first = task % strips * strip, last = min_(first + strip, s->m.d);
+  int64_t t0 = task / strips * SPREAD_TOKENS, t1 = min_(t0 + SPREAD_TOKENS, c->T);
+  char *packed = at(c, s->packed, thread * spread_scratch(c, s->m.d));
+  for (int64_t d0 = first; d0 < last; d0 += k->panel_width) {
+    int64_t cols = min_(k->panel_width, last - d0), width = round_up(cols, k->lanes);
+    for (int64_t e = 0; e < s->m.n_parts; e++) {
+      if (g->first[e] == g->first[e + 1]) continue;
+      ml_matrix part = s->m.parts[e];
+      char *panel = at(c, packed, (d0 - first) * c->R + c->offsets[e] * width);
+      if (width > cols) memset(panel, 0, (size_t)(rank_of(g, e) * width * c->size));
+      k->pack(panel, width, rank_of(g, e), cols, at(c, part.data, d0 * part.col), part.row, part.col);
     }
   }
+  for (int64_t t = t0; t < t1; t += ROW_BLOCK)
+    for (int64_t d0 = first; d0 < last; d0 += k->panel_width) {
+      int64_t cols = min_(k->panel_width, last - d0), width = round_up(cols, k->lanes);
+      k->grouped_sums(min_(ROW_BLOCK, t1 - t), top_k, cols, s->h, g->element + t * top_k, g->chosen + t * top_k,
+                      at(c, packed, (d0 - first) * c->R), c->offsets, width, at(c, s->out.data, t * s->out.row + d0),
+                      s->out.row, s->init.data ? at(c, s->init.data, t * s->init.row + d0) : NULL, s->init.row);
+    }
 }
 
 void ml_spread_grouped(call *c, const grouping *g, factor m, const char *h, rows out, rows init) {
   size_t used = c->used;
   spreading s = {.g = g, .m = m, .h = h, .out = out, .init = init};
   int64_t tasks = spread_tasks(c, m.d);
-  s.scratch = ml_take(c, spread_scratch(c), ml_thread_bound(c->p->n_threads, tasks), c->size);
+  s.packed = ml_take(c, spread_scratch(c, m.d), ml_thread_bound(c->p->n_threads, tasks), c->size);
   ml_parallel_for(ml_threads_for(c, work_of(g, m.d) + c->T * m.d), tasks, spread_task, &s);
   c->used = used;
 }
@@ -255,7 +259,7 @@ typedef struct {
   const char *h;
   rows x;
   bool add;
-  char *scratch; /* per thread: a panel of x [DEPTH_BLOCK], sums [widest rank], [panel_width] each */
+  char *scratch; /* per thread: panels of x [BLOCK_PAIRS, panel_width], of sums [widest rank, panel_width] */
 } collection;
 
 static void collect_task(void *context, int64_t task, int thread) {
@@ -263,30 +267,46 @@ static void collect_task(void *context, int64_t task, int thread) {
   const grouping *all = g->g;
   const call *c = all->c;
   const ml_products *k = c->products;
-  int64_t d0 = task * k->panel_width, cols = min_(k->panel_width, g->grads.d - d0), width = round_up(cols, k->lanes);
-  char *panel = at(c, g->scratch, thread * collect_scratch(c)), *sums = at(c, panel, DEPTH_BLOCK * k->panel_width);
-  if (width > cols) memset(panel, 0, (size_t)(DEPTH_BLOCK * width * c->size));
+  int64_t full = k->panel_width, strip = panels_of(c, g->grads.d) * full;
+  int64_t first = task * strip, last = min_(first + strip, g->grads.d), n_pairs = all->first[g->grads.n_parts];
+  char *panels = at(c, g->scratch, thread * collect_scratch(c, g->grads.d)), *sums = at(c, panels, BLOCK_PAIRS * strip);
+  memset(panels, 0, (size_t)(BLOCK_PAIRS * strip * c->size)); /* what pads the last columns to whole vectors */
   for (int64_t e = 0; e < g->grads.n_parts; e++) {
-    ml_matrix to = g->grads.parts[e];
-    if (!to.data) continue;
-    to.data = at(c, to.data, d0 * to.col);
-    int64_t rank = rank_of(all, e), first = all->first[e], last = all->first[e + 1];
-    for (int64_t i = first; i < last; i += DEPTH_BLOCK) {
-      int64_t n = min_(DEPTH_BLOCK, last - i);
-      for (int64_t t = 0; t < n; t++)
-        memcpy(at(c, panel, t * width), at(c, g->x.data, all->token[i + t] * g->x.row + d0), (size_t)(cols * c->size));
-      k->product(rank, cols, n, row_of(all, g->h, e, i), 1, rank, panel, width, sums, width, i > first ? sums : NULL,
-                 width);
+    if (!g->grads.parts[e].data) continue;
+    int64_t rank = rank_of(all, e);
+    for (int64_t i = all->first[e]; i < all->first[e + 1]; i += BLOCK_PAIRS) {
+      int64_t n = min_(BLOCK_PAIRS, all->first[e + 1] - i);
+      for (int64_t t = 0; t < n; t++) {
+        const char *x = at(c, g->x.data, all->token[i + t] * g->x.row + first);
+        const char *ahead = at(c, g->x.data, all->token[min_(i + t + BLOCK_PAIRS, n_pairs - 1)] * g->x.row + first);
+        for (int64_t b = 0; b < (last - first) * c->size; b += 64) ML_PREFETCH(ahead + b);
+        for (int64_t d0 = 0; d0 < last - first; d0 += full) {
+          int64_t cols = min_(full, last - first - d0), width = round_up(cols, k->lanes);
+          memcpy(at(c, panels, d0 * BLOCK_PAIRS + t * width), at(c, x, d0), (size_t)(cols * c->size));
+        }
+      }
+      for (int64_t d0 = 0; d0 < last - first; d0 += full) {
+        int64_t cols = min_(full, last - first - d0), width = round_up(cols, k->lanes);
+        char *out = at(c, sums, d0 * rank);
+        k->product(rank, cols, n, row_of(all, g->h, e, i), 1, rank, at(c, panels, d0 * BLOCK_PAIRS), width, out, width,
+                   i > all->first[e] ? out : NULL, width);
+      }
     }
-    ml_store_grads(c, first < last ? sums : NULL, width, rank, cols, to, g->add);
+    for (int64_t d0 = 0; d0 < last - first; d0 += full) {
+      int64_t cols = min_(full, last - first - d0), width = round_up(cols, k->lanes);
+      ml_matrix to = g->grads.parts[e];
+      to.data = at(c, to.data, (first + d0) * to.col);
+      ml_store_grads(c, all->first[e] < all->first[e + 1] ? at(c, sums, d0 * rank) : NULL, width, rank, cols, to,
+                     g->add);
+    }
   }
 }
 
 void ml_collect_grouped(call *c, const grouping *g, factor grads, const char *h, rows x, bool add) {
   size_t used = c->used;
   collection j = {.g = g, .grads = grads, .h = h, .x = x, .add = add};
-  int64_t tasks = ceil_div(grads.d, c->products->panel_width);
-  j.scratch = ml_take(c, collect_scratch(c), ml_thread_bound(c->p->n_threads, tasks), c->size);
+  int64_t tasks = collect_tasks(c, grads.d);
+  j.scratch = ml_take(c, collect_scratch(c, grads.d), ml_thread_bound(c->p->n_threads, tasks), c->size);
   ml_parallel_for(ml_threads_for(c, work_of(g, grads.d) + c->R * grads.d), tasks, collect_task, &j);
   c->used = used;
 }

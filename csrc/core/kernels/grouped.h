@@ -19,14 +19,17 @@ ML_INLINE void NAME(reduce_all)(const int n, const NAME(vector) * sum, REAL *sum
   }
 }
 
-ML_INLINE void NAME(grouped_tile)(const int tokens, const int n, int64_t depth, const REAL *const *x,
-                                  const REAL *const *rows, REAL *out, int64_t out_row, bool add) {
+/* Rows of tokens that stand apart come from afar: those of the next tile are sent for while this one is computed. */
+ML_INLINE void NAME(grouped_tile)(const int tokens, const int n, const bool ahead, int64_t depth, const REAL *const *x,
+                                  const REAL *const *next, const REAL *const *rows, REAL *out, int64_t out_row,
+                                  bool add) {
   NAME(vector) sum[16];
   ML_UNROLL for (int i = 0; i < 16; i++) sum[i] = (NAME(vector)){0};
   int64_t k = 0;
   for (; k + NAME(lanes) <= depth; k += NAME(lanes)) {
     NAME(vector) a[4];
     ML_UNROLL for (int j = 0; j < n; j++) a[j] = NAME(load)(rows[j] + k);
+    if (ahead) ML_UNROLL for (int t = 0; t < 4; t++) ML_PREFETCH(next[t] + k);
     ML_UNROLL for (int t = 0; t < tokens; t++) {
       NAME(vector) v = NAME(load)(x[t] + k);
       ML_UNROLL for (int j = 0; j < n; j++) sum[4 * t + j] += v * a[j];
@@ -54,16 +57,20 @@ static void NAME(grouped_dots)(int64_t tokens, int64_t n, int64_t depth, const v
   int64_t t = 0;
 #define ML_TOKENS(m)                                                                                               \
   for (; tokens - t >= (m); t += (m)) {                                                                            \
-    const REAL *v[4], *a[4];                                                                                       \
+    const REAL *v[4], *next[4], *a[4];                                                                             \
     ML_UNROLL for (int i = 0; i < (m); i++) v[i] = (const REAL *)x[t + i] + first;                                 \
+    ML_UNROLL for (int i = 0; i < 4; i++) next[i] = (const REAL *)x[t + (m) + i < tokens ? t + (m) + i : t] + first; \
     int64_t j = 0;                                                                                                 \
     for (; n - j >= 4; j += 4) {                                                                                   \
       ML_UNROLL for (int i = 0; i < 4; i++) a[i] = (const REAL *)rows_ + (j + i) * row + first;                    \
-      NAME(grouped_tile)((m), 4, depth, v, a, out + t * out_row + j, out_row, add);                                \
+      if (j == 0)                                                                                                  \
+        NAME(grouped_tile)((m), 4, true, depth, v, next, a, out + t * out_row + j, out_row, add);                  \
+      else                                                                                                         \
+        NAME(grouped_tile)((m), 4, false, depth, v, next, a, out + t * out_row + j, out_row, add);                 \
     }                                                                                                              \
     for (; j < n; j++) {                                                                                           \
       a[0] = (const REAL *)rows_ + j * row + first;                                                                \
-      NAME(grouped_tile)((m), 1, depth, v, a, out + t * out_row + j, out_row, add);                                \
+      NAME(grouped_tile)((m), 1, false, depth, v, next, a, out + t * out_row + j, out_row, add);                   \
     }                                                                                                              \
   }
   ML_TOKENS(4)
@@ -71,15 +78,48 @@ static void NAME(grouped_dots)(int64_t tokens, int64_t n, int64_t depth, const v
 #undef ML_TOKENS
 }
 
-/* out[places[t], j] += in[t, j] */
-static void NAME(scatter_add)(int64_t tokens, int64_t cols, const void *in_, int64_t in_row, void *out_, int64_t out_row,
-                              const int64_t *places) {
-  for (int64_t t = 0; t < tokens; t++) {
-    const REAL *in = (const REAL *)in_ + t * in_row;
-    REAL *out = (REAL *)out_ + places[t] * out_row;
-    int64_t j = 0;
-    for (; j + NAME(lanes) <= cols; j += NAME(lanes))
-      NAME(store)(out + j, NAME(load)(out + j) + NAME(load)(in + j));
-    for (; j < cols; j++) out[j] += in[j];
+/* One token: its experts one after the other, `vectors` of columns at a time. */
+ML_INLINE void NAME(sum_pairs)(const int vectors, int64_t k, int64_t cols, const REAL *h, const int64_t *element,
+                               const int32_t *expert, const REAL *panels, const int64_t *offsets, int64_t width,
+                               REAL *out, const REAL *init) {
+  NAME(vector) sum[TILE_VECTORS];
+  ML_UNROLL for (int j = 0; j < vectors; j++) sum[j] = (NAME(vector)){0};
+  for (int64_t i = 0; i < k; i++) {
+    const REAL *left = h + element[i], *row = panels + offsets[expert[i]] * width;
+    int64_t rank = offsets[expert[i] + 1] - offsets[expert[i]];
+    for (int64_t r = 0; r < rank; r++, row += width) {
+      REAL l = left[r];
+      ML_UNROLL for (int j = 0; j < vectors; j++) sum[j] += l * NAME(load)(row + j * NAME(lanes));
+    }
+  }
+  if (cols == vectors * NAME(lanes)) {
+    ML_UNROLL for (int j = 0; j < vectors; j++) {
+      REAL *o = out + j * NAME(lanes);
+      NAME(store)(o, init ? NAME(load)(init + j * NAME(lanes)) + sum[j] : sum[j]);
+    }
+    return;
+  }
+  REAL whole[TILE_VECTORS * NAME(lanes)];
+  ML_UNROLL for (int j = 0; j < vectors; j++) NAME(store)(whole + j * NAME(lanes), sum[j]);
+  NAME(finish_ragged)(1, cols, whole, 0, out, 0, init, 0);
+}
+
+static void NAME(grouped_sums)(int64_t tokens, int64_t k, int64_t cols, const void *h, const int64_t *element,
+                               const int32_t *expert, const void *panels, const int64_t *offsets, int64_t width,
+                               void *out, int64_t out_row, const void *init, int64_t init_row) {
+  switch ((cols + NAME(lanes) - 1) / NAME(lanes)) {
+#define ML_VECTORS(vectors)                                                                                   \
+  case vectors:                                                                                               \
+    for (int64_t t = 0; t < tokens; t++)                                                                      \
+      NAME(sum_pairs)(vectors, k, cols, h, element + t * k, expert + t * k, panels, offsets, width,           \
+                      (REAL *)out + t * out_row, init ? (const REAL *)init + t * init_row : NULL);            \
+    break
+    ML_VECTORS(1);
+    ML_VECTORS(2);
+#if TILE_VECTORS > 2
+    ML_VECTORS(3);
+    ML_VECTORS(4);
+#endif
+#undef ML_VECTORS
   }
 }

@@ -58,9 +58,12 @@ typedef struct {
   void (*grouped_dots)(int64_t tokens, int64_t n, int64_t depth, const void *const *x, int64_t first, const void *rows,
                        int64_t row, void *out, int64_t out_row, bool add);
 
-  /* out[places[t], j] += in[t, j]     t < tokens, j < cols */
-  void (*scatter_add)(int64_t tokens, int64_t cols, const void *in, int64_t in_row, void *out, int64_t out_row,
-                      const int64_t *places);
+  /* out[t, j] = init[t, j] + sum over i < k, r < rank of h[element[t, i] + r] panels[offsets[expert[t, i]] + r, j]
+   *
+   *   t < tokens, j < cols; panels of all experts one after the other, each as pack wrote it; init as in product */
+  void (*grouped_sums)(int64_t tokens, int64_t k, int64_t cols, const void *h, const int64_t *element,
+                       const int32_t *expert, const void *panels, const int64_t *offsets, int64_t width, void *out,
+                       int64_t out_row, const void *init, int64_t init_row);
 } ml_products;
 
 typedef struct {

@@ -282,7 +282,7 @@ static const ml_products NAME(table) = {
     .short_sums = NAME(short_sums),
     .keep = NAME(keep),
     .grouped_dots = NAME(grouped_dots),
-    .scatter_add = NAME(scatter_add),
+    .grouped_sums = NAME(grouped_sums),
 };
 
 #undef REAL
