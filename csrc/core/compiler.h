@@ -17,6 +17,9 @@
 /* Brings what is at p, if it is memory at all, into the second level of the cache. */
 #define ML_PREFETCH(p) __builtin_prefetch((p), 0, 2)
 
+/* Hides where the pointer p comes from. */
+#define ML_OPAQUE(p) __asm__("" : "+r"(p))
+
 /* *result = a op b; true when that overflows. */
 #define ML_MUL_OVERFLOWS(a, b, result) __builtin_mul_overflow(a, b, result)
 #define ML_ADD_OVERFLOWS(a, b, result) __builtin_add_overflow(a, b, result)

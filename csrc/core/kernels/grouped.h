@@ -1,24 +1,5 @@
 /* Products of tokens that stand apart, for one dtype and one vector width; included by products.h, with its macros. */
 
-/* sums[i] = lanes of sum[i], added up in a fixed tree, for 4 n vectors. */
-ML_INLINE void NAME(reduce_all)(const int n, const NAME(vector) * sum, REAL *sums) {
-  if (NAME(lanes) < 4) {
-  ML_UNROLL for (int i = 0; i < n; i++) sums[i] = NAME(reduce)(sum[i]);
-    return;
-  }
-  for (int i = 0; i < n; i += 4) {
-    NAME(quad) part[4], turned[4];
-    ML_UNROLL for (int j = 0; j < 4; j++) {
-      REAL lane[NAME(lanes)];
-      NAME(store)(lane, sum[i + j]);
-      part[j] = *(const NAME(quad) *)lane;
-      ML_UNROLL for (int l = 4; l < NAME(lanes); l += 4) part[j] += *(const NAME(quad) *)(lane + l);
-    }
-    NAME(transpose_4x4)(part, turned);
-    *(NAME(quad) *)(sums + i) = (turned[0] + turned[1]) + (turned[2] + turned[3]);
-  }
-}
-
 /* Rows of tokens that stand apart come from afar: those of the next tile are sent for while this one is computed. */
 ML_INLINE void NAME(grouped_tile)(const int tokens, const int n, const bool ahead, int64_t depth, const REAL *const *x,
                                   const REAL *const *next, const REAL *const *rows, REAL *out, int64_t out_row,
@@ -26,7 +7,7 @@ ML_INLINE void NAME(grouped_tile)(const int tokens, const int n, const bool ahea
   NAME(vector) sum[16];
   ML_UNROLL for (int i = 0; i < 16; i++) sum[i] = (NAME(vector)){0};
   int64_t k = 0;
-  for (; k + NAME(lanes) <= depth; k += NAME(lanes)) {
+  for (; k + LANES <= depth; k += LANES) {
     NAME(vector) a[4];
     ML_UNROLL for (int j = 0; j < n; j++) a[j] = NAME(load)(rows[j] + k);
     if (ahead) ML_UNROLL for (int t = 0; t < 4; t++) ML_PREFETCH(next[t] + k);
@@ -43,11 +24,11 @@ ML_INLINE void NAME(grouped_tile)(const int tokens, const int n, const bool ahea
       ML_UNROLL for (int j = 0; j < n; j++) sum[4 * t + j] += v * a[j];
     }
   }
-  REAL sums[16];
-  NAME(reduce_all)(4 * tokens, sum, sums);
-  ML_UNROLL for (int t = 0; t < tokens; t++) ML_UNROLL for (int j = 0; j < n; j++) {
-    REAL *o = out + t * out_row + j;
-    *o = add ? *o + sums[4 * t + j] : sums[4 * t + j];
+  ML_UNROLL for (int t = 0; t < tokens; t++) {
+    NAME(lanes_4) sums;
+    REAL *o = out + t * out_row;
+    NAME(reduce_4)(sum + 4 * t, &sums);
+    NAME(put_4)(n, &sums, o, add ? o : NULL);
   }
 }
 
@@ -89,25 +70,25 @@ ML_INLINE void NAME(sum_pairs)(const int vectors, int64_t k, int64_t cols, const
     int64_t rank = offsets[expert[i] + 1] - offsets[expert[i]];
     for (int64_t r = 0; r < rank; r++, row += width) {
       REAL l = left[r];
-      ML_UNROLL for (int j = 0; j < vectors; j++) sum[j] += l * NAME(load)(row + j * NAME(lanes));
+      ML_UNROLL for (int j = 0; j < vectors; j++) sum[j] += l * NAME(load)(row + j * LANES);
     }
   }
-  if (cols == vectors * NAME(lanes)) {
+  if (cols == vectors * LANES) {
     ML_UNROLL for (int j = 0; j < vectors; j++) {
-      REAL *o = out + j * NAME(lanes);
-      NAME(store)(o, init ? NAME(load)(init + j * NAME(lanes)) + sum[j] : sum[j]);
+      REAL *o = out + j * LANES;
+      NAME(store)(o, init ? NAME(load)(init + j * LANES) + sum[j] : sum[j]);
     }
     return;
   }
-  REAL whole[TILE_VECTORS * NAME(lanes)];
-  ML_UNROLL for (int j = 0; j < vectors; j++) NAME(store)(whole + j * NAME(lanes), sum[j]);
+  REAL whole[TILE_VECTORS * LANES];
+  ML_UNROLL for (int j = 0; j < vectors; j++) NAME(store)(whole + j * LANES, sum[j]);
   NAME(finish_ragged)(1, cols, whole, 0, out, 0, init, 0);
 }
 
 static void NAME(grouped_sums)(int64_t tokens, int64_t k, int64_t cols, const void *h, const int64_t *element,
                                const int32_t *expert, const void *panels, const int64_t *offsets, int64_t width,
                                void *out, int64_t out_row, const void *init, int64_t init_row) {
-  switch ((cols + NAME(lanes) - 1) / NAME(lanes)) {
+  switch ((cols + LANES - 1) / LANES) {
 #define ML_VECTORS(vectors)                                                                                   \
   case vectors:                                                                                               \
     for (int64_t t = 0; t < tokens; t++)                                                                      \
