@@ -414,16 +414,16 @@ done:
 
 /* ---- forward and backward ---- */
 
-/* (x, adapters, routing_weights, scaling, base, y, hidden, dropout, n_threads) -> None */
+/* (x, adapters, routing_weights, scaling, base, y, hidden, dropout, top_k, n_threads) -> None; top_k 0: dense */
 PyObject *forward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
-  if (!takes("forward_tensors", 9, n_args)) {
+  if (!takes("forward_tensors", 10, n_args)) {
     return NULL;
   }
   PyObject *result = NULL;
   ml_tokens base = {0}, y = {0}, hidden = {0};
   tensor_call c;
   answer plain = begin(&c, module, args[1]);
-  if (plain != YES || !read_n_threads(args[8], &c.core.n_threads)) {
+  if (plain != YES || !read_int64(args[8], "top_k", &c.core.top_k) || !read_n_threads(args[9], &c.core.n_threads)) {
     goto done;
   }
   plain = read_shape(&c, args[0]) && read_experts(&c, args[1]) && read_rows(&c, args[0], c.core.d_in, &c.core.x) &&
@@ -461,9 +461,9 @@ static bool read_grads(tensor_call *c, PyObject *grads) {
 }
 
 /* (x, adapters, routing_weights, scaling, grad_y, hidden, grad_x, grad_adapters, grad_w, add_to_grad_x, dropout,
- * n_threads) -> bool: False, and nothing is written, where this is not the plain case */
+ * top_k, n_threads) -> bool: False, and nothing is written, where this is not the plain case */
 PyObject *backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
-  if (!takes("backward_tensors", 12, n_args)) {
+  if (!takes("backward_tensors", 13, n_args)) {
     return NULL;
   }
   PyObject *result = NULL, *adapters = args[1], *grads = args[7];
@@ -471,7 +471,7 @@ PyObject *backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n
   tensor_call c;
   answer plain = begin(&c, module, adapters);
   if (plain != YES || !is_items(grads, "grad_adapters", PyTuple_GET_SIZE(adapters)) ||
-      !read_n_threads(args[11], &c.core.n_threads)) {
+      !read_int64(args[11], "top_k", &c.core.top_k) || !read_n_threads(args[12], &c.core.n_threads)) {
     goto done;
   }
   /* First, for a mode may answer this in Python, and pointers are good only until anybody else runs. */

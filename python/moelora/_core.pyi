@@ -123,6 +123,7 @@ def forward_tensors(
     y: Any,
     hidden: Any,
     dropout: _Dropout | None,
+    top_k: int,
     n_threads: int,
     /,
 ) -> None: ...
@@ -138,6 +139,7 @@ def backward_tensors(
     grad_w: Any,
     add_to_grad_x: bool,
     dropout: _Dropout | None,
+    top_k: int,
     n_threads: int,
     /,
 ) -> bool: ...

@@ -185,13 +185,13 @@ def test_are_plain_passes_over_none():
 # ---- the calls themselves ----
 
 
-def run(given=None, *, y=None, hidden=None, dropout=None, **replaced):
+def run(given=None, *, y=None, hidden=None, dropout=None, top_k=0, **replaced):
     given = (given or arguments()) | replaced
     adapters = (*given["lora_A"], *given["lora_B"])
     y = torch.full((2, 3, 5), 7.0, dtype=torch.float64) if y is None else y
     scaling = tuple(given["scaling"])
     core.forward_tensors(
-        given["x"], adapters, given["routing_weights"], scaling, given["base_output"], y, hidden, dropout, 1
+        given["x"], adapters, given["routing_weights"], scaling, given["base_output"], y, hidden, dropout, top_k, 1
     )
     return y
 
@@ -205,6 +205,7 @@ def gradients(**replaced):
         "grads": None,
         "grad_w": torch.full((2, 3, 2), 7.0, dtype=torch.float64),
         "dropout": None,
+        "top_k": 0,
     }
     given |= replaced
     adapters = given["adapters"] or (*given["lora_A"], *given["lora_B"])
@@ -212,7 +213,7 @@ def gradients(**replaced):
     grads = given["grads"] or outputs[2:]
     names = ("x", "adapters", "routing_weights", "scaling", "grad_y", "hidden", "grad_x", "grads", "grad_w")
     given |= {"adapters": adapters, "scaling": tuple(given["scaling"]), "grads": grads}
-    done = core.backward_tensors(*(given[name] for name in names), False, given["dropout"], 1)
+    done = core.backward_tensors(*(given[name] for name in names), False, given["dropout"], given["top_k"], 1)
     untouched = all((t == 7).all() for t in outputs if isinstance(t, torch.Tensor) and t.dtype.is_floating_point)
     return done, untouched
 
@@ -273,12 +274,22 @@ def test_backward_says_no_to_what_does_not_fit_and_writes_nothing():
         gradients(hidden=None)
 
 
+def test_top_k_beyond_the_experts_is_refused_and_nothing_written():
+    for top_k in (-1, 3):
+        y = torch.full((2, 3, 5), 7.0, dtype=torch.float64)
+        with pytest.raises(ValueError, match="top_k"):
+            run(y=y, top_k=top_k)
+        assert (y == 7).all()
+        with pytest.raises(ValueError, match="top_k"):
+            gradients(top_k=top_k)
+
+
 def test_arguments_are_counted():
-    for name, n in (("use_torch", 2), ("plain_call", 8), ("forward_tensors", 9), ("backward_tensors", 12)):
+    for name, n in (("use_torch", 2), ("plain_call", 8), ("forward_tensors", 10), ("backward_tensors", 13)):
         with pytest.raises(TypeError, match=f"{name} takes {n} arguments, got 1"):
             getattr(core, name)(1)
     with pytest.raises(TypeError, match="n_threads must be an int"):
-        core.forward_tensors(torch.ones(1), (1, 2), 3, 4, 5, 6, 7, None, 1.5)
+        core.forward_tensors(torch.ones(1), (1, 2), 3, 4, 5, 6, 7, None, 0, 1.5)
 
 
 def test_a_torch_without_the_exchange_api_is_left_alone():

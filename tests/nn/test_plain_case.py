@@ -1,5 +1,6 @@
 """The plain case of `moelora.nn.routed_lora`, which C checks and reads, equals the way that all other calls take."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -72,6 +73,20 @@ def test_both_ways_give_the_same_bits(make_mixture, monkeypatch, taken, tokens, 
     assert taken == {"forward_tensors": 2, "backward_tensors": 1, "forward_raw": 2, "backward_raw": 1}
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_both_ways_keep_the_same_experts(make_mixture, monkeypatch, taken, top_k):
+    m = make_mixture(tokens=(2, 5), weights=(2, 5), grad=False)
+
+    def differentiated():
+        fresh = [t.detach().requires_grad_() for t in m.leaves]
+        y = routed_lora(*m.replace(fresh), top_k=top_k)
+        return [y, *torch.autograd.grad(y.square().sum(), fresh)]
+
+    for a, b in zip(*both_ways(monkeypatch, differentiated), strict=True):
+        assert torch.equal(a, b)
+    assert taken == {"forward_tensors": 1, "backward_tensors": 1, "forward_raw": 1, "backward_raw": 1}
+
+
 @pytest.mark.parametrize("wanted", range(8))
 def test_gradients_of_some_alone_are_the_same(make_mixture, monkeypatch, taken, wanted):
     m = make_mixture(grad=False)
@@ -108,7 +123,7 @@ def test_changes_of_parameters_are_seen_at_once(make_mixture, taken):
 def test_the_other_way_for_all_that_is_not_plain(make_mixture, taken):
     m = make_mixture(dtype=torch.float32, grad=False)
     for given, options in [
-        (m, {"top_k": 2}),
+        (m, {"top_k": np.int64(2)}),
         (m._replace(x=m.x.bfloat16()), {}),
         (m._replace(routing_weights=m.routing_weights.double()), {}),
         (m._replace(routing_weights=m.routing_weights > 0), {}),

@@ -132,16 +132,17 @@ def routed_lora(
     >>> routed_lora(x, A, B, torch.tensor([0.25, 0.5]), 1.0)[0]
     tensor([6., 6., 6., 6., 6.])
     """
-    if top_k is None and _is_unwatched():
+    if _is_unwatched() and (top_k is None or (type(top_k) is int and top_k >= 1)):
         # The plain case costs no more than a few looks from C. All that is unusual, or wrong, goes on below.
         plain = _plain_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
-        if plain is not None and not torch._C._is_any_autocast_enabled():
+        if plain is not None and not torch._C._is_any_autocast_enabled() and (top_k or 0) <= len(plain[1]):
             adapters, scales, total_rank, needs_grad = plain
+            kept = None if top_k == len(scales) else top_k
             dropout = _draw(_probabilities(dropout_p, len(scales)))
             if needs_grad and torch.is_grad_enabled():
-                more = (scales, None, dropout, total_rank, *adapters)
+                more = (scales, kept, dropout, total_rank, *adapters)
                 return _apply(x, routing_weights, base_output, weight, bias, *more)
-            return _plain_forward(x, routing_weights, base_output, weight, bias, scales, adapters, None, dropout)
+            return _plain_forward(x, routing_weights, base_output, weight, bias, scales, adapters, None, kept, dropout)
 
     call = _check(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
     tensors = [t for t in (call.x, call.routing_weights, call.base_output, call.weight, call.bias) if t is not None]
@@ -465,6 +466,7 @@ def _plain_forward(
     scaling: tuple[float, ...],
     adapters: tuple[Tensor, ...],
     hidden: Tensor | None,
+    top_k: int | None,
     dropout: _Dropout | None,
 ) -> Tensor:
     """y, and hidden if it is wanted, of a call that `plain_call` has let pass."""
@@ -475,7 +477,7 @@ def _plain_forward(
     else:
         y = x.new_empty((*x.shape[:-1], adapters[-1].shape[0]))
     threads = runtime.get_num_threads()
-    _core.forward_tensors(x, adapters, routing_weights, scaling, base_output, y, hidden, dropout, threads)
+    _core.forward_tensors(x, adapters, routing_weights, scaling, base_output, y, hidden, dropout, top_k or 0, threads)
     return y
 
 
@@ -508,7 +510,7 @@ class _RoutedLoRA(torch.autograd.Function):
         else:
             if keep_hidden:
                 hidden = x.new_empty((*x.shape[:-1], total_rank))
-            y = _plain_forward(x, routing_weights, base_output, weight, bias, scaling, adapters, hidden, dropout)
+            y = _plain_forward(x, routing_weights, base_output, weight, bias, scaling, adapters, hidden, top_k, dropout)
         ctx.x_shape, ctx.scaling, ctx.top_k, ctx.dropout = x.shape, scaling, top_k, dropout
         kept_x = x if any(need[-2 * n : -n]) else None
         ctx.save_for_backward(kept_x, hidden, routing_weights, weight if need[0] else None, *adapters)
@@ -522,7 +524,7 @@ class _RoutedLoRA(torch.autograd.Function):
         if need[0] or need[1] or any(need_adapters):
             saved = ctx.saved_tensors  # once: checkpointing recomputes on every reading
             twice = torch.is_grad_enabled()  # create_graph
-            if ctx.top_k is None and not twice and _is_unwatched():
+            if not twice and _is_unwatched():
                 grads = _plain_backward(ctx, saved, grad_y)
             if grads is None and uses_core(grad_y, *saved):
                 grads = _core_backward(ctx, saved, grad_y)
@@ -565,6 +567,7 @@ def _plain_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> Sequence[
         grad_w,
         weight is not None,
         ctx.dropout,
+        ctx.top_k or 0,
         threads,
     )
     return (grad_x, grad_w, *grads) if done else None

@@ -23,7 +23,13 @@ class Embedding(RoutedLora, lora.Embedding):
     """
 
     def _mixed(
-        self, x: Tensor, weights: Tensor, experts: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        x: Tensor,
+        weights: Tensor,
+        experts: list[str],
+        top_k: int | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         all_A, all_B = self.lora_embedding_A, self.lora_embedding_B
         present = [(i, name) for i, name in enumerate(experts) if name in all_A]

@@ -132,6 +132,7 @@ class Frame:
         self.frozen = False  # inside a checkpointed region: the weights came in as its arguments
         self.call: Call | None = None
         self.now: Tensor | None = None  # weights of the layers that run now
+        self.top_k: int | None = None  # at most so many of each row of them are not 0; None: nobody says so
         self.layers: Sequence[Tensor] | None = None  # weights of each decoder layer, where they were given
         self.blend: Tensor | None = None  # mixture="logits": weights of the logits; `now` is one-hot
         self.reached: int | None = None  # decoder layer whose gate has been read
@@ -208,7 +209,7 @@ class Frame:
             if self.stack is None:
                 self._fit(self.given, call)
         elif self.router is not None and self.router.reads != "nothing":
-            self.now = None
+            self.now = self.top_k = None
             return
         if self.host.recorders and self.stack is None:
             self._record_fitted()
@@ -332,6 +333,8 @@ class Frame:
         output = self.router.route(hidden_states, self.call.mask, layer=layer, active=self.active)
         if self.custom:
             self._check_output(output, () if hidden_states is None else hidden_states.shape[:-1])
+        # A router of one's own is not held to weights of 0 outside its picks.
+        self.top_k = None if self.custom or output.indices is None else output.indices.shape[-1]
         self.outputs.append(output)
         if self.host.recorders:
             # The router has counted the rows it saw; one of a whole sequence stands for all tokens of it.

@@ -22,7 +22,13 @@ class RoutedLora(Routed, LoraLayer):
     """What every routed LoRA layer adds to the stock layer that it is derived from; comes before it among the bases."""
 
     def _mixed(
-        self, x: Tensor, weights: Tensor, experts: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        x: Tensor,
+        weights: Tensor,
+        experts: list[str],
+        top_k: int | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         # Every lookup of a submodule by attribute is a call of nn.Module.__getattr__, so each is done once.
         modules: dict[str, Any] = self._modules
@@ -51,11 +57,23 @@ class RoutedLora(Routed, LoraLayer):
             self._refuse_unreadable(factors, x)
         if weights.device != x.device:
             weights = weights.to(x.device)
+        if top_k is not None:
+            # What is not in the core has no use for it: it would have to find out anew which weights are 0.
+            in_core = x.device.type == "cpu" and not torch.compiler.is_compiling()
+            top_k = min(top_k, len(present)) if in_core else None
 
         if not args and not kwargs and _is_plain(layer, x):
             # Base and mixture in one autograd node: its backward makes one pass over dx less.
             y = routed_lora(
-                x, lora_A, lora_B, weights, scaling, weight=layer.weight, bias=layer.bias, dropout_p=dropout_p
+                x,
+                lora_A,
+                lora_B,
+                weights,
+                scaling,
+                weight=layer.weight,
+                bias=layer.bias,
+                top_k=top_k,
+                dropout_p=dropout_p,
             )
             dtype = y.dtype
         else:
@@ -66,9 +84,9 @@ class RoutedLora(Routed, LoraLayer):
                 x = self._cast_input_dtype(x, inner)
             # Under autocast a base that stays in float32 would be rounded on its way through routed_lora.
             if x.dtype is dtype and not (dtype is torch.float32 and _is_autocast(x)):
-                y = routed_lora(x, lora_A, lora_B, weights, scaling, base_output=y, dropout_p=dropout_p)
+                y = routed_lora(x, lora_A, lora_B, weights, scaling, base_output=y, top_k=top_k, dropout_p=dropout_p)
             else:
-                y = y + routed_lora(x, lora_A, lora_B, weights, scaling, dropout_p=dropout_p)
+                y = y + routed_lora(x, lora_A, lora_B, weights, scaling, top_k=top_k, dropout_p=dropout_p)
         if True in self.lora_bias.values():
             y = y + self._mixed_bias(x, weights, present)
         return y if y.dtype is dtype else y.to(dtype)

@@ -29,7 +29,13 @@ class RoutedLycoris(Routed, LycorisLayer):
     """What the routed layers of LoHa and LoKr add to the stock layer; comes before it among the bases."""
 
     def _mixed(
-        self, x: Tensor, weights: Tensor, experts: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        x: Tensor,
+        weights: Tensor,
+        experts: list[str],
+        top_k: int | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         dtype = x.dtype
         weights = _for_rows(x, weights, len(experts)).to(x.device)

@@ -55,6 +55,7 @@ class Routed(nn.Module, BaseTunerLayer):
         if frame is not None and frame.off:
             return self._base_output(x, *args, **kwargs)
         experts: list[str] = self.active_adapters
+        top_k = None
         if frame is not None:
             assert site is not None
             if experts != frame.experts:
@@ -62,7 +63,7 @@ class Routed(nn.Module, BaseTunerLayer):
                     f"{site.name} has the active adapters {experts}, its model {frame.experts}: call "
                     "base_model.set_adapter, which sets them everywhere"
                 )
-            weights = frame.weights_for(site, x)
+            weights, top_k = frame.weights_for(site, x), frame.top_k
         else:
             weights = as_weights(routing_weights)
             if weights.shape[-1] != len(experts):
@@ -72,7 +73,7 @@ class Routed(nn.Module, BaseTunerLayer):
                 )
         if kwargs or self.merged_adapters or self.lora_variant:
             self._check(experts, kwargs)
-        return self._mixed(x, weights, experts, args, kwargs)
+        return self._mixed(x, weights, experts, top_k, args, kwargs)
 
     def extra_repr(self) -> str:
         active = self.active_adapters
@@ -80,9 +81,15 @@ class Routed(nn.Module, BaseTunerLayer):
         return f"experts: {', '.join(experts)}"
 
     def _mixed(
-        self, x: Tensor, weights: Tensor, experts: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        x: Tensor,
+        weights: Tensor,
+        experts: list[str],
+        top_k: int | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
-        """What `forward` returns, once it is known which weights belong to x."""
+        """What `forward` returns, once it is known which weights belong to x; of a row at most top_k are not 0."""
         raise NotImplementedError
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
