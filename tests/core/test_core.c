@@ -127,12 +127,14 @@ static void remember_arrays(void) {
   }
 }
 static void expect_untouched(void) {
-  for (array *a = arrays; a < arrays + n_arrays; a++)
+  for (array *a = arrays; a < arrays + n_arrays; a++) {
+    if (memcmp(a->data, a->before, (size_t)a->n * size_of(a->dtype)) == 0) continue;
     for (int64_t i = 0; i < a->n; i++)
       if (!a->may_change || !a->may_change[i])
         EXPECT(memcmp(at(a->dtype, a->data, i), at(a->dtype, a->before, i), size_of(a->dtype)) == 0,
                "%s: element %d of %d was overwritten", a->may_change ? "an output's border" : "an input", (int)i,
                (int)a->n);
+  }
 }
 
 /* REPEATED, the same row for all tokens, is for inputs alone. */
@@ -573,7 +575,7 @@ static void check_shape(const shape *s, ml_dtype t) {
 /* Every number of tokens with every width of x; the other dimensions from decks. */
 static void check_grid(void) {
   static const int64_t Ts[] = {1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 47, 48, 49, 63, 64, 65, 130};
-  static const int64_t widths[] = {1, 3, 7, 16, 33, 64, 65, 100, 257}, ranks[] = {1, 4, 8, 12, 16, 20};
+  static const int64_t widths[] = {1, 3, 7, 16, 33, 64, 65, 100, 257}, ranks[] = {1, 2, 4, 7, 8, 12, 16, 20};
   deck d_outs = {.n = sizeof widths / sizeof *widths}, some_ranks = {.n = sizeof ranks / sizeof *ranks};
   deck counts = {.n = MAX_EXPERTS};
   for (size_t i = 0; i < sizeof Ts / sizeof *Ts; i++)

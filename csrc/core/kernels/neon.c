@@ -1,5 +1,5 @@
-/* NEON, which every AArch64 CPU has: 32 registers of 16 bytes, 16 of them accumulators. With 24, as on AVX-512, gcc 12 keeps two
- * of them on the stack. */
+/* NEON, which every AArch64 CPU has: 32 registers of 16 bytes, 16 of them accumulators; of 24, as on AVX-512, gcc 12
+ * keeps two on the stack. */
 #include "../compiler.h"
 #include "kernels.h"
 #include "philox.h"
