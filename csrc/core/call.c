@@ -3,7 +3,10 @@
 
 #include <stdlib.h>
 
-enum { ALIGNMENT = 64 };
+enum {
+  ALIGNMENT = 64,
+  LEFT_OUT_TOKENS = 9 /* below, time goes into reading A and B */
+};
 
 void ml_reserve(budget *b, int64_t rows_, int64_t cols, int64_t size) {
   int64_t n;
@@ -62,10 +65,12 @@ ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out) {
     if (!expert->a.data || !expert->b.data) return ML_ERR_NULL;
   }
   if (c->T > 0 && !p->routing_weights.data) return ML_ERR_NULL;
-  c->products = ml_active_kernels()->products[p->dtype];
+  const ml_kernels *kernels = ml_active_kernels();
+  c->products = kernels->products[p->dtype];
+  c->regime = ml_regime_of(kernels->isa, p->dtype);
   c->elementwise = &ml_elementwise_table[p->dtype];
   c->size = (int64_t)c->elementwise->size;
-  if (leave_out && c->T > 0 && c->T < VERY_FEW_TOKENS) c->unused = unused_experts(c);
+  if (leave_out && c->T > 0 && c->T < LEFT_OUT_TOKENS) c->unused = unused_experts(c);
   for (int64_t e = 0; e < p->n_experts; e++) {
     c->drops |= ml_mask_of(p, e).threshold > 0;
     if (ML_ADD_OVERFLOWS(c->R, rank_of(c, e), &c->R)) return ML_ERR_OVERFLOW;

@@ -17,13 +17,11 @@
 
 #include "compiler.h"
 #include "elementwise.h"
-#include "kernels/kernels.h"
+#include "regimes.h"
 #include "threads.h"
 
 enum {
   DEPTH_BLOCK = 256,   /* of a sum; each block starts from zero, which also keeps the rounding error small */
-  FEW_TOKENS = 48,     /* below, project takes dot products in place: packing would not pay */
-  VERY_FEW_TOKENS = 9, /* the same for spread and for B in project */
   ROW_BLOCK = 48,      /* tokens that a group of panels is applied to at a time */
   ROW_PADDING = 16,    /* between rows of a masked block: a power of two apart, they would share few cache sets */
   SMALL_WORK = 1 << 18 /* multiply-adds below which starting threads costs more than it saves */
@@ -50,6 +48,7 @@ typedef struct {
 typedef struct {
   const ml_routed_lora *p;
   const ml_products *products;
+  const ml_regime *regime;
   const ml_elementwise *elementwise;
   int64_t T, R;
   uint64_t unused;  /* bit e: expert e, which no token uses, takes part with rank 0 */
