@@ -589,6 +589,21 @@ static void check_grid(void) {
       }
 }
 
+/* Few tokens and the ranks that adapters have: kernels of their own. */
+static void check_equal_ranks(void) {
+  static const int64_t Ts[] = {1, 2, 3, 4, 6, 8, 12, 17, 40, 90}, widths[] = {5, 32, 63, 64, 71, 130},
+                       ranks[] = {4, 8, 16, 32};
+  deck d_ins = {.n = sizeof widths / sizeof *widths}, d_outs = d_ins, counts = {.n = MAX_EXPERTS};
+  for (size_t i = 0; i < sizeof Ts / sizeof *Ts; i++)
+    for (size_t j = 0; j < sizeof ranks / sizeof *ranks; j++)
+      for (int t = ML_F32; t <= ML_F64; t++)
+        for (int again = 0; again < 2; again++) {
+          shape s = {1, Ts[i], widths[draw(&d_ins)], widths[draw(&d_outs)], 1 + draw(&counts), {0}};
+          for (int64_t e = 0; e < s.n_experts; e++) s.ranks[e] = ranks[j];
+          check_shape(&s, (ml_dtype)t);
+        }
+}
+
 /* No tokens, and what crosses the blocks of columns, depths, tokens and ranks that tasks and workspaces are cut into. */
 static void check_large_blocks(void) {
   static const shape shapes[] = {
@@ -796,6 +811,7 @@ int main(void) {
   for (const char *const *isa = ml_isa_available(); *isa; isa++) printf(" %s", *isa);
   printf("\n");
   check_grid();
+  check_equal_ranks();
   check_large_blocks();
   for (const char *const *isa = ml_isa_available(); *isa; isa++) {
     EXPECT(ml_set_isa(*isa) == ML_OK, "%s can't be chosen", *isa);

@@ -9,21 +9,25 @@
 #include <arm_neon.h>
 
 #define VECTOR_BYTES 16
+#define REGISTERS 32
 #define TILE_ROWS 4
 #define TILE_VECTORS 4
 #define MULTIPLY_LOW(a, b) ((__typeof__(a))vmull_u32(vmovn_u64((uint64x2_t)(a)), vmovn_u64((uint64x2_t)(b))))
 
 #define REAL float
+#define REAL_BYTES 4
 #define NAME(op) ml_##op##_f32_neon
 #include "products.h"
 
 #define REAL double
+#define REAL_BYTES 8
 #define NAME(op) ml_##op##_f64_neon
 #include "products.h"
 
 static bool supported(void) { return true; }
 
 const ml_kernels ml_kernels_neon = {
+    .isa = ML_NEON,
     .name = "neon",
     .supported = supported,
     .products = {[ML_F32] = &ml_table_f32_neon, [ML_F64] = &ml_table_f64_neon},
