@@ -24,6 +24,9 @@
 #define NAME(op) ml_##op##_f64_neon
 #include "products.h"
 
+#define NAME(op) ml_##op##_neon
+#include "bf16.h"
+
 static bool supported(void) { return true; }
 
 const ml_kernels ml_kernels_neon = {
@@ -31,6 +34,7 @@ const ml_kernels ml_kernels_neon = {
     .name = "neon",
     .supported = supported,
     .products = {[ML_F32] = &ml_table_f32_neon, [ML_F64] = &ml_table_f64_neon},
+    .bf16 = &ml_bf16_table_neon,
 };
 
 #endif
