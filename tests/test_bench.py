@@ -216,6 +216,12 @@ def test_models_have_every_way_with_memory_and_dropout_rows(results):
     assert all(float(row["peak_mib"]) >= 0 for row in of.values())
 
 
+def test_dropout_and_compiled_rows_are_there_for_the_first_mixture():
+    rows = list(models.measure(models.Grid(["gpt2"], [(3, 2), (2, 2)], (1, 4), True), 1))
+    assert {row["N"] for row in rows} == {2, 3}
+    assert {row["N"] for row in rows if row["p"] or row["peer"] == "stacked_compiled"} == {3}
+
+
 def test_a_chosen_grid_is_what_is_measured(tmp_path):
     grid = "--tokens 3 5 --widths 8 --mixtures 4x3 --top-k 1 4 --dtype bfloat16 --rounds 1"
     assert main(["bench", "topk", *grid.split(), f"--out={tmp_path}"]) == 0

@@ -41,7 +41,7 @@ SCALING = 2.0
 PASSES = ("forward", "backward", "forward+backward")
 MIXTURE_ONLY = ("moelora", "stacked", "stacked_medium")
 FORCED = ("moelora", "stacked")
-SELDOM = {"loop": 4}  # far slower than the rest
+SELDOM = {"loop": 4, "one_lora": 4, "base_medium": 4}  # slow, and no goal speaks of them
 
 
 class Cell(NamedTuple):
