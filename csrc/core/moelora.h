@@ -81,6 +81,10 @@ typedef struct {
 ml_status ml_routed_lora_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens hidden, ml_tokens base,
                                  const void *bias, int64_t bias_stride);
 
+/* Whether the base product x W^T of so many tokens (transposed: g W) has been measured to be faster here than torch's: a pure
+ * function of these, the instruction set and the maker of the CPU. */
+bool ml_base_is_faster(ml_dtype dtype, int64_t tokens, bool transposed);
+
 /* Which gradients are added to what is there; those not named are overwritten. */
 enum { ML_ACCUMULATE_X = 1, ML_ACCUMULATE_A = 2, ML_ACCUMULATE_B = 4, ML_ACCUMULATE_W = 8 };
 
