@@ -14,7 +14,8 @@ tokens, the same given weights [B, S, N] wherever nothing else is said:
     moelora_router     one pass with the default router, one gate in each layer
 
 A forward is without gradients, in evaluation mode; a train step is forward, loss, backward and AdamW. For the first
-mixture there are steps with LoRA dropout p, too, where stock PEFT's layers, their loop and moelora can do the same. Peak memory is that of the process beyond what it held before.
+mixture there are steps with LoRA dropout p, too, where stock PEFT's layers, their loop and moelora can do the same.
+Peak memory is that of the process beyond what it held before.
 """
 
 import itertools
