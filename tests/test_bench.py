@@ -417,6 +417,17 @@ def test_a_page_says_what_is_not_measured():
     assert made == "<!-- bench: topk -->\n\nNot measured yet: `moelora bench topk`.\n\n<!-- bench: end -->"
 
 
+@pytest.mark.skipif(moelora.get_isa() == "portable", reason="there is no other instruction set")
+def test_page_and_plots_take_a_grid_that_lacks_what_they_show(tmp_path):
+    grid = "--isa portable --dtype bfloat16 --tokens 2 --widths 8 --mixtures 2x1 --rounds 1"
+    assert main(["bench", "layers", *grid.split(), "--out", str(tmp_path)]) == 0
+    assert list(tmp_path.glob("*.png")) == []
+    text = "".join(f"<!-- bench: {name} -->\n<!-- bench: end -->\n" for name in BLOCKS)
+    made = render(text, load(tmp_path), "page")
+    assert "<!-- bench: peers -->\n\nNot measured yet" in made
+    assert "bfloat16, portable:" in made
+
+
 def test_the_page_of_the_documentation_is_what_the_committed_files_make():
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     results = load(ROOT / "benchmarks" / "results" / "cpu")
@@ -465,6 +476,13 @@ def test_wrong_arguments_are_named_and_nothing_is_written(arguments, named, tmp_
     assert stopped.value.code == 2
     assert named in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"plain.md", "wrong.md"}
+
+
+def test_without_the_c_core_nothing_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(moelora.functional, "HAS_EXT", False)
+    assert main(["bench", "host", "--smoke", "--out", str(tmp_path / "out")]) == 1
+    assert "the C extension is not loaded" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_torch_the_command_says_what_to_install():

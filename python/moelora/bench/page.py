@@ -41,8 +41,8 @@ def render(page: str, results: Results, stem: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         file, make = BLOCKS[match[2]]
-        text = make(results, stem) if results[file] else f"Not measured yet: `moelora bench {file}`."
-        return f"{match[1]}\n{text}\n\n{match[3]}"
+        text = make(results, stem) if results[file] else ""
+        return f"{match[1]}\n{text or f'Not measured yet: `moelora bench {file}`.'}\n\n{match[3]}"
 
     return MARKED.sub(block, page)
 
@@ -106,6 +106,8 @@ def _peers(results: Results, stem: str) -> str:
     """All peers on the widest layer, in microseconds."""
     tables = []
     compared = [row for row in results["layers"] if row["forced"] == "no" and row["weights"] == "hot"]
+    if not compared:
+        return ""
     mixture = next((row["N"], row["r"]) for row in compared if row["peer"] == "loop")
     d = max(_values(compared, "d"), key=int)
     compared = [row for row in compared if (row["N"], row["r"]) == mixture and row["d"] == d]
@@ -121,15 +123,16 @@ def _peers(results: Results, stem: str) -> str:
 
 
 def _kept(results: Results, stem: str) -> str:
-    rows = [
-        row for row in results["layers"] if row["kept_bytes"] and row["forced"] == "no" and row["dtype"] == "float32"
-    ]
-    largest = [row for row in rows if all(row[name] == _largest(rows, name) for name in ("T", "d"))]
-    mixture = (largest[0]["N"], largest[0]["r"])
-    lines = [
-        [row["peer"], f"{int(row['kept_bytes']) / 2**20:.2f} MiB"] for row in largest if (row["N"], row["r"]) == mixture
-    ]
-    about = f"T = {largest[0]['T']}, d = {largest[0]['d']}, {mixture[0]} experts of rank {mixture[1]}, float32:"
+    """At the largest cell of the first mixture."""
+    rows = [row for row in results["layers"] if row["kept_bytes"] and row["forced"] == "no"]
+    if not rows:
+        return ""
+    first = rows[0]
+    T, d = _largest(rows, "T"), _largest(rows, "d")
+    place = (T, d, first["N"], first["r"], first["dtype"])
+    here = [row for row in rows if tuple(row[name] for name in ("T", "d", "N", "r", "dtype")) == place]
+    lines = [[row["peer"], f"{int(row['kept_bytes']) / 2**20:.2f} MiB"] for row in here]
+    about = f"T = {T}, d = {d}, {first['N']} experts of rank {first['r']}, {first['dtype']}:"
     return f"{about}\n\n{_table(['', 'kept for the backward, parameters aside'], lines)}"
 
 
@@ -214,8 +217,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Results, str], str]]] = {
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    marks = [heads, ["---"] * len(heads), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in marks)
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if len(rows) > 2 else ""
 
 
 def _median_table(rows: Sequence[Row], where: dict[str, str], places: Sequence[str]) -> str:

@@ -2,13 +2,16 @@
 
 import argparse
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import moelora
+import moelora.functional
 from moelora.bench import host, layers, models, peak, topk
 from moelora.bench.arguments import FULL, MEASURE, ROUNDS, SMOKE, SMOKE_ROUNDS
 from moelora.bench.goals import as_text, judge, load
@@ -50,13 +53,14 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
 
 def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
     parser: argparse.ArgumentParser = options.parser
+    if not moelora.functional.HAS_EXT:
+        print("moelora bench: the C extension is not loaded, so there is nothing to measure", file=sys.stderr)
+        return 1
     if options.out.exists() and not options.out.is_dir():
         parser.error(f"argument --out: {options.out} is not a folder")
     suites = list(MEASURE) if options.bench == "all" else [options.bench]
     # Where the files go is no part of what they hold.
-    kept = [
-        word for last, word in zip(["", *given], given, strict=False) if "--out" not in (last, word.partition("=")[0])
-    ]
+    kept = [word for last, word in pairwise(["", *given]) if "--out" not in (last, word.partition("=")[0])]
     command = shlex.join(["moelora", *kept])
     grids = {name: _grid(options, name) for name in suites}
     rounds = options.rounds or (SMOKE_ROUNDS if options.smoke else ROUNDS)
@@ -122,7 +126,8 @@ def _draw(folder: Path, target: Path) -> int:
             raise
         print(f'No plots, {error.name} is not installed: pip install "moelora[plots]"')
         return 0
-    print(f"Wrote {', '.join(path.name for path in draw(load(folder), target))} to {target}")
+    pictures = draw(load(folder), target)
+    print(f"Wrote {', '.join(path.name for path in pictures) or 'no plots'} to {target}")
     return 0
 
 
