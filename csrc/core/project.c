@@ -68,7 +68,8 @@ static void project_packed(void *context, int64_t task, int thread) {
     rows x = {at(c, j->x.data, t0 * j->x.row + k0), j->x.row};
     if (j->mask) {
       rows masked = {at(c, j->masked, thread * masked_block(c)), DEPTH_BLOCK + ROW_PADDING};
-      c->products->keep(j->mask, t0, k0, tokens, depth, x.data, x.row, masked.data, masked.row, NULL, 0);
+      c->products->keep(j->mask, c->p->first_token + t0, k0, tokens, depth, x.data, x.row, masked.data, masked.row,
+                        NULL, 0);
       x = masked;
     }
     for (int64_t first = 0; first < j->R; first += full) {

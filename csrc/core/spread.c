@@ -193,8 +193,8 @@ static void spread_masked_task(void *context, int64_t task, int thread) {
         }
       }
       if (mask.threshold)
-        k->keep(&mask, t, first, tokens, last - first, products.data, products.row, out.data, out.row, init.data,
-                init.row);
+        k->keep(&mask, c->p->first_token + t, first, tokens, last - first, products.data, products.row, out.data,
+                out.row, init.data, init.row);
       init = out;
     }
   }

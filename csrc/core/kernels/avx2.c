@@ -30,6 +30,9 @@ static const int32_t lane_masks[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 #define NAME(op) ml_##op##_f64_avx2
 #include "products.h"
 
+#define NAME(op) ml_##op##_avx2
+#include "bf16.h"
+
 static bool supported(void) { return ML_CPU_HAS("avx2") && ML_CPU_HAS("fma"); }
 
 const ml_kernels ml_kernels_avx2 = {
@@ -37,6 +40,7 @@ const ml_kernels ml_kernels_avx2 = {
     .name = "avx2",
     .supported = supported,
     .products = {[ML_F32] = &ml_table_f32_avx2, [ML_F64] = &ml_table_f64_avx2},
+    .bf16 = &ml_bf16_table_avx2,
 };
 
 #endif

@@ -25,6 +25,9 @@
 #define NAME(op) ml_##op##_f64_avx512
 #include "products.h"
 
+#define NAME(op) ml_##op##_avx512
+#include "bf16.h"
+
 static bool supported(void) {
   return ML_CPU_HAS("avx512f") && ML_CPU_HAS("avx512bw") && ML_CPU_HAS("avx512dq") && ML_CPU_HAS("avx512vl");
 }
@@ -34,6 +37,7 @@ const ml_kernels ml_kernels_avx512 = {
     .name = "avx512",
     .supported = supported,
     .products = {[ML_F32] = &ml_table_f32_avx512, [ML_F64] = &ml_table_f64_avx512},
+    .bf16 = &ml_bf16_table_avx512,
 };
 
 #endif

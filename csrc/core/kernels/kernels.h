@@ -71,6 +71,14 @@ typedef struct {
                int64_t in_row, void *out, int64_t out_row, const void *init, int64_t init_row);
 } ml_products;
 
+/* bfloat16 to float32 and back; n elements. */
+typedef struct {
+  void (*widen)(int64_t n, const uint16_t *from, float *to);
+  void (*narrow)(int64_t n, const float *from, uint16_t *to);
+  void (*narrow_sum)(int64_t n, const float *from, const uint16_t *init,
+                     uint16_t *to); /* to = init + from; may be init */
+} ml_bf16;
+
 typedef enum { ML_PORTABLE, ML_AVX2, ML_AVX512, ML_NEON, ML_ISAS } ml_isa;
 
 typedef struct {
@@ -78,6 +86,7 @@ typedef struct {
   const char *name;
   bool (*supported)(void);
   const ml_products *products[2]; /* by ml_dtype */
+  const ml_bf16 *bf16;
 } ml_kernels;
 
 extern const ml_kernels ml_kernels_portable;

@@ -25,6 +25,9 @@
 #define NAME(op) ml_##op##_f64_portable
 #include "products.h"
 
+#define NAME(op) ml_##op##_portable
+#include "bf16.h"
+
 static bool supported(void) { return true; }
 
 const ml_kernels ml_kernels_portable = {
@@ -32,4 +35,5 @@ const ml_kernels ml_kernels_portable = {
     .name = "portable",
     .supported = supported,
     .products = {[ML_F32] = &ml_table_f32_portable, [ML_F64] = &ml_table_f64_portable},
+    .bf16 = &ml_bf16_table_portable,
 };
