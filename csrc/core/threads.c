@@ -112,7 +112,8 @@ static int read_loads(struct dl_phdr_info *info, size_t size, void *loads) {
 static gomp_parallel *find_torch_gomp(void) {
   gomp_parallel *found = atomic_load(&torch_gomp);
 #if defined(__linux__)
-  static _Atomic unsigned long long looked; /* libraries loaded so far when torch was looked for, which takes its time */
+  static _Atomic unsigned long long
+      looked; /* libraries loaded so far when torch was looked for, which takes its time */
   unsigned long long loads = 0;
   if (!found) dl_iterate_phdr(read_loads, &loads);
   if (!found && atomic_load(&looked) != loads) {
