@@ -282,5 +282,7 @@ static const ml_products NAME(table) = {
     .keep = NAME(keep),
 };
 
+#include "routing.h"
+
 #undef REAL
 #undef NAME
