@@ -249,6 +249,7 @@ ML_INLINE NAME(vector) NAME(top)(const bool wide, NAME(blocks) b, const REAL *x,
 /* One token's row of weights, from its probabilities. */
 ML_INLINE void NAME(weigh)(const REAL *prob, int64_t step, int64_t n, int64_t k, const int64_t *kept, bool renormalize,
                            REAL *weights) {
+  renormalize = renormalize && k < n; /* all of them sum to 1 as they are */
   double norm = renormalize ? 0 : 1;
   for (int64_t i = 0; renormalize && i < k; i++) norm += (double)prob[kept[i] * step];
   memset(weights, 0, (size_t)n * sizeof(REAL));

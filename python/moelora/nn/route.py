@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,10 +81,9 @@ def route(
     (tensor([[1, 2]]), tensor([[0.0000, 0.5714, 0.4286]]))
     """
     # The plain case is found from C, and done there. All that is unusual, or wrong, goes on below.
-    if _is_unwatched():
-        routed = _core.route_tensors(logits, mask, top_k, temperature, renormalize, runtime.get_num_threads())
-        if routed is not None:
-            return _with_gradient(routed, logits, mask, temperature, renormalize)
+    routing = _core_routing(logits, mask, top_k, temperature, renormalize)
+    if routing is not None:
+        return routing
 
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
@@ -118,13 +117,28 @@ def route(
     top_k = None if top_k is None else int(top_k)
     temperature, renormalize = float(temperature), bool(renormalize)
     if uses_core(logits) and (mask is None or uses_core(mask)):
-        logits, mask = logits.contiguous(), None if mask is None else mask.contiguous()
-        routed = _core.route_tensors(logits, mask, top_k, temperature, renormalize, runtime.get_num_threads())
-        if routed is not None:
-            return _with_gradient(routed, logits, mask, temperature, renormalize)
+        dense_mask = None if mask is None else mask.contiguous()
+        routing = _core_routing(logits.contiguous(), dense_mask, top_k, temperature, renormalize)
+        if routing is not None:
+            return routing
     if torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
         (logits,) = _Once.apply(logits)
     return _formula(logits, mask, top_k, temperature, renormalize)
+
+
+def _core_routing(
+    logits: Tensor, mask: Tensor | None, top_k: int | None, temperature: float, renormalize: bool
+) -> Routing | None:
+    """What the C core makes of plain tensors; None where something is not plain."""
+    if not _is_unwatched():
+        return None
+    routed = _core.route_tensors(logits, mask, top_k, temperature, renormalize, runtime.get_num_threads())
+    if routed is None:
+        return None
+    weights, indices, counts, prob_sums = routed
+    if logits.requires_grad and torch.is_grad_enabled():
+        weights, prob_sums = _apply(logits, (weights, prob_sums), (mask, indices), temperature, renormalize)
+    return Routing(weights, indices, counts, prob_sums)
 
 
 def _formula(logits: Tensor, mask: Tensor | None, top_k: int | None, temperature: float, renormalize: bool) -> Routing:
@@ -147,50 +161,39 @@ def _formula(logits: Tensor, mask: Tensor | None, top_k: int | None, temperature
     return Routing(weights, indices, kept.reshape(-1, n).sum(0), p.reshape(-1, n).sum(0))
 
 
-_Routed: TypeAlias = tuple[Tensor, Tensor | None, Tensor, Tensor]
-
-
-def _with_gradient(
-    routed: _Routed, logits: Tensor, mask: Tensor | None, temperature: float, renormalize: bool
-) -> Routing:
-    """What the core has made of logits, tied to them where they are differentiated."""
-    if torch.is_grad_enabled() and logits.requires_grad:
-        routed = _apply(logits, routed, mask, temperature, renormalize)
-    return Routing(*routed)
-
-
 class _Route(torch.autograd.Function):
-    """What the core has made of logits, and its backward."""
+    """weights and prob_sums, which the core has computed, with its backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, routed: _Routed, mask: Tensor | None, temperature: float, renormalize: bool
-    ) -> _Routed:
-        _, indices, counts, _ = routed
-        ctx.save_for_backward(logits, mask, indices)
-        ctx.temperature, ctx.renormalize = temperature, renormalize
-        if indices is None:
-            ctx.mark_non_differentiable(counts)
-        else:
-            ctx.mark_non_differentiable(indices, counts)
+        ctx: Any,
+        logits: Tensor,
+        computed: tuple[Tensor, Tensor],
+        constants: tuple[Tensor | None, Tensor | None],
+        temperature: float,
+        renormalize: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(logits, *constants)
+        ctx.options = temperature, renormalize
         ctx.set_materialize_grads(False)
-        return routed
+        return computed
 
     @staticmethod
-    def backward(ctx: Any, grad_weights: Tensor | None, _: Any, __: Any, grad_prob_sums: Tensor | None) -> Any:
+    def backward(ctx: Any, grad_weights: Tensor | None, grad_prob_sums: Tensor | None) -> Any:
         if grad_weights is None and grad_prob_sums is None:
             return (None,) * 5
         logits, mask, indices = ctx.saved_tensors
+        temperature, renormalize = ctx.options
         if grad_weights is None:
             grad_weights = logits.new_zeros(()).expand(logits.shape)
-        more = (logits, mask, indices, ctx.temperature, ctx.renormalize)
+        more = (logits, mask, indices, temperature, renormalize)
         grad: Tensor | None = None
         if _is_unwatched():
             threads = runtime.get_num_threads()
             grad = _core.route_backward_tensors(grad_weights, grad_prob_sums, *more, threads)
-            if grad is None:  # strides, perhaps
-                dense = [None if g is None else g.contiguous() for g in (grad_weights, grad_prob_sums)]
-                grad = _core.route_backward_tensors(*dense, *more, threads)
+            if grad is None:  # perhaps for its strides
+                dense_sums = None if grad_prob_sums is None else grad_prob_sums.contiguous()
+                grad = _core.route_backward_tensors(grad_weights.contiguous(), dense_sums, *more, threads)
         if grad is None:
             grad = _formula_backward(grad_weights, grad_prob_sums, *more)
         if torch.is_grad_enabled():  # create_graph
@@ -199,7 +202,7 @@ class _Route(torch.autograd.Function):
 
 
 # What Function.apply comes down to where no torch.func transform is active.
-_apply: Callable[..., _Routed] = super(torch.autograd.Function, _Route).apply
+_apply: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _Route).apply
 
 
 @torch.no_grad()
