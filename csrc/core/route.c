@@ -25,7 +25,8 @@
 #include "threads.h"
 
 /* Tokens are cut into tasks by the shape alone, so that sums do not depend on the threads. A task below this many
- * logits is not worth another thread, and a task for each thread is all that can run at once. */
+ * logits is not worth another thread, and a task for each thread is all that can run at once. Vectors are full in all
+ * tasks but the last. */
 enum { MIN_TASK_LOGITS = 16384, MAX_TASKS = ML_MAX_THREADS, WIDEST_VECTOR = 16 };
 
 /* What a call may keep on the stack: enough for a task of 256 experts. */
