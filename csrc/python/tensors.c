@@ -539,7 +539,7 @@ static PyObject *new_tensor(const torch_api *torch, uint8_t code, uint8_t bits, 
   return torch->exchange->wrap(owned, &tensor) == 0 ? tensor : NULL;
 }
 
-/* Whether `ndim` leading axes are as good as one, of n numbers that lie `stride` apart. */
+/* Whether `ndim` leading axes are as good as one, of n numbers that lie `stride` apart, in memory that is there. */
 static bool is_one_axis(const dl_tensor *view, int ndim, int64_t *n, int64_t *stride) {
   *n = 1;
   *stride = 0;
@@ -553,7 +553,7 @@ static bool is_one_axis(const dl_tensor *view, int ndim, int64_t *n, int64_t *st
     *stride = *n > 1 ? *stride : view->strides[i];
     *n *= view->shape[i];
   }
-  return true;
+  return view->data != NULL || *n == 0;
 }
 
 enum { MAX_AXES = 16 };
@@ -647,12 +647,14 @@ PyObject *route_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_ar
     }
   }
   void *weights_data = NULL, *indices_data = NULL, *counts_data = NULL, *sums_data = NULL;
-  weights = new_tensor(c.torch, DL_FLOAT, bits_of(&c), ndim, shape, &weights_data);
+  if ((weights = new_tensor(c.torch, DL_FLOAT, bits_of(&c), ndim, shape, &weights_data)) == NULL ||
+      (counts = new_tensor(c.torch, DL_INT, 64, 1, n_experts, &counts_data)) == NULL ||
+      (prob_sums = new_tensor(c.torch, DL_FLOAT, bits_of(&c), 1, n_experts, &sums_data)) == NULL) {
+    goto done;
+  }
   shape[ndim - 1] = c.core.top_k;
   indices = c.core.top_k > 0 ? new_tensor(c.torch, DL_INT, 64, ndim, shape, &indices_data) : Py_NewRef(Py_None);
-  counts = new_tensor(c.torch, DL_INT, 64, 1, n_experts, &counts_data);
-  prob_sums = new_tensor(c.torch, DL_FLOAT, bits_of(&c), 1, n_experts, &sums_data);
-  if (weights == NULL || indices == NULL || counts == NULL || prob_sums == NULL) {
+  if (indices == NULL) {
     goto done;
   }
   ml_status status;
@@ -670,15 +672,16 @@ done:
   return result;
 }
 
-/* [..., k] in the memory's order of axes; None: dense. */
+/* [..., k], contiguous; None: dense. */
 static bool read_indices(route_call *c, PyObject *obj, const int64_t **indices) {
   dl_tensor view;
-  int64_t n_tokens, row;
+  int64_t n, stride;
   if (obj == Py_None) {
     return true;
   }
   if (!view_of(c->torch, obj, &view) || !is_of_dtype(&view, DL_INT, 64) ||
-      !has_tokens_of_logits(c, &view, c->logits.ndim) || !is_one_axis(&view, view.ndim, &n_tokens, &row) || row > 1) {
+      !has_tokens_of_logits(c, &view, c->logits.ndim) || !is_one_axis(&view, view.ndim, &n, &stride) ||
+      (n > 1 && stride != 1)) {
     return false;
   }
   c->core.top_k = view.shape[view.ndim - 1];
@@ -701,10 +704,11 @@ PyObject *route_backward_tensors(PyObject *module, PyObject *const *args, Py_ssi
       !read_matrix_like_logits(&c, args[0], &grad_weights)) {
     Py_RETURN_NONE;
   }
+  int64_t n, stride;
   if (args[1] != Py_None &&
       (!view_of(c.torch, args[1], &grad_sums) || !is_of_dtype(&grad_sums, DL_FLOAT, bits_of(&c)) ||
-       grad_sums.ndim != 1 || grad_sums.shape[0] != c.core.n_experts ||
-       (grad_sums.strides[0] != 1 && grad_sums.shape[0] != 1))) {
+       grad_sums.ndim != 1 || !is_one_axis(&grad_sums, 1, &n, &stride) || n != c.core.n_experts ||
+       (n > 1 && stride != 1))) {
     Py_RETURN_NONE;
   }
   void *data = NULL;

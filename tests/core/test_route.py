@@ -89,7 +89,9 @@ def test_a_token_has_the_same_bits_wherever_it_stands(isa, n, top_k, dtype):
         np.testing.assert_array_equal(moved.indices, routing.indices[order])
         indices = routing.indices
     grad = functional.route_backward(grad_weights, logits, indices)
-    np.testing.assert_array_equal(functional.route_backward(grad_weights[order], logits[order], moved.indices), grad[order])
+    np.testing.assert_array_equal(
+        functional.route_backward(grad_weights[order], logits[order], moved.indices), grad[order]
+    )
 
 
 @pytest.mark.parametrize("n", [4, 20, 300])
