@@ -112,7 +112,7 @@ ml_status ml_routed_lora_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_
  *   logits [T, N] in; row_stride, col_stride
  *   mask   [T] in, bytes, 0: padding, left out of counts and prob_sums (its weights are computed as any other's);
  *          NULL: all tokens count
- *   p = softmax(logits / temperature); top_k: the k largest p per token, ties to the lower index; renormalize: the
+ *   p = softmax(logits / temperature); top_k: the k largest logits per token, ties to the lower index; renormalize: the
  *   kept p are divided by their sum
  *   weights   [T, N] out, contiguous; 0 outside the top k
  *   indices   [T, k] out, contiguous, by falling p; NULL exactly when top_k == 0

@@ -993,6 +993,8 @@ static PyMethodDef methods[] = {
     FAST(plain_call),
     FAST(forward_tensors),
     FAST(backward_tensors),
+    FAST(route_tensors),
+    FAST(route_backward_tensors),
     FAST(route),
     FAST(route_backward),
     {"set_num_threads", set_num_threads, METH_O, NULL},

@@ -10,7 +10,7 @@
 
 /* ---- the part of DLPack's ABI, major version 1, that is used here ---- */
 
-enum { DL_MAJOR = 1, DL_CPU = 1, DL_FLOAT = 2 };
+enum { DL_MAJOR = 1, DL_CPU = 1, DL_INT = 0, DL_FLOAT = 2, DL_BOOL = 6 };
 
 typedef struct {
   void *data;
@@ -26,10 +26,23 @@ typedef struct {
   uint64_t byte_offset;
 } dl_tensor;
 
+/* A tensor that is owned; who has it calls delete, or gives it away. */
+typedef struct dl_owned {
+  uint32_t major, minor;
+  void *context;
+  void (*delete)(struct dl_owned *);
+  uint64_t flags;
+  dl_tensor tensor;
+} dl_owned;
+
+typedef void dl_raise(void *context, const char *kind, const char *message);
+
 struct dl_exchange_api {
   uint32_t major, minor;
   const dl_exchange_api *older;
-  void (*unused[3])(void);
+  int (*allocate)(dl_tensor *prototype, dl_owned **out, void *context, dl_raise *raise);
+  void (*unused)(void);
+  int (*wrap)(dl_owned *tensor, void **out);  /* takes the tensor; other than 0: an exception is set */
   int (*read)(void *tensor, dl_tensor *view); /* NULL: not offered. Borrows; other than 0: an exception is set */
 };
 
@@ -504,4 +517,211 @@ done:
   }
   free_experts(c.experts, c.few);
   return result;
+}
+
+/* ---- routing ---- */
+
+static void raise_from_torch(void *context, const char *kind, const char *message) {
+  (void)context;
+  PyErr_Format(PyExc_RuntimeError, "%s: %s", kind, message);
+}
+
+/* A new tensor, not initialised, and where its memory is. */
+static PyObject *new_tensor(const torch_api *torch, uint8_t code, uint8_t bits, int32_t ndim, int64_t *shape,
+                            void **data) {
+  dl_tensor prototype = {.device = {.type = DL_CPU}, .ndim = ndim, .dtype = {code, bits, 1}, .shape = shape};
+  dl_owned *owned = NULL;
+  if (torch->exchange->allocate(&prototype, &owned, NULL, raise_from_torch) != 0) {
+    return NULL;
+  }
+  *data = (char *)owned->tensor.data + owned->tensor.byte_offset;
+  void *tensor = NULL;
+  return torch->exchange->wrap(owned, &tensor) == 0 ? tensor : NULL;
+}
+
+/* Whether `ndim` leading axes are as good as one, of n numbers that lie `stride` apart, in memory that is there. */
+static bool is_one_axis(const dl_tensor *view, int ndim, int64_t *n, int64_t *stride) {
+  *n = 1;
+  *stride = 0;
+  for (int i = ndim - 1; i >= 0; i--) {
+    if (view->shape[i] == 1) {
+      continue;
+    }
+    if (*n > 1 && view->strides[i] != *n * *stride) {
+      return false;
+    }
+    *stride = *n > 1 ? *stride : view->strides[i];
+    *n *= view->shape[i];
+  }
+  return view->data != NULL || *n == 0;
+}
+
+enum { MAX_AXES = 16 };
+
+typedef struct {
+  const torch_api *torch;
+  ml_route_params core;
+  dl_tensor logits;
+} route_call;
+
+static uint8_t bits_of(const route_call *c) { return c->core.dtype == ML_F64 ? 64 : 32; }
+
+static bool is_of_dtype(const dl_tensor *view, uint8_t code, uint8_t bits) {
+  return view->dtype.code == code && view->dtype.bits == bits && view->dtype.lanes == 1;
+}
+
+static bool has_tokens_of_logits(const route_call *c, const dl_tensor *view, int ndim) {
+  bool same = view->ndim == ndim;
+  for (int i = 0; same && i < c->logits.ndim - 1; i++) {
+    same = view->shape[i] == c->logits.shape[i];
+  }
+  return same;
+}
+
+/* A tensor of the core's dtype in the shape of logits, as rows. */
+static bool read_matrix_like_logits(const route_call *c, PyObject *obj, ml_matrix *matrix) {
+  dl_tensor view;
+  int64_t n_tokens;
+  if (!view_of(c->torch, obj, &view) || !is_of_dtype(&view, DL_FLOAT, bits_of(c)) ||
+      !has_tokens_of_logits(c, &view, c->logits.ndim) || view.shape[view.ndim - 1] != c->core.n_experts ||
+      !is_one_axis(&view, view.ndim - 1, &n_tokens, &matrix->row)) {
+    return false;
+  }
+  matrix->data = view.data;
+  matrix->col = view.strides[view.ndim - 1];
+  return true;
+}
+
+/* What both directions share; false: not the plain case. */
+static bool read_route(route_call *c, PyObject *logits, PyObject *mask, PyObject *temperature, PyObject *renormalize) {
+  if (!view_of(c->torch, logits, &c->logits) || c->logits.ndim < 1 || c->logits.ndim > MAX_AXES) {
+    return false;
+  }
+  const dl_tensor *view = &c->logits;
+  c->core.dtype = view->dtype.bits == 64 ? ML_F64 : ML_F32;
+  c->core.n_experts = view->shape[view->ndim - 1];
+  if (c->core.n_experts < 1 || !is_one_axis(view, view->ndim - 1, &c->core.n_tokens, &c->core.logits.row) ||
+      !read_matrix_like_logits(c, logits, &c->core.logits)) {
+    return false;
+  }
+  if (mask != Py_None) {
+    dl_tensor padding;
+    int64_t n_tokens;
+    if (!view_of(c->torch, mask, &padding) || !is_of_dtype(&padding, DL_BOOL, 8) ||
+        !has_tokens_of_logits(c, &padding, c->logits.ndim - 1) ||
+        !is_one_axis(&padding, padding.ndim, &n_tokens, &c->core.mask_stride)) {
+      return false;
+    }
+    c->core.mask = padding.data;
+  }
+  if (!PyFloat_CheckExact(temperature) || !PyBool_Check(renormalize)) {
+    return false;
+  }
+  c->core.temperature = PyFloat_AS_DOUBLE(temperature);
+  c->core.renormalize = renormalize == Py_True;
+  return c->core.temperature > 0 && isfinite(c->core.temperature);
+}
+
+/* (logits, mask, top_k, temperature, renormalize, n_threads) -> (weights, indices, counts, prob_sums), or None where
+ * this is not the plain case */
+PyObject *route_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+  PyObject *weights = NULL, *indices = NULL, *counts = NULL, *prob_sums = NULL, *result = NULL;
+  route_call c = {.torch = &state_of(module)->torch};
+  if (!takes("route_tensors", 6, n_args) || !read_n_threads(args[5], &c.core.n_threads)) {
+    return NULL;
+  }
+  /* First, for a mode may answer this in Python, and pointers are good only until anybody else runs. */
+  PyObject *const read[] = {args[0], args[1]};
+  if (c.torch->exchange == NULL || any_of(c.torch, read, 2, negated) ||
+      !read_route(&c, args[0], args[1], args[3], args[4])) {
+    Py_RETURN_NONE;
+  }
+  int64_t shape[MAX_AXES], *n_experts = &c.core.n_experts;
+  int32_t ndim = c.logits.ndim;
+  memcpy(shape, c.logits.shape, (size_t)ndim * sizeof *shape);
+  if (args[2] != Py_None) {
+    c.core.top_k = PyLong_CheckExact(args[2]) ? PyLong_AsLongLong(args[2]) : 0;
+    if (c.core.top_k < 1 || c.core.top_k > *n_experts) {
+      PyErr_Clear();
+      Py_RETURN_NONE;
+    }
+  }
+  void *weights_data = NULL, *indices_data = NULL, *counts_data = NULL, *sums_data = NULL;
+  if ((weights = new_tensor(c.torch, DL_FLOAT, bits_of(&c), ndim, shape, &weights_data)) == NULL ||
+      (counts = new_tensor(c.torch, DL_INT, 64, 1, n_experts, &counts_data)) == NULL ||
+      (prob_sums = new_tensor(c.torch, DL_FLOAT, bits_of(&c), 1, n_experts, &sums_data)) == NULL) {
+    goto done;
+  }
+  shape[ndim - 1] = c.core.top_k;
+  indices = c.core.top_k > 0 ? new_tensor(c.torch, DL_INT, 64, ndim, shape, &indices_data) : Py_NewRef(Py_None);
+  if (indices == NULL) {
+    goto done;
+  }
+  ml_status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = ml_route(&c.core, weights_data, indices_data, counts_data, sums_data);
+  Py_END_ALLOW_THREADS;
+  if (!raise_status(status)) {
+    result = PyTuple_Pack(4, weights, indices, counts, prob_sums);
+  }
+done:
+  Py_XDECREF(prob_sums);
+  Py_XDECREF(counts);
+  Py_XDECREF(indices);
+  Py_XDECREF(weights);
+  return result;
+}
+
+/* [..., k], contiguous; None: dense. */
+static bool read_indices(route_call *c, PyObject *obj, const int64_t **indices) {
+  dl_tensor view;
+  int64_t n, stride;
+  if (obj == Py_None) {
+    return true;
+  }
+  if (!view_of(c->torch, obj, &view) || !is_of_dtype(&view, DL_INT, 64) ||
+      !has_tokens_of_logits(c, &view, c->logits.ndim) || !is_one_axis(&view, view.ndim, &n, &stride) ||
+      (n > 1 && stride != 1)) {
+    return false;
+  }
+  c->core.top_k = view.shape[view.ndim - 1];
+  *indices = view.data;
+  return c->core.top_k >= 1;
+}
+
+/* (grad_weights, grad_prob_sums, logits, mask, indices, temperature, renormalize, n_threads) -> grad_logits, or None
+ * where this is not the plain case */
+PyObject *route_backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+  route_call c = {.torch = &state_of(module)->torch};
+  if (!takes("route_backward_tensors", 8, n_args) || !read_n_threads(args[7], &c.core.n_threads)) {
+    return NULL;
+  }
+  const int64_t *indices = NULL;
+  ml_matrix grad_weights = {0};
+  dl_tensor grad_sums = {0};
+  if (c.torch->exchange == NULL || any_of(c.torch, args, 5, negated) ||
+      !read_route(&c, args[2], args[3], args[5], args[6]) || !read_indices(&c, args[4], &indices) ||
+      !read_matrix_like_logits(&c, args[0], &grad_weights)) {
+    Py_RETURN_NONE;
+  }
+  int64_t n, stride;
+  if (args[1] != Py_None &&
+      (!view_of(c.torch, args[1], &grad_sums) || !is_of_dtype(&grad_sums, DL_FLOAT, bits_of(&c)) ||
+       grad_sums.ndim != 1 || !is_one_axis(&grad_sums, 1, &n, &stride) || n != c.core.n_experts ||
+       (n > 1 && stride != 1))) {
+    Py_RETURN_NONE;
+  }
+  void *data = NULL;
+  PyObject *grad = new_tensor(c.torch, DL_FLOAT, bits_of(&c), c.logits.ndim, c.logits.shape, &data);
+  if (grad == NULL) {
+    return NULL;
+  }
+  ml_status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = ml_route_backward(&c.core, data, grad_weights, indices, grad_sums.data);
+  Py_END_ALLOW_THREADS;
+  if (raise_status(status)) {
+    Py_CLEAR(grad);
+  }
+  return grad;
 }

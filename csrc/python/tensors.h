@@ -25,5 +25,7 @@ PyObject *are_plain(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *plain_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *forward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
+PyObject *route_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
+PyObject *route_backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 
 #endif

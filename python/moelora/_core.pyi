@@ -141,6 +141,26 @@ def backward_tensors(
     n_threads: int,
     /,
 ) -> bool: ...
+def route_tensors(
+    logits: Any,
+    mask: Any,
+    top_k: int | None,
+    temperature: float,
+    renormalize: bool,
+    n_threads: int,
+    /,
+) -> tuple[Any, Any, Any, Any] | None: ...
+def route_backward_tensors(
+    grad_weights: Any,
+    grad_prob_sums: Any,
+    logits: Any,
+    mask: Any,
+    indices: Any,
+    temperature: float,
+    renormalize: bool,
+    n_threads: int,
+    /,
+) -> Any: ...
 def set_num_threads(n: int | None, /) -> None: ...
 def get_num_threads() -> int: ...
 def set_isa(name: str | None, /) -> None: ...

@@ -273,8 +273,150 @@ def test_backward_says_no_to_what_does_not_fit_and_writes_nothing():
         gradients(hidden=None)
 
 
+# ---- routing ----
+
+
+def route_arguments(**replaced):
+    logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    return {
+        "logits": logits,
+        "mask": mask,
+        "top_k": 2,
+        "temperature": 1.0,
+        "renormalize": True,
+        "n_threads": 1,
+    } | replaced
+
+
+def backward_arguments(**replaced):
+    given = route_arguments()
+    _, indices, _, prob_sums = core.route_tensors(*given.values())
+    del given["top_k"]
+    grads = {"grad_weights": torch.ones(2, 3, 4), "grad_prob_sums": prob_sums}
+    shared = {"logits": given.pop("logits"), "mask": given.pop("mask"), "indices": indices}
+    return grads | shared | given | replaced
+
+
+UNUSUAL = {
+    "top_k": [0, 5, -1, 2**70, True, 2.0, "2"],
+    "temperature": [1, 0.0, -1.0, float("nan"), float("inf"), "1"],
+    "renormalize": [1, None],
+    "logits": [
+        None,
+        0.5,
+        torch.ones(()),
+        torch.ones(2, 3, 0),
+        torch.ones(2, 3, 4, dtype=torch.int32),
+        torch.ones(2, 3, 4, dtype=torch.bfloat16),
+        torch.ones(2, 3, 4, dtype=torch.complex64),
+        torch.ones(2, 3, 4, device="meta"),
+        torch.ones(2, 3, 4).to_sparse(),
+        torch.ones(2, 3, 4).as_subclass(Subclass),
+        torch.ones(3, 2, 4).transpose(0, 1),
+        negated(torch.ones(2, 3, 4)),
+        freed(torch.ones(2, 3, 4)),
+        torch.ones((1,) * 14 + (2, 3, 4)),
+    ],
+    "mask": [
+        1,
+        torch.ones(2, 3),
+        torch.ones(2, 3, dtype=torch.int64),
+        torch.ones(2, dtype=torch.bool),
+        torch.ones(3, 2, dtype=torch.bool),
+        torch.ones(3, 2, dtype=torch.bool).t(),
+        torch.ones(2, 3, 1, dtype=torch.bool),
+        freed(torch.ones(2, 3, dtype=torch.bool)),
+    ],
+}
+UNUSUAL_GRADIENTS = {name: values for name, values in UNUSUAL.items() if name != "top_k"} | {
+    "grad_weights": [
+        None,
+        torch.ones(2, 3, 5),
+        torch.ones(6, 4),
+        torch.ones(2, 3, 4).double(),
+        torch.ones(3, 2, 4).transpose(0, 1),
+        negated(torch.ones(2, 3, 4)),
+        freed(torch.ones(2, 3, 4)),
+    ],
+    "grad_prob_sums": [
+        torch.ones(5),
+        torch.ones(1, 4),
+        torch.ones(4).double(),
+        torch.ones(8)[::2],
+        torch.ones(1).expand(4),
+        freed(torch.ones(4)),
+    ],
+    "indices": [
+        torch.zeros(2, 3, 2, dtype=torch.int32),
+        torch.zeros(2, 3, 0, dtype=torch.int64),
+        torch.zeros(2, 4, 2, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64).expand(2, 3, 2),
+        torch.zeros(2, 3, 4, dtype=torch.int64)[..., ::2],
+        freed(torch.zeros(2, 3, 2, dtype=torch.int64)),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_routings_are_left_alone(name):
+    assert core.route_tensors(*route_arguments().values()) is not None
+    for value in UNUSUAL[name]:
+        assert core.route_tensors(*route_arguments(**{name: value}).values()) is None
+
+
+@pytest.mark.parametrize("name", UNUSUAL_GRADIENTS)
+def test_unusual_gradients_of_a_routing_are_left_alone(name):
+    assert core.route_backward_tensors(*backward_arguments().values()).shape == (2, 3, 4)
+    for value in UNUSUAL_GRADIENTS[name]:
+        assert core.route_backward_tensors(*backward_arguments(**{name: value}).values()) is None
+
+
+def test_indices_that_are_no_experts_are_an_error():
+    for k, bad in ((1, 4), (2, -1), (5, 0)):
+        indices = torch.full((2, 3, k), bad)
+        with pytest.raises(ValueError, match="outside"):
+            core.route_backward_tensors(*backward_arguments(indices=indices).values())
+
+
+def test_a_routing_without_tokens_is_plain():
+    weights, indices, counts, prob_sums = core.route_tensors(
+        *route_arguments(logits=torch.ones(2, 0, 4), mask=torch.ones(2, 0, dtype=torch.bool)).values()
+    )
+    assert weights.shape == (2, 0, 4)
+    assert indices.shape == (2, 0, 2)
+    assert not counts.any()
+    assert not prob_sums.any()
+
+
+def test_routings_keep_no_tensor_alive():
+    plain, unusual = route_arguments(), route_arguments(temperature=1)
+    backward, refused = backward_arguments(), backward_arguments(indices=torch.full((2, 3, 2), 9))
+
+    def counts():
+        gc.collect()
+        given = [t for t in (*plain.values(), *backward.values(), *refused.values()) if isinstance(t, torch.Tensor)]
+        return [sys.getrefcount(t) for t in given], sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    before = counts()
+    for _ in range(100):
+        core.route_tensors(*plain.values())
+        core.route_tensors(*unusual.values())
+        core.route_backward_tensors(*backward.values())
+        with pytest.raises(ValueError, match="outside"):
+            core.route_backward_tensors(*refused.values())
+    assert counts() == before
+
+
 def test_arguments_are_counted():
-    for name, n in (("use_torch", 2), ("plain_call", 8), ("forward_tensors", 9), ("backward_tensors", 12)):
+    for name, n in (
+        ("use_torch", 2),
+        ("plain_call", 8),
+        ("forward_tensors", 9),
+        ("backward_tensors", 12),
+        ("route_tensors", 6),
+        ("route_backward_tensors", 8),
+    ):
         with pytest.raises(TypeError, match=f"{name} takes {n} arguments, got 1"):
             getattr(core, name)(1)
     with pytest.raises(TypeError, match="n_threads must be an int"):

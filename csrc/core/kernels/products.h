@@ -540,6 +540,8 @@ static const ml_products NAME(table) = {
     .keep = NAME(keep),
 };
 
+#include "routing.h"
+
 #undef REAL
 #undef REAL_BYTES
 #undef LANES
