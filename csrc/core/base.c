@@ -1,4 +1,7 @@
 /* The base product: out [T, n] += left [T, k] right. */
+#include <stdatomic.h>
+#include <string.h>
+
 #include "blas.h"
 #include "call.h"
 
@@ -45,4 +48,33 @@ void ml_add_base(call *c, rows left, int64_t k, ml_matrix right, int64_t n, rows
     ml_matrix part = {at(c, right.data, j0 * right.col), right.col, right.row};
     ml_project(c, (factor){k, 1, offsets, &part}, left, (rows){at(c, out.data, j0), out.row}, true, NULL, NULL, NULL);
   }
+}
+
+/* ---- by whom, for torch tensors ---- */
+
+static const char *const base_names[] = {NULL, "own", "torch"};
+static atomic_int base_choice; /* index of its name */
+
+ml_status ml_set_base(const char *name) {
+  for (int i = 0; i < 3; i++) {
+    const char *known = base_names[i];
+    if (known ? name && strcmp(name, known) == 0 : !name || !*name) {
+      atomic_store(&base_choice, i);
+      return ML_OK;
+    }
+  }
+  return ML_ERR_BASE;
+}
+
+const char *ml_get_base(void) { return base_names[atomic_load(&base_choice)]; }
+
+const char *ml_base_rule(void) {
+  const char *chosen = ml_get_base();
+  return chosen ? chosen : "own for at most 32 tokens in float32, torch otherwise";
+}
+
+bool ml_base_is_faster(ml_dtype dtype, int64_t tokens, int64_t n, int64_t k, bool transposed) {
+  (void)n, (void)k, (void)transposed;
+  int choice = atomic_load_explicit(&base_choice, memory_order_relaxed);
+  return choice ? choice == 1 : dtype == ML_F32 && tokens <= 32;
 }

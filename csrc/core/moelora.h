@@ -24,7 +24,8 @@ typedef enum {
   ML_ERR_VALUE,     /* a scalar out of its domain: temperature <= 0, a non-finite scaling, a dropout outside [0, 1] */
   ML_ERR_OVERFLOW,  /* a size does not fit in the address space */
   ML_ERR_NO_MEMORY, /* a workspace could not be allocated */
-  ML_ERR_ISA        /* an instruction set that is unknown or that this CPU lacks */
+  ML_ERR_ISA,       /* an instruction set that is unknown or that this CPU lacks */
+  ML_ERR_BASE       /* neither "own" nor "torch" */
 } ml_status;
 
 /* A short English phrase for a status; never NULL. */
@@ -137,10 +138,20 @@ const char *ml_threading_layer(void); /* "torch's libgomp", "own pool" or "none 
 
 /* Run-time dispatch: "portable", "avx2", "avx512". NULL or "" in ml_set_isa: the best this CPU has. The environment
  * variable MOELORA_ISA is read once, at first use, by ml_init. */
-ml_status ml_init(void); /* ML_ERR_ISA: MOELORA_ISA names none of ml_isa_available; the best one is then used */
+ml_status ml_init(void); /* ML_ERR_ISA, ML_ERR_BASE: such a variable names none of these; as if it weren't set, then */
 ml_status ml_set_isa(const char *name);
 const char *ml_get_isa(void);
 const char *const *ml_isa_available(void); /* NULL-terminated, worst first */
+
+/* Whether this core's base product out [T, n] = left [T, k] right is measured to be faster than torch's: a pure function
+ * of the shape, the dtype and the instruction set. `transposed`: right is held as rows of n, unit stride along k. */
+bool ml_base_is_faster(ml_dtype dtype, int64_t tokens, int64_t n, int64_t k, bool transposed);
+
+/* "own" or "torch": the answer of ml_base_is_faster from now on; NULL or "": by shape. The environment variable
+ * MOELORA_BASE_PRODUCT is read once, by ml_init. */
+ml_status ml_set_base(const char *name);
+const char *ml_get_base(void);  /* NULL: by shape */
+const char *ml_base_rule(void); /* the answers of ml_base_is_faster in words */
 
 /* "OpenBLAS 0.3.34 ... SkylakeX" of the base product's BLAS, or "none (own kernels)". */
 const char *ml_blas_config(void);
