@@ -3,7 +3,10 @@
 
 #include <stdlib.h>
 
-enum { ALIGNMENT = 64 };
+enum {
+  ALIGNMENT = 64,
+  LEFT_OUT_TOKENS = 9 /* below, time goes into reading A and B */
+};
 
 void ml_reserve(budget *b, int64_t rows_, int64_t cols, int64_t size) {
   int64_t n;
@@ -45,27 +48,37 @@ static uint64_t unused_experts(const call *c) {
   return N == n && unused == UINT64_MAX >> (64 - n) ? 0 : unused;
 }
 
-ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out) {
-  *c = (call){.p = p};
-  if (p->dtype != ML_F32 && p->dtype != ML_F64) return ML_ERR_DTYPE;
+ml_status ml_check(const ml_routed_lora *p, int64_t *T, int64_t *R) {
+  *R = 0;
+  if (p->dtype != ML_F32 && p->dtype != ML_F64 && p->dtype != ML_BF16) return ML_ERR_DTYPE;
   if (p->batch < 0 || p->seq < 0 || p->d_in <= 0 || p->d_out <= 0 || p->n_experts <= 0) return ML_ERR_SHAPE;
   if (p->top_k < 0 || p->top_k > p->n_experts) return ML_ERR_TOP_K;
   if (!p->experts) return ML_ERR_NULL;
-  if (ML_MUL_OVERFLOWS(p->batch, p->seq, &c->T)) return ML_ERR_OVERFLOW;
+  if (ML_MUL_OVERFLOWS(p->batch, p->seq, T)) return ML_ERR_OVERFLOW;
   for (int64_t e = 0; e < p->n_experts; e++) {
     const ml_expert *expert = &p->experts[e];
     if (expert->rank <= 0) return ML_ERR_SHAPE;
     if (!ML_ISFINITE(expert->scaling) || !(expert->dropout >= 0 && expert->dropout <= 1)) return ML_ERR_VALUE;
     if (!expert->a.data || !expert->b.data) return ML_ERR_NULL;
+    if (ML_ADD_OVERFLOWS(*R, expert->rank, R)) return ML_ERR_OVERFLOW;
   }
-  if (c->T > 0 && !p->routing_weights.data) return ML_ERR_NULL;
-  c->products = ml_active_kernels()->products[p->dtype];
+  if (*T > 0 && !p->routing_weights.data) return ML_ERR_NULL;
+  return ML_OK;
+}
+
+ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out) {
+  *c = (call){.p = p};
+  ml_status status = ml_check(p, &c->T, &c->R);
+  if (status != ML_OK) return status;
+  const ml_kernels *kernels = ml_active_kernels();
+  c->products = kernels->products[p->dtype];
+  c->regime = ml_regime_of(kernels->isa, p->dtype);
   c->elementwise = &ml_elementwise_table[p->dtype];
   c->size = (int64_t)c->elementwise->size;
-  if (leave_out && c->T > 0 && c->T < VERY_FEW_TOKENS) c->unused = unused_experts(c);
+  if (leave_out && c->T > 0 && c->T < LEFT_OUT_TOKENS) c->unused = unused_experts(c);
   for (int64_t e = 0; e < p->n_experts; e++) {
     c->drops |= ml_mask_of(p, e).threshold > 0;
-    if (ML_ADD_OVERFLOWS(c->R, rank_of(c, e), &c->R)) return ML_ERR_OVERFLOW;
+    c->R -= p->experts[e].rank - rank_of(c, e);
   }
   return ML_OK;
 }
@@ -79,14 +92,20 @@ void ml_reserve_common(const call *c, budget *b) {
   if (c->p->top_k) ml_reserve(b, c->T, N, 1);
 }
 
-ml_status ml_allocate(call *c, budget b) {
-  const ml_routed_lora *p = c->p;
+ml_status ml_allocate_bytes(call *c, budget b) {
   if (b.overflow || ML_ADD_OVERFLOWS(b.bytes, b.phase, &b.bytes) ||
       ML_ADD_OVERFLOWS(b.bytes, (size_t)ALIGNMENT, &b.bytes))
     return ML_ERR_OVERFLOW;
   c->workspace = malloc(b.bytes);
   if (!c->workspace) return ML_ERR_NO_MEMORY;
   c->used = (size_t)(-(intptr_t)c->workspace & (ALIGNMENT - 1));
+  return ML_OK;
+}
+
+ml_status ml_allocate(call *c, budget b) {
+  const ml_routed_lora *p = c->p;
+  ml_status status = ml_allocate_bytes(c, b);
+  if (status != ML_OK) return status;
   c->offsets = ml_take(c, p->n_experts + 1, 1, sizeof *c->offsets);
   c->a = ml_take(c, p->n_experts, 1, sizeof *c->a);
   c->b = ml_take(c, p->n_experts, 1, sizeof *c->b);

@@ -17,13 +17,11 @@
 
 #include "compiler.h"
 #include "elementwise.h"
-#include "kernels/kernels.h"
+#include "regimes.h"
 #include "threads.h"
 
 enum {
   DEPTH_BLOCK = 256,   /* of a sum; each block starts from zero, which also keeps the rounding error small */
-  FEW_TOKENS = 48,     /* below, project takes dot products in place: packing would not pay */
-  VERY_FEW_TOKENS = 9, /* the same for spread and for B in project */
   ROW_BLOCK = 48,      /* tokens that a group of panels is applied to at a time */
   ROW_PADDING = 16,    /* between rows of a masked block: a power of two apart, they would share few cache sets */
   SMALL_WORK = 1 << 18 /* multiply-adds below which starting threads costs more than it saves */
@@ -50,6 +48,7 @@ typedef struct {
 typedef struct {
   const ml_routed_lora *p;
   const ml_products *products;
+  const ml_regime *regime;
   const ml_elementwise *elementwise;
   int64_t T, R;
   uint64_t unused;  /* bit e: expert e, which no token uses, takes part with rank 0 */
@@ -88,12 +87,18 @@ void *ml_take(call *c, int64_t rows_, int64_t cols, int64_t size);
 int ml_threads_for(const call *c, int64_t multiply_adds);
 ml_mask ml_mask_of(const ml_routed_lora *p, int64_t e);
 
+/* Whether p makes sense; then the number of tokens and the sum of the ranks. */
+ml_status ml_check(const ml_routed_lora *p, int64_t *T, int64_t *R);
+
 /* Checks p and fills in what follows from it alone; allocates nothing. `leave_out`: of a few tokens, whose time goes into
  * reading A and B, experts that none of them uses are not read. All sums stay in order, so the bits are the same. */
 ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out);
 
 /* What every call needs of the workspace, whatever is asked. */
 void ml_reserve_common(const call *c, budget *b);
+
+/* Allocates the workspace, and nothing else. */
+ml_status ml_allocate_bytes(call *c, budget b);
 
 /* Allocates the workspace and fills in what stands in it for the whole call. */
 ml_status ml_allocate(call *c, budget b);
@@ -154,6 +159,12 @@ void ml_collect(call *c, factor grads, const char *h, rows x, bool add);
 /* The same for the experts that dropout gives an x of their own. */
 void ml_reserve_masked_collection(const call *c, budget *b, int64_t d);
 void ml_collect_masked(call *c, factor grads, const char *h, rows x, bool add);
+
+/* ---- bf16.c: forward and backward with dtype ML_BF16, on those with ML_F32 ---- */
+
+ml_status ml_bf16_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens hidden, ml_tokens base);
+ml_status ml_bf16_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_tokens hidden, ml_tokens grad_x,
+                           ml_tokens grad_w, unsigned accumulate);
 
 /* ---- base.c: out [T, n] += left [T, k] right ---- */
 

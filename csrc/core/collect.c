@@ -104,7 +104,8 @@ static void collect_masked_task(void *context, int64_t task, int thread) {
       if (!g->grads.parts[e].data) continue;
       ml_mask mask = ml_mask_of(c->p, e);
       int64_t r0 = g->grads.offsets[e], rank = g->grads.offsets[e + 1] - r0;
-      k->keep(&mask, t0, first, tokens, all, at(c, g->x.data, t0 * g->x.row + first), g->x.row, x.data, x.row, NULL, 0);
+      k->keep(&mask, c->p->first_token + t0, first, tokens, all, at(c, g->x.data, t0 * g->x.row + first), g->x.row,
+              x.data, x.row, NULL, 0);
       for (int64_t d0 = 0; d0 < all; d0 += k->panel_width) {
         char *out = at(c, sums, r0 * ML_MASK_COLUMNS + d0);
         k->product(rank, min_(k->panel_width, all - d0), tokens, at(c, g->h, t0 * c->R + r0), 1, c->R,

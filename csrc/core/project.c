@@ -45,6 +45,10 @@ static void pack_projection(void *context, int64_t task, int thread) {
   int64_t width = round_up(last - first, c->products->lanes);
   char *panel = at(c, j->packed, first * j->m.d + k0 * width);
   if (width > last - first) memset(panel, 0, (size_t)(depth * width * c->size));
+  if (j->factor_row) {
+    c->products->pack_rows(panel, width, depth, last - first, j->factor_row + first, k0);
+    return;
+  }
   for (int64_t e = 0; e < j->m.n_parts; e++) {
     int64_t from = j->m.offsets[e] > first ? j->m.offsets[e] : first, to = min_(j->m.offsets[e + 1], last);
     if (from >= to) continue;
@@ -64,7 +68,8 @@ static void project_packed(void *context, int64_t task, int thread) {
     rows x = {at(c, j->x.data, t0 * j->x.row + k0), j->x.row};
     if (j->mask) {
       rows masked = {at(c, j->masked, thread * masked_block(c)), DEPTH_BLOCK + ROW_PADDING};
-      c->products->keep(j->mask, t0, k0, tokens, depth, x.data, x.row, masked.data, masked.row, NULL, 0);
+      c->products->keep(j->mask, c->p->first_token + t0, k0, tokens, depth, x.data, x.row, masked.data, masked.row,
+                        NULL, 0);
       x = masked;
     }
     for (int64_t first = 0; first < j->R; first += full) {
@@ -84,7 +89,8 @@ static void project_dots(void *context, int64_t task, int thread) {
   const projection *j = context;
   const call *c = j->c;
   int64_t first = task * DOT_ROWS, n = min_(DOT_ROWS, j->R - first);
-  c->products->dots(c->T, n, j->m.d, j->x.data, j->x.row, j->factor_row + first, at(c, j->out.data, first), j->out.row);
+  c->products->dots(c->T, n, j->m.d, j->x.data, j->x.row, j->factor_row + first, at(c, j->out.data, first), j->out.row,
+                    NULL, 0);
 }
 
 /* B's columns summed in place, one expert a task. */
@@ -106,14 +112,16 @@ void ml_project(call *c, factor m, rows x, rows out, bool add, const ml_mask *ma
   j.then = then;
   j.context = context;
   j.block = projection_block(c->T);
-  if (!add && !mask && c->T < VERY_FEW_TOKENS && ml_has_dense_columns(m)) {
-    ml_parallel_for(ml_threads_for(c, work), m.n_parts, project_sums, &j);
-    if (then) then(context, 0, c->T);
-  } else if (!add && !mask && c->T < FEW_TOKENS && ml_has_dense_rows(m)) {
+  if (ml_has_dense_rows(m)) {
     j.factor_row = ml_take(c, R, 1, sizeof(void *));
     for (int64_t e = 0; e < m.n_parts; e++)
       for (int64_t r = m.offsets[e]; r < m.offsets[e + 1]; r++)
         j.factor_row[r] = at(c, m.parts[e].data, (r - m.offsets[e]) * m.parts[e].row);
+  }
+  if (!add && !mask && c->T < c->regime->short_sums && ml_has_dense_columns(m)) {
+    ml_parallel_for(ml_threads_for(c, work), m.n_parts, project_sums, &j);
+    if (then) then(context, 0, c->T);
+  } else if (!add && !mask && c->T < c->regime->dots && j.factor_row) {
     ml_parallel_for(ml_threads_for(c, work), ceil_div(R, DOT_ROWS), project_dots, &j);
     if (then) then(context, 0, c->T);
   } else {

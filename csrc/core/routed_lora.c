@@ -23,6 +23,7 @@ static void weigh(const void *context, int64_t first, int64_t last) {
 
 ml_status ml_routed_lora_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens hidden, ml_tokens base,
                                  const void *bias, int64_t bias_stride) {
+  if (p->dtype == ML_BF16) return bias ? ML_ERR_VALUE : ml_bf16_forward(p, y, hidden, base);
   call c;
   budget need = {0};
   ml_status status = ml_begin(&c, p, !hidden.data);
@@ -109,6 +110,7 @@ static bool place_grads_a(call *c, bool with_dropout) {
 
 ml_status ml_routed_lora_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_tokens hidden, ml_tokens grad_x,
                                   ml_tokens grad_w, unsigned accumulate) {
+  if (p->dtype == ML_BF16) return ml_bf16_backward(p, grad_y, hidden, grad_x, grad_w, accumulate);
   call c;
   budget need = {0};
   ml_status status = ml_begin(&c, p, false);

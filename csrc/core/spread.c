@@ -14,11 +14,16 @@ typedef struct {
   const char *h; /* [T, R] dense */
   rows out;
   rows init;
-  int64_t group;  /* panels of a task */
-  int64_t groups; /* tasks of the same tokens */
-  char *packed;   /* per thread [group][R][panel_width] */
-  char *products; /* with masks, per thread [ROW_BLOCK][ML_MASK_COLUMNS + ROW_PADDING] */
+  int64_t group;    /* panels of a task */
+  int64_t groups;   /* tasks of the same tokens */
+  char *packed;     /* per thread [group][R][panel_width] */
+  ml_block *blocks; /* [n_parts], for a few tokens */
+  char *turned;     /* h transposed, [R][T rounded up to whole vectors]; NULL: as it is */
+  char *products;   /* with masks, per thread [ROW_BLOCK][ML_MASK_COLUMNS + ROW_PADDING] */
 } spreading;
+
+/* Whether B's own rows are read. */
+static bool takes_rows(const call *c) { return c->T < c->regime->spread_rows || c->T < c->regime->spread_lanes; }
 
 static int64_t spread_group(const call *c, int64_t d) {
   int64_t panels = ceil_div(d, c->products->panel_width);
@@ -33,6 +38,10 @@ void ml_reserve_spreading(const call *c, budget *b, int64_t d) {
   budget phase = {0};
   ml_reserve(&phase, c->R * c->products->panel_width * spread_group(c, d),
              ml_thread_bound(c->p->n_threads, spread_tasks(c, d)), c->size);
+  if (takes_rows(c)) {
+    ml_reserve(&phase, c->p->n_experts, 1, sizeof(ml_block));
+    ml_reserve(&phase, c->R, round_up(c->T, c->products->lanes), c->size);
+  }
   ml_reserve_phase(b, phase);
 }
 
@@ -76,21 +85,17 @@ static void spread_task(void *context, int64_t task, int thread) {
 
 /* The next two are for a few tokens, where packing would not pay. */
 
-static void spread_dots(void *context, int64_t task, int thread) {
+static void spread_from_rows(void *context, int64_t task, int thread) {
   (void)thread;
   const spreading *s = context;
   const call *c = s->c;
   int64_t d0 = task * IN_PLACE_COLUMNS, cols = min_(IN_PLACE_COLUMNS, s->m.d - d0);
-  char *out = at(c, s->out.data, d0);
-  if (s->init.data != s->out.data)
-    c->elementwise->copy(c->T, cols, s->init.data ? at(c, s->init.data, d0) : NULL, s->init.row, 1, out, s->out.row, 1,
-                         false);
-  for (int64_t e = 0; e < s->m.n_parts; e++) {
-    if (s->m.offsets[e] == s->m.offsets[e + 1]) continue;
-    ml_matrix part = s->m.parts[e];
-    c->products->short_dots(c->T, cols, s->m.offsets[e + 1] - s->m.offsets[e], at(c, s->h, s->m.offsets[e]), c->R,
-                            at(c, part.data, d0 * part.col), part.col, out, s->out.row);
-  }
+  char *out = at(c, s->out.data, d0), *init = s->init.data ? at(c, s->init.data, d0) : NULL;
+  if (s->turned)
+    c->products->spread_lanes(c->T, d0, cols, s->m.n_parts, s->blocks, s->turned, round_up(c->T, c->products->lanes),
+                              out, s->out.row, init, s->init.row);
+  else
+    c->products->spread_rows(c->T, d0, cols, s->m.n_parts, s->blocks, s->h, c->R, out, s->out.row, init, s->init.row);
 }
 
 /* A's own rows are a panel already, but for its last columns: a panel has whole vectors. */
@@ -118,14 +123,27 @@ static void spread_in_place(void *context, int64_t task, int thread) {
 
 void ml_spread(call *c, factor m, const char *h, rows out, rows init) {
   size_t used = c->used;
+  const ml_products *k = c->products;
   spreading s = {.c = c, .m = m, .h = h, .out = out, .init = init, .group = spread_group(c, m.d)};
-  int64_t panels = ceil_div(m.d, c->products->panel_width), tasks = spread_tasks(c, m.d);
+  int64_t panels = ceil_div(m.d, k->panel_width), tasks = spread_tasks(c, m.d);
   int n_threads = ml_threads_for(c, c->T * c->R * m.d);
+  if (takes_rows(c) && ml_has_dense_columns(m)) {
+    s.blocks = ml_take(c, m.n_parts, 1, sizeof *s.blocks);
+    for (int64_t e = 0; e < m.n_parts; e++)
+      s.blocks[e] = (ml_block){m.parts[e].data, m.parts[e].col, m.offsets[e + 1] - m.offsets[e]};
+    if (c->T >= c->regime->spread_rows) {
+      int64_t width = round_up(c->T, k->lanes);
+      s.turned = ml_take(c, c->R, width, c->size);
+      if (width > c->T) memset(s.turned, 0, (size_t)(c->R * width * c->size));
+      k->pack(s.turned, width, c->R, c->T, h, 1, c->R);
+    }
+    ml_parallel_for(n_threads, ceil_div(m.d, IN_PLACE_COLUMNS), spread_from_rows, &s);
+    c->used = used;
+    return;
+  }
   s.groups = ceil_div(panels, s.group);
-  s.packed = ml_take(c, c->R * c->products->panel_width * s.group, ml_thread_bound(c->p->n_threads, tasks), c->size);
-  if (c->T < VERY_FEW_TOKENS && ml_has_dense_columns(m))
-    ml_parallel_for(n_threads, ceil_div(m.d, IN_PLACE_COLUMNS), spread_dots, &s);
-  else if (c->T < VERY_FEW_TOKENS && ml_has_dense_rows(m))
+  s.packed = ml_take(c, c->R * k->panel_width * s.group, ml_thread_bound(c->p->n_threads, tasks), c->size);
+  if (c->T < c->regime->in_place && ml_has_dense_rows(m))
     ml_parallel_for(n_threads, panels, spread_in_place, &s);
   else
     ml_parallel_for(n_threads, tasks, spread_task, &s);
@@ -175,8 +193,8 @@ static void spread_masked_task(void *context, int64_t task, int thread) {
         }
       }
       if (mask.threshold)
-        k->keep(&mask, t, first, tokens, last - first, products.data, products.row, out.data, out.row, init.data,
-                init.row);
+        k->keep(&mask, c->p->first_token + t, first, tokens, last - first, products.data, products.row, out.data,
+                out.row, init.data, init.row);
       init = out;
     }
   }

@@ -992,9 +992,10 @@ static PyObject *get_base_product(PyObject *module, PyObject *unused) {
   return name == NULL ? Py_NewRef(Py_None) : PyUnicode_FromString(name);
 }
 
-static PyObject *base_rule(PyObject *module, PyObject *unused) {
+static PyObject *base_limits(PyObject *module, PyObject *unused) {
   (void)module, (void)unused;
-  return PyUnicode_FromString(ml_base_rule());
+  ml_base_limits limits = ml_base_rule();
+  return Py_BuildValue("LL", (long long)limits.product, (long long)limits.transposed);
 }
 
 static PyObject *threading_layer(PyObject *module, PyObject *unused) {
@@ -1030,7 +1031,7 @@ static PyMethodDef methods[] = {
     {"isa_available", isa_available, METH_NOARGS, NULL},
     {"set_base_product", set_base_product, METH_O, NULL},
     {"get_base_product", get_base_product, METH_NOARGS, NULL},
-    {"base_rule", base_rule, METH_NOARGS, NULL},
+    {"base_limits", base_limits, METH_NOARGS, NULL},
     {"threading_layer", threading_layer, METH_NOARGS, NULL},
     {"blas_config", blas_config, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -471,15 +471,13 @@ static bool read_bias(const tensor_call *c, PyObject *obj, ml_matrix *bias) {
 /* Whether the core computes the base product x W^T itself, or torch. */
 static bool is_own_base(const tensor_call *c) {
   const ml_routed_lora *p = &c->core;
-  return p->weight.data != NULL &&
-         ml_base_is_faster(p->dtype, p->batch * p->seq, p->d_out, p->d_in, p->weight.col == 1);
+  return p->weight.data != NULL && ml_base_is_faster(p->dtype, p->batch * p->seq, p->weight.col != 1);
 }
 
 /* The same for g W. */
 static bool is_own_base_backward(const tensor_call *c) {
   const ml_routed_lora *p = &c->core;
-  return p->weight.data != NULL &&
-         ml_base_is_faster(p->dtype, p->batch * p->seq, p->d_in, p->d_out, p->weight.col != 1);
+  return p->weight.data != NULL && ml_base_is_faster(p->dtype, p->batch * p->seq, p->weight.col == 1);
 }
 
 /* (x, adapters, routing_weights, scaling, base_output, weight, bias, dropout, total_rank, n_threads) -> (y, hidden);

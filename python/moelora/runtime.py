@@ -145,6 +145,16 @@ def get_base_product() -> str | None:
     return _core.get_base_product() if HAS_EXT else "torch"
 
 
+def _base_rule() -> str:
+    chosen = get_base_product()
+    if chosen is not None:
+        return f"{chosen}, whatever the shape"
+    product, transposed = _core.base_limits()
+    if product == transposed == 2**63 - 1:
+        return "own in float32; torch in other dtypes"
+    return f"own in float32 for fewer than {product} tokens, in the backward {transposed}; torch for others"
+
+
 @overload
 def show_config() -> None: ...
 @overload
@@ -177,7 +187,7 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
         "moelora": {"version": __version__, "extension": _core.__file__ if HAS_EXT else None},
         "instruction set": {"used": get_isa(), "available": list(_core.isa_available()) if HAS_EXT else []},
         "threads": {"number": get_num_threads(), "layer": _core.threading_layer() if HAS_EXT else "none"},
-        "base product": {"set": get_base_product(), "by": _core.base_rule() if HAS_EXT else "torch"},
+        "base product": {"set": get_base_product(), "rule": _base_rule()},
         "blas": {"name": _core.blas_config() if HAS_EXT else "NumPy's"},
         "python": {"version": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()},
     }

@@ -72,11 +72,11 @@ def test_more_threads_than_64_are_never_used():
 def test_the_base_product_can_be_chosen():
     assert runtime.get_base_product() is None
     by_shape = runtime.show_config("dicts")["base product"]
-    assert by_shape["set"] is None and "torch" in by_shape["by"]
+    assert by_shape["set"] is None and by_shape["rule"].startswith("own in float32")
     for name in ("own", "torch"):
         runtime.set_base_product(name)
         assert runtime.get_base_product() == name
-        assert runtime.show_config("dicts")["base product"] == {"set": name, "by": name}
+        assert runtime.show_config("dicts")["base product"] == {"set": name, "rule": f"{name}, whatever the shape"}
     runtime.set_base_product(None)
     assert runtime.show_config("dicts")["base product"] == by_shape
 

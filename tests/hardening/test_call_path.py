@@ -25,7 +25,6 @@ void dump(const char *name) { CALLGRIND_DUMP_STATS_AT(name); }
 HEADROOM = 1.15
 
 
-
 @pytest.fixture(scope="module")
 def instructions(tmp_path_factory):
     """Of one call each, by name: the difference between 2 n calls and n, divided by n."""
