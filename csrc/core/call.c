@@ -41,9 +41,12 @@ ml_mask ml_mask_of(const ml_routed_lora *p, int64_t e) {
 
 static int64_t rank_of(const call *c, int64_t e) { return e < 64 && c->unused >> e & 1 ? 0 : c->p->experts[e].rank; }
 
-/* The experts whose weights are zero for every token, of the first 64; none where that would be all. */
+/* The experts whose weights are zero for every token, of the first 64; none where that would be all, nor where a B is
+ * packed: without some of the experts another kernel might run, and its sums have other bits. */
 static uint64_t unused_experts(const call *c) {
   int64_t N = c->p->n_experts, n = min_(N, 64);
+  for (int64_t e = 0; e < N; e++)
+    if (c->p->experts[e].b.col != 1 && c->p->experts[e].rank > 1) return 0;
   uint64_t unused = c->elementwise->unused(c->p->batch, c->p->seq, n, c->p->routing_weights);
   return N == n && unused == UINT64_MAX >> (64 - n) ? 0 : unused;
 }
@@ -102,6 +105,9 @@ ml_status ml_allocate_bytes(call *c, budget b) {
   return ML_OK;
 }
 
+/* Of a part of M: any will do for a single row, so its column is dense, whether the expert takes part or not. */
+static int64_t row_stride(const ml_expert *expert, int64_t stride) { return expert->rank > 1 ? stride : 1; }
+
 ml_status ml_allocate(call *c, budget b) {
   const ml_routed_lora *p = c->p;
   ml_status status = ml_allocate_bytes(c, b);
@@ -115,8 +121,8 @@ ml_status ml_allocate(call *c, budget b) {
   for (int64_t e = 0; e < p->n_experts; e++) {
     const ml_expert *expert = &p->experts[e];
     c->offsets[e + 1] = c->offsets[e] + rank_of(c, e);
-    c->a[e] = expert->a;
-    c->b[e] = (ml_matrix){expert->b.data, expert->b.col, expert->b.row};
+    c->a[e] = (ml_matrix){expert->a.data, row_stride(expert, expert->a.row), expert->a.col};
+    c->b[e] = (ml_matrix){expert->b.data, row_stride(expert, expert->b.col), expert->b.row};
   }
   return ML_OK;
 }
@@ -178,6 +184,6 @@ bool ml_has_dense_rows(factor m) {
 
 bool ml_has_dense_columns(factor m) {
   for (int64_t e = 0; e < m.n_parts; e++)
-    if (m.parts[e].row != 1 && m.offsets[e + 1] - m.offsets[e] > 1) return false;
+    if (m.parts[e].row != 1) return false;
   return true;
 }

@@ -34,4 +34,10 @@
 #define ML_PAUSE() ((void)0)
 #endif
 
+#if defined(__aarch64__)
+#define ML_ARM64 1
+#else
+#define ML_ARM64 0
+#endif
+
 #endif

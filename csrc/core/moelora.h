@@ -156,8 +156,8 @@ void ml_set_num_threads(int n);
 int ml_get_num_threads(void);
 const char *ml_threading_layer(void); /* "torch's libgomp", "own pool" or "none (forked child)" */
 
-/* Run-time dispatch: "portable", "avx2", "avx512". NULL or "" in ml_set_isa: the best this CPU has. The environment
- * variable MOELORA_ISA is read once, at first use, by ml_init. */
+/* Run-time dispatch: "portable", "avx2", "avx512", "neon". NULL or "" in ml_set_isa: the best this CPU has. The
+ * environment variable MOELORA_ISA is read once, at first use, by ml_init. */
 ml_status ml_init(void); /* ML_ERR_ISA, ML_ERR_BASE: such a variable names none of these; as if it weren't set, then */
 ml_status ml_set_isa(const char *name);
 const char *ml_get_isa(void);

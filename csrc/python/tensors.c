@@ -480,10 +480,10 @@ static bool is_own_base_backward(const tensor_call *c) {
   return p->weight.data != NULL && ml_base_is_faster(p->dtype, p->batch * p->seq, p->weight.col == 1);
 }
 
-/* (x, adapters, routing_weights, scaling, base_output, weight, bias, dropout, total_rank, n_threads) -> (y, hidden);
- * total_rank 0: hidden is None */
+/* (x, adapters, routing_weights, scaling, base_output, weight, bias, dropout, total_rank, top_k, n_threads)
+ * -> (y, hidden); total_rank 0: hidden is None; top_k 0: dense */
 PyObject *forward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
-  if (!takes("forward_tensors", 10, n_args)) {
+  if (!takes("forward_tensors", 11, n_args)) {
     return NULL;
   }
   PyObject *x = args[0], *base_output = args[4], *weight = args[5], *bias = args[6];
@@ -491,7 +491,8 @@ PyObject *forward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_
   int64_t total_rank = 0;
   tensor_call c;
   answer plain = begin(&c, module, experts_in(args[1]));
-  if (plain != YES || !read_int64(args[8], "total_rank", &total_rank) || !read_n_threads(args[9], &c.core.n_threads)) {
+  if (plain != YES || !read_int64(args[8], "total_rank", &total_rank) || !read_int64(args[9], "top_k", &c.core.top_k) ||
+      !read_n_threads(args[10], &c.core.n_threads)) {
     goto done;
   }
   PyObject *const *adapters = &PyTuple_GET_ITEM(args[1], 0);
@@ -592,10 +593,10 @@ static PyObject *new_grads(const tensor_call *c, PyObject *const *saved, PyObjec
   return grads;
 }
 
-/* (saved, needs_input_grad, scaling, grad_y, dropout, n_threads) -> the gradients of the node's arguments, or None where
+/* (saved, needs_input_grad, scaling, grad_y, dropout, top_k, n_threads) -> the gradients of the node's arguments, or None where
  * this is not the plain case */
 PyObject *backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
-  if (!takes("backward_tensors", 6, n_args)) {
+  if (!takes("backward_tensors", 7, n_args)) {
     return NULL;
   }
   PyObject *grads = NULL, *needed = args[1], *grad_y = args[3];
@@ -604,7 +605,7 @@ PyObject *backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n
               PyTuple_GET_SIZE(needed) == n_saved - N_SAVED + N_NODE;
   tensor_call c;
   answer plain = begin(&c, module, fits ? (n_saved - N_SAVED) / 2 : 0);
-  if (plain != YES || !read_n_threads(args[5], &c.core.n_threads)) {
+  if (plain != YES || !read_int64(args[5], "top_k", &c.core.top_k) || !read_n_threads(args[6], &c.core.n_threads)) {
     goto done;
   }
   PyObject *const *saved = &PyTuple_GET_ITEM(args[0], 0), *const *adapters = saved + N_SAVED;

@@ -133,6 +133,7 @@ def forward_tensors(
     bias: Any,
     dropout: _Dropout | None,
     total_rank: int,
+    top_k: int,
     n_threads: int,
     /,
 ) -> tuple[Any, Any]: ...
@@ -142,6 +143,7 @@ def backward_tensors(
     scaling: tuple[float, ...],
     grad_y: Any,
     dropout: _Dropout | None,
+    top_k: int,
     n_threads: int,
     /,
 ) -> tuple[Any, ...] | None: ...

@@ -186,11 +186,12 @@ def test_are_plain_passes_over_none():
 # ---- the calls themselves ----
 
 
-def run(given=None, *, dropout=None, total_rank=0, **replaced):
+def run(given=None, *, dropout=None, total_rank=0, top_k=0, **replaced):
     given = (given or arguments()) | replaced
     adapters, base = (*given["lora_A"], *given["lora_B"]), (given["base_output"], given["weight"], given["bias"])
     scaling = tuple(given["scaling"])
-    return core.forward_tensors(given["x"], adapters, given["routing_weights"], scaling, *base, dropout, total_rank, 1)
+    x, weights = given["x"], given["routing_weights"]
+    return core.forward_tensors(x, adapters, weights, scaling, *base, dropout, total_rank, top_k, 1)
 
 
 def gradients(needed=(True,) * 9, **replaced):
@@ -204,7 +205,7 @@ def gradients(needed=(True,) * 9, **replaced):
     given |= replaced
     adapters = given["adapters"] or (*given["lora_A"], *given["lora_B"])
     saved = (given["x"], given["hidden"], given["routing_weights"], given["weight"], *adapters)
-    return core.backward_tensors(saved, needed, tuple(given["scaling"]), given["grad_y"], given["dropout"], 1)
+    return core.backward_tensors(saved, needed, tuple(given["scaling"]), given["grad_y"], given["dropout"], 0, 1)
 
 
 def test_forward_gives_what_is_wanted_and_refuses_what_does_not_fit():
@@ -235,6 +236,9 @@ def test_forward_gives_what_is_wanted_and_refuses_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match="forward_tensors takes plain tensors"):
             run(**changes)
+    for top_k in (-1, 3):
+        with pytest.raises(ValueError, match=r"top_k is outside \[1, number of experts\]"):
+            run(top_k=top_k)
 
 
 @pytest.mark.parametrize("who", ["own", "torch"])
@@ -318,13 +322,13 @@ def test_backward_says_no_to_what_does_not_fit():
 
 
 def test_arguments_are_counted():
-    for name, n in (("use_torch", 7), ("plain_call", 8), ("forward_tensors", 10), ("backward_tensors", 6)):
+    for name, n in (("use_torch", 7), ("plain_call", 8), ("forward_tensors", 11), ("backward_tensors", 7)):
         with pytest.raises(TypeError, match=f"{name} takes {n} arguments, got 1"):
             getattr(core, name)(1)
     with pytest.raises(TypeError, match="n_threads must be an int"):
-        core.forward_tensors(torch.ones(1), (1, 2), 3, 4, 5, 6, 7, None, 0, 1.5)
+        core.forward_tensors(torch.ones(1), (1, 2), 3, 4, 5, 6, 7, None, 0, 0, 1.5)
     with pytest.raises(TypeError, match="total_rank must be an int"):
-        core.forward_tensors(torch.ones(1), (1, 2), 3, 4, 5, 6, 7, None, 0.0, 1)
+        core.forward_tensors(torch.ones(1), (1, 2), 3, 4, 5, 6, 7, None, 0.0, 0, 1)
 
 
 def test_a_torch_without_the_exchange_api_is_left_alone():

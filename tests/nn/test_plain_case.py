@@ -1,5 +1,6 @@
 """The plain case of `moelora.nn.routed_lora`, which C checks and reads, equals the way that all other calls take."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -93,6 +94,20 @@ def test_both_ways_give_the_same_bits(
     assert taken == {"forward_tensors": 2, "backward_tensors": 1, "forward_raw": 2, "backward_raw": 1}
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("weights", [(), (2, 5)], ids=str)
+def test_top_k_too(make_mixture, monkeypatch, taken, torchs_base, weights, top_k):
+    m = make_mixture(weights=weights)
+
+    def differentiated():
+        y = routed_lora(*m, top_k=top_k)
+        return [y.detach(), *torch.autograd.grad(y, m.leaves, torch.ones_like(y))]
+
+    for a, b in zip(*both_ways(monkeypatch, differentiated), strict=True):
+        assert torch.equal(a, b)
+    assert taken == {"forward_tensors": 1, "backward_tensors": 1, "forward_raw": 1, "backward_raw": 1}
+
+
 @pytest.mark.parametrize("wanted", range(8))
 def test_gradients_of_some_alone_are_the_same(make_mixture, monkeypatch, taken, wanted):
     m = make_mixture(grad=False)
@@ -129,7 +144,7 @@ def test_changes_of_parameters_are_seen_at_once(make_mixture, taken):
 def test_the_other_way_for_all_that_is_not_plain(make_mixture, taken):
     m = make_mixture(dtype=torch.float32, grad=False)
     for given, options in [
-        (m, {"top_k": 2}),
+        (m, {"top_k": np.int64(2)}),
         (m._replace(x=m.x.bfloat16()), {}),
         (m._replace(routing_weights=m.routing_weights.double()), {}),
         (m._replace(routing_weights=m.routing_weights > 0), {}),

@@ -92,6 +92,7 @@ typedef struct {
 extern const ml_kernels ml_kernels_portable;
 extern const ml_kernels ml_kernels_avx2;
 extern const ml_kernels ml_kernels_avx512;
+extern const ml_kernels ml_kernels_neon;
 
 /* The table in use; set by ml_init and ml_set_isa. */
 const ml_kernels *ml_active_kernels(void);

@@ -1,4 +1,4 @@
-/* Vectors of 16 bytes: SSE2, NEON, or what the compiler makes of them elsewhere. */
+/* Vectors of 16 bytes: SSE2, or what the compiler makes of them elsewhere. */
 #include "../compiler.h"
 #include "kernels.h"
 #include "philox.h"

@@ -140,19 +140,20 @@ def routed_lora(
     >>> routed_lora(x, A, B, torch.tensor([0.25, 0.5]), 1.0)[0]
     tensor([6., 6., 6., 6., 6.])
     """
-    if top_k is None and _is_unwatched():
+    if (top_k is None or (type(top_k) is int and top_k >= 1)) and _is_unwatched():
         # The plain case costs no more than a few looks from C. All that is unusual, or wrong, goes on below.
         plain = _plain_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
-        if plain is not None and not torch._C._is_any_autocast_enabled():
+        if plain is not None and not torch._C._is_any_autocast_enabled() and (top_k or 0) <= len(plain[1]):
             adapters, scales, total_rank, needs_grad = plain
+            kept = None if top_k == len(scales) else top_k
             dropout = _draw(_probabilities(dropout_p, len(scales)))
             if needs_grad and torch.is_grad_enabled():
-                settings = (scales, None, dropout, total_rank)
+                settings = (scales, kept, dropout, total_rank)
                 return _apply(x, routing_weights, base_output, (weight, bias), settings, *adapters)
             threads = runtime.get_num_threads()
             y: Tensor
             y, _ = _core.forward_tensors(
-                x, adapters, routing_weights, scales, base_output, weight, bias, dropout, 0, threads
+                x, adapters, routing_weights, scales, base_output, weight, bias, dropout, 0, kept or 0, threads
             )
             return y
 
@@ -500,6 +501,7 @@ class _RoutedLoRA(torch.autograd.Function):
                 bias,
                 dropout,
                 total_rank if keep_hidden else 0,
+                top_k or 0,
                 runtime.get_num_threads(),
             )
         ctx.settings = scaling, top_k, dropout
@@ -515,8 +517,9 @@ class _RoutedLoRA(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing recomputes on every reading
         scaling, top_k, dropout = ctx.settings
         twice = torch.is_grad_enabled()  # create_graph
-        if top_k is None and not twice and _is_unwatched():
-            plain = _core.backward_tensors(saved, need, scaling, grad_y, dropout, runtime.get_num_threads())
+        if not twice and _is_unwatched():
+            threads = runtime.get_num_threads()
+            plain = _core.backward_tensors(saved, need, scaling, grad_y, dropout, top_k or 0, threads)
             if plain is not None:
                 return plain
         if uses_core(grad_y, *saved):
