@@ -767,7 +767,7 @@ static void check_route(ml_dtype t, int64_t T, int64_t N, int64_t k, bool renorm
         EXPECT(indices[1 + i * k + before] == e, "indices[%d, %d]: got %d, wanted %d", (int)i, (int)before,
                (int)indices[1 + i * k + before], (int)e);
       /* Blocks of tokens are summed in the logits' dtype, and roundings of such a chain may fall on one side. */
-      if (counted) seen[e] += keep, sums[e] += p[e], sum_sizes[e] += 2 * size * p[e];
+      if (counted) seen[e] += keep, sums[e] += p[e], sum_sizes[e] += 4 * size * p[e];
       wanted[i * N + e] = keep ? p[e] : 0;
       kept_sum += wanted[i * N + e];
     }
