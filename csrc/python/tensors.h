@@ -13,6 +13,9 @@ typedef struct {
   PyObject *tensor, *parameter; /* the types torch.Tensor and torch.nn.Parameter */
   PyObject *is_neg;             /* torch.Tensor.is_neg */
   PyObject *requires_grad;      /* the name of the attribute */
+  PyObject *empty;              /* (shape, strides, dtype) -> a new CPU tensor */
+  PyObject *empty_like, *linear;
+  PyObject *float32, *float64;
   const dl_exchange_api *exchange;
 } torch_api;
 
@@ -25,5 +28,7 @@ PyObject *are_plain(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *plain_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *forward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
+PyObject *route_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
+PyObject *route_backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 
 #endif

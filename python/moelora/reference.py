@@ -118,7 +118,8 @@ def route(
     p = _softmax(logits, temperature)
     kept, indices, weights = np.ones(p.shape, np.bool_), None, p
     if top_k is not None:
-        indices = np.argsort(-p, axis=-1, kind="stable")[..., :k]  # a NaN row picks its first k
+        # By the logits, of which rounding makes none equal to another; a NaN row picks its first k.
+        indices = np.argsort(-np.where(np.isnan(p), p, logits), axis=-1, kind="stable")[..., :k]
         kept = np.zeros(p.shape, np.bool_)
         np.put_along_axis(kept, indices, True, axis=-1)
         norm = np.where(kept, p, 0.0).sum(-1, keepdims=True) if renormalize else 1.0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from moelora import functional
+from moelora import _core
 from moelora.nn import (
     EmbeddingRouter,
     FixedRouter,
@@ -125,15 +125,22 @@ def test_a_router_cast_with_its_model_still_computes_in_float32():
 def test_on_a_cpu_the_c_kernel_routes_forward_and_backward(monkeypatch, cls, dtype, autocast):
     router, x = make(cls, top_k=2).to(dtype), hidden(dtype=dtype)
     calls = []
-    for name in ("route", "route_backward"):
-        kernel = getattr(functional, name)
-        spy = lambda *args, name=name, kernel=kernel, **kw: calls.append(name) or kernel(*args, **kw)  # noqa: E731
-        monkeypatch.setattr(functional, name, spy)
+
+    def watched(name, entry):
+        def call(*arguments):
+            result = entry(*arguments)
+            calls.append((name, result is not None))
+            return result
+
+        return call
+
+    for name in ("route_tensors", "route_backward_tensors"):
+        monkeypatch.setattr(_core, name, watched(name, getattr(_core, name)))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         weights = router(x)
     assert weights.dtype is torch.float32
     weights[..., 0].sum().backward()
-    assert calls == ["route", "route_backward"]
+    assert calls == [("route_tensors", True), ("route_backward_tensors", True)]
 
 
 class RoutesPadded(nn.Module):

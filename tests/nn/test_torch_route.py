@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moelora import functional
+from moelora import _core
 from moelora.nn import route
 from moelora.nn.route import _formula
 
@@ -29,13 +29,16 @@ def formula(logits, mask=None, top_k=None, temperature=1.0, renormalize=True):
 
 @pytest.fixture
 def no_core(monkeypatch):
-    """The C entries raise."""
+    """It is an error if the C core computes anything; it may look at tensors and decline."""
 
-    def fail(*arguments, **options):
-        raise AssertionError("the C core was called")
+    def declining(entry):
+        def call(*arguments):
+            assert entry(*arguments) is None, "the C core was called"
 
-    monkeypatch.setattr(functional, "route", fail)
-    monkeypatch.setattr(functional, "route_backward", fail)
+        return call
+
+    for name in ("route_tensors", "route_backward_tensors"):
+        monkeypatch.setattr(_core, name, declining(getattr(_core, name)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -125,6 +128,101 @@ def test_layouts_do_not_matter(change):
         grads.append((r.weights.detach(), t.grad))
     assert grads[0][0].equal(grads[1][0])
     assert grads[0][1].equal(grads[1][1])
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Subclass])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_core_and_formula_pick_the_larger_of_nearly_equal_logits(kind, dtype):
+    logits = torch.ones(20, 6, dtype=dtype)
+    logits[:, 4] += torch.finfo(dtype).eps
+    r = route(logits.as_subclass(kind), top_k=2, temperature=100.0)
+    assert r.indices.as_subclass(torch.Tensor).equal(torch.tensor([[4, 0]]).expand(20, 2))
+
+
+def test_core_and_formula_pick_the_same_experts_of_rounded_logits():
+    logits = random_logits(500, 33, dtype=torch.bfloat16)  # many ties
+    for top_k in (1, 4, 12):
+        core, torch_operations = (route(t, top_k=top_k).indices for t in (logits, logits.as_subclass(Subclass)))
+        assert core.equal(torch_operations.as_subclass(torch.Tensor))
+
+
+def test_weights_of_all_experts_are_the_probabilities():
+    for dtype in (torch.float32, torch.float64):
+        logits = random_logits(40, 9, dtype=dtype)
+        assert route(logits, top_k=9).weights.equal(route(logits).weights)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6), (2, 1, 6), (1, 7, 6), (3, 5, 2, 6), (0, 6), (2, 0, 6), (6,)])
+def test_leading_axes_are_kept(shape):
+    logits, mask = random_logits(*shape), torch.ones(shape[:-1], dtype=torch.bool)
+    r, flat = route(logits, top_k=2, mask=mask), route(logits.reshape(-1, 6), top_k=2)
+    for got, want, width in ((r.weights, flat.weights, 6), (r.indices, flat.indices, 2)):
+        assert got.shape == (*shape[:-1], width)
+        assert got.reshape(-1, width).equal(want)
+    assert r.counts.equal(flat.counts)
+    assert r.prob_sums.equal(flat.prob_sums)
+
+
+def test_strides_of_the_mask_do_not_matter():
+    logits = random_logits(4, 6, 5)
+    dense = random_logits(4, 6, seed=1) > 0
+    want = route(logits, mask=dense)
+    for mask in (dense.t().contiguous().t(), dense.flip(0).flip(0), dense.repeat_interleave(2, 1)[:, ::2]):
+        got = route(logits, mask=mask)
+        assert got.counts.equal(want.counts)
+        assert got.prob_sums.equal(want.prob_sums)
+    shared = route(logits, mask=dense[:, :1].expand(4, 6))
+    assert shared.counts.equal(route(logits, mask=dense[:, :1].expand(4, 6).contiguous()).counts)
+
+
+def test_a_lazily_negated_tensor_is_read_as_what_it_stands_for():
+    logits = torch.imag(torch.complex(random_logits(3, 4), random_logits(3, 4, seed=1)).conj())
+    assert logits.is_neg()
+    assert route(logits, top_k=2).weights.equal(route(logits.clone().resolve_neg(), top_k=2).weights)
+    weights = route(random_logits(3, 4).requires_grad_(), top_k=2).weights
+    (grad,) = torch.autograd.grad(weights, weights.grad_fn.next_functions[0][0].variable, logits)
+    assert grad.isfinite().all()
+
+
+def test_more_axes_than_the_core_looks_at_take_the_formula():
+    shape = (*(1,) * 16, 3, 4)
+    logits = random_logits(*shape).requires_grad_()
+    r = route(logits, top_k=2)
+    assert r.weights.shape == shape
+    torch.testing.assert_close(r.weights.reshape(3, 4), route(logits.reshape(3, 4), top_k=2).weights)
+
+
+def test_a_default_device_does_not_move_the_results():
+    logits = random_logits(3, 4)
+    with torch.device("meta"):
+        r = route(logits, top_k=2)
+    assert {t.device.type for t in r} == {"cpu"}
+    assert r.weights.equal(route(logits, top_k=2).weights)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_bits_do_not_depend_on_the_number_of_threads(top_k):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            logits = random_logits(3000, 16, dtype=torch.float32).requires_grad_()
+            r = route(logits, top_k=top_k)
+            (grad,) = torch.autograd.grad((r.weights**2).sum() + r.prob_sums.square().sum(), logits)
+            results.append((r.weights, r.counts, r.prob_sums, grad))
+    finally:
+        torch.set_num_threads(before)
+    assert all(one.equal(two) for one, two in zip(*results, strict=True))
+
+
+def test_results_can_be_changed_in_place_and_saved():
+    for logits in (random_logits(2, 3), random_logits(2, 3).requires_grad_()):
+        r = route(logits, top_k=1)
+        assert copy.deepcopy(r.counts).equal(r.counts)
+        before = r.weights.detach().clone()
+        assert r.weights.mul(2).equal(before * 2)
+        with torch.no_grad():
+            assert r.weights.mul_(2).equal(before * 2)
 
 
 def test_integers_serve_as_mask():

@@ -83,6 +83,19 @@ typedef struct {
                        int64_t out_row, const void *init, int64_t init_row);
 } ml_products;
 
+/* Routing of the tokens first <= t < end; route.c shares them out, and has checked everything. */
+typedef struct {
+  int64_t scratch; /* bytes for each expert */
+
+  /* Writes the tokens' weights and indices, and adds to counts [N] and sums [N] what they are worth. */
+  void (*route)(const ml_route_params *p, int64_t first, int64_t end, void *weights, int64_t *indices, int64_t *counts,
+                double *sums, void *scratch);
+
+  /* Writes the tokens' grad_logits; grad_sums [N] may be NULL. */
+  void (*route_backward)(const ml_route_params *p, int64_t first, int64_t end, void *grad_logits,
+                         ml_matrix grad_weights, const int64_t *indices, const void *grad_sums, void *scratch);
+} ml_routing;
+
 /* bfloat16 to float32 and back; n elements. */
 typedef struct {
   void (*widen)(int64_t n, const uint16_t *from, float *to);
@@ -99,6 +112,7 @@ typedef struct {
   bool (*supported)(void);
   const ml_products *products[2]; /* by ml_dtype */
   const ml_bf16 *bf16;
+  const ml_routing *routing[2];
 } ml_kernels;
 
 extern const ml_kernels ml_kernels_portable;

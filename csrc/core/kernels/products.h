@@ -543,6 +543,8 @@ static const ml_products NAME(table) = {
     .grouped_sums = NAME(grouped_sums),
 };
 
+#include "routing.h"
+
 #undef REAL
 #undef REAL_BYTES
 #undef LANES

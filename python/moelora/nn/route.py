@@ -1,14 +1,19 @@
 """`route` for torch: logits to routing weights, by the C core on CPU and by a formula in torch operations elsewhere."""
 
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moelora import functional
-from moelora.nn.autograd import _Once, _refuse_twice, uses_core
+from moelora import runtime
+from moelora.functional import HAS_EXT
+from moelora.nn.autograd import _is_unwatched, _Once, _refuse_twice, uses_core
+
+if HAS_EXT:
+    from moelora import _core
 
 __all__ = ["Routing", "route"]
 
@@ -75,6 +80,11 @@ def route(
     >>> routing.indices, routing.weights
     (tensor([[1, 2]]), tensor([[0.0000, 0.5714, 0.4286]]))
     """
+    # The plain case is found from C, and done there. All that is unusual, or wrong, goes on below.
+    routing = _core_routing(logits, mask, top_k, temperature, renormalize)
+    if routing is not None:
+        return routing
+
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"logits must be a floating-point tensor, got {got}")
@@ -104,29 +114,31 @@ def route(
 
     if logits.dtype is not torch.float64:
         logits = logits.float()
-    differentiated = torch.is_grad_enabled() and logits.requires_grad
-    options = (mask, top_k, float(temperature), bool(renormalize))
+    top_k = None if top_k is None else int(top_k)
+    temperature, renormalize = float(temperature), bool(renormalize)
     if uses_core(logits) and (mask is None or uses_core(mask)):
-        return Routing(*_Route.apply(logits, *options)) if differentiated else _core(logits, *options)
-    if differentiated and not torch.compiler.is_compiling():
+        dense_mask = None if mask is None else mask.contiguous()
+        routing = _core_routing(logits.contiguous(), dense_mask, top_k, temperature, renormalize)
+        if routing is not None:
+            return routing
+    if torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
         (logits,) = _Once.apply(logits)
-    return _formula(logits, *options)
+    return _formula(logits, mask, top_k, temperature, renormalize)
 
 
-def _core(logits: Tensor, mask: Tensor | None, top_k: int | None, temperature: float, renormalize: bool) -> Routing:
-    weights, indices, counts, prob_sums = functional.route(
-        logits.detach().numpy(),
-        top_k=top_k,
-        temperature=temperature,
-        renormalize=renormalize,
-        mask=None if mask is None else mask.numpy(),
-    )
-    return Routing(
-        torch.from_numpy(weights),
-        None if indices is None else torch.from_numpy(indices),
-        torch.from_numpy(counts),
-        torch.from_numpy(prob_sums),
-    )
+def _core_routing(
+    logits: Tensor, mask: Tensor | None, top_k: int | None, temperature: float, renormalize: bool
+) -> Routing | None:
+    """What the C core makes of plain tensors; None where something is not plain."""
+    if not _is_unwatched():
+        return None
+    routed = _core.route_tensors(logits, mask, top_k, temperature, renormalize, runtime.get_num_threads())
+    if routed is None:
+        return None
+    weights, indices, counts, prob_sums = routed
+    if logits.requires_grad and torch.is_grad_enabled():
+        weights, prob_sums = _apply(logits, (weights, prob_sums), (mask, indices), temperature, renormalize)
+    return Routing(weights, indices, counts, prob_sums)
 
 
 def _formula(logits: Tensor, mask: Tensor | None, top_k: int | None, temperature: float, renormalize: bool) -> Routing:
@@ -134,8 +146,10 @@ def _formula(logits: Tensor, mask: Tensor | None, top_k: int | None, temperature
     p = torch.softmax(logits / temperature, -1)
     weights, indices, kept = p, None, torch.ones_like(p, dtype=torch.bool)
     if top_k is not None:
-        # A stable sort: torch.topk leaves open which of several equal ones it takes.
-        indices = p.detach().argsort(dim=-1, descending=True, stable=True)[..., :top_k]
+        # By the logits, of which rounding makes none equal to another; p * 0 is NaN in a NaN row, which picks its first
+        # k. A stable sort: torch.topk leaves open which of several equal ones it takes.
+        order = torch.add(logits.detach(), p.detach(), alpha=0)
+        indices = order.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
         largest = p.gather(-1, indices)
         if renormalize:
             largest = largest / largest.sum(-1, keepdim=True)
@@ -148,55 +162,47 @@ def _formula(logits: Tensor, mask: Tensor | None, top_k: int | None, temperature
 
 
 class _Route(torch.autograd.Function):
-    """The C core under autograd."""
+    """weights and prob_sums, which the core has computed, with its backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, mask: Tensor | None, top_k: int | None, temperature: float, renormalize: bool
-    ) -> tuple[Tensor | None, ...]:
-        routing = _core(logits, mask, top_k, temperature, renormalize)
-        ctx.save_for_backward(logits, mask, routing.indices)
-        ctx.temperature, ctx.renormalize = temperature, renormalize
-        ctx.mark_non_differentiable(*(t for t in (routing.indices, routing.counts) if t is not None))
+        ctx: Any,
+        logits: Tensor,
+        computed: tuple[Tensor, Tensor],
+        constants: tuple[Tensor | None, Tensor | None],
+        temperature: float,
+        renormalize: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(logits, *constants)
+        ctx.options = temperature, renormalize
         ctx.set_materialize_grads(False)
-        return tuple(routing)
+        return computed
 
     @staticmethod
-    def backward(ctx: Any, grad_weights: Tensor | None, _: Any, __: Any, grad_prob_sums: Tensor | None) -> Any:
-        logits, mask, indices = ctx.saved_tensors
-        given = [g for g in (grad_weights, grad_prob_sums) if g is not None]
-        if not given:
+    def backward(ctx: Any, grad_weights: Tensor | None, grad_prob_sums: Tensor | None) -> Any:
+        if grad_weights is None and grad_prob_sums is None:
             return (None,) * 5
+        logits, mask, indices = ctx.saved_tensors
+        temperature, renormalize = ctx.options
         if grad_weights is None:
             grad_weights = logits.new_zeros(()).expand(logits.shape)
-        backward = _core_backward if uses_core(*given) else _formula_backward
-        grad: Tensor | None = backward(
-            grad_weights, grad_prob_sums, logits, mask, indices, ctx.temperature, ctx.renormalize
-        )
+        more = (logits, mask, indices, temperature, renormalize)
+        grad: Tensor | None = None
+        if _is_unwatched():
+            threads = runtime.get_num_threads()
+            grad = _core.route_backward_tensors(grad_weights, grad_prob_sums, *more, threads)
+            if grad is None:  # perhaps for its strides
+                dense_sums = None if grad_prob_sums is None else grad_prob_sums.contiguous()
+                grad = _core.route_backward_tensors(grad_weights.contiguous(), dense_sums, *more, threads)
+        if grad is None:
+            grad = _formula_backward(grad_weights, grad_prob_sums, *more)
         if torch.is_grad_enabled():  # create_graph
-            (grad,) = _refuse_twice([grad], [logits, *given])
+            (grad,) = _refuse_twice([grad], [logits, grad_weights, grad_prob_sums])
         return grad, None, None, None, None
 
 
-def _core_backward(
-    grad_weights: Tensor,
-    grad_prob_sums: Tensor | None,
-    logits: Tensor,
-    mask: Tensor | None,
-    indices: Tensor | None,
-    temperature: float,
-    renormalize: bool,
-) -> Tensor:
-    grad = functional.route_backward(
-        grad_weights.detach().numpy(),
-        logits.detach().numpy(),
-        None if indices is None else indices.numpy(),
-        temperature=temperature,
-        renormalize=renormalize,
-        mask=None if mask is None else mask.numpy(),
-        grad_prob_sums=None if grad_prob_sums is None else grad_prob_sums.detach().numpy(),
-    )
-    return torch.from_numpy(grad)
+# What Function.apply comes down to where no torch.func transform is active.
+_apply: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _Route).apply
 
 
 @torch.no_grad()

@@ -461,7 +461,7 @@ class LearnedRouter(Router):
             kept = torch.tensor(columns, device=activated.device)
             activated, maturity = activated[kept], maturity[kept]
         logits = self._logits(hidden_states, layer, kept)
-        scores, allowed, plain = logits, activated, _are_ones(activated) and _are_ones(maturity)
+        scores, allowed, plain = logits, activated, _are_ones(activated, maturity)
         if not plain:
             bias = maturity.to(logits.dtype).log() * self.temperature
             scores = logits + torch.where(activated, bias, _EXCLUDED)
@@ -474,25 +474,38 @@ class LearnedRouter(Router):
         routing = route(scores, top_k=top_k, temperature=self.temperature, renormalize=self.renormalize, mask=mask)
         n_tokens = math.prod(hidden_states.shape[:-1]) if mask is None else mask.sum()
         weights, counts = routing.weights, routing.counts
-        if (
-            not plain
-        ):  # an expert that is excluded can be among the k largest where fewer than k are left; it isn't picked
+        if not plain:
+            # An expert that is excluded can be among the k largest where fewer than k are left; it isn't picked.
             counts = counts * (routing.prob_sums != 0)
-        if self.training and (self.expert_dropout or self.capacity_factor is not None):
+        dropping = self.training and self.expert_dropout > 0
+        limited = self.training and self.capacity_factor is not None
+        every = plain and not dropping  # expert that is among the k largest is picked
+        if (limited or dropping) and not (every and routing.indices is None):
             picks = allowed.expand(weights.shape)
             if routing.indices is not None:
-                picks = picks & torch.zeros_like(picks).scatter(-1, routing.indices, True)
+                held = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, routing.indices, True)
+                picks = held if every else picks & held
             if mask is not None:
                 picks = picks & mask.unsqueeze(-1)
-            counts = picks.reshape(-1, n).sum(0)
-            if self.top_k is not None and self.capacity_factor is not None:
-                # In float64, and from left to right: the ceiling turns any other rounding into another capacity.
-                n_experts = activated.sum().clamp(min=1).double()
-                factor = torch.full_like(n_experts, self.capacity_factor)
-                capacity = (factor * n_tokens * n_experts.clamp(max=self.top_k) / n_experts).ceil()
+            if not every:
+                counts = picks.reshape(-1, n).sum(0)
+            if limited and self.top_k is not None:
+                capacity = self._capacity(n_tokens, n if plain else activated.sum().clamp(min=1))
                 place = picks.reshape(-1, n).cumsum(0).reshape(picks.shape)
                 weights = weights.masked_fill(picks & (place > capacity), 0)
         return RoutingOutput(weights, routing.indices, counts, routing.prob_sums, logits, n_tokens, mask, activated)
+
+    def _capacity(self, n_tokens: int | Tensor, n_experts: int | Tensor) -> int | Tensor:
+        """How many picks an expert takes; a number if n_experts is one, which says that reading numbers is free."""
+        assert self.capacity_factor is not None and self.top_k is not None
+        # In float64, and from left to right: the ceiling turns any other rounding into another capacity.
+        if isinstance(n_experts, int):
+            tokens = int(n_tokens)
+            picks = self.capacity_factor * tokens * min(n_experts, self.top_k) / n_experts
+            return math.ceil(min(picks, tokens))  # no expert is picked more often
+        experts = n_experts.double()
+        factor = torch.full_like(experts, self.capacity_factor)
+        return (factor * n_tokens * experts.clamp(max=self.top_k) / experts).ceil()
 
     def _logits(self, hidden_states: Tensor, layer: int | None, columns: Tensor | None) -> Tensor:
         gate = self.gate_for(layer)
@@ -701,9 +714,9 @@ def _arranged(values: Tensor, columns: Sequence[int | None], new: float) -> Tens
     return torch.stack([values.new_tensor(new) if column is None else values[column] for column in columns])
 
 
-def _are_ones(values: Tensor) -> bool:
+def _are_ones(*values: Tensor) -> bool:
     """Whether all values are 1, where it costs nothing to look; False means nothing."""
-    return uses_core(values) and all(value == 1 for value in values.tolist())
+    return uses_core(*values) and all(t.tolist().count(1) == t.numel() for t in values)
 
 
 def _as_mask(attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor | None:
