@@ -23,6 +23,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
+ARM64 = platform.machine().lower() in ("aarch64", "arm64")
 
 # What a kernel file is compiled with besides CFLAGS; the run-time dispatch enters it only on a CPU that has all of it.
 # The tuning: gcc's generic one, since 13, takes fused multiply-adds that follow each other in a sum apart, and does so
@@ -37,7 +38,7 @@ SOURCES = [
     path.as_posix()
     for pattern in ("core/*.c", "core/kernels/*.c", "python/*.c")
     for path in sorted(Path("csrc").glob(pattern))
-    if X86_64 or path.stem not in X86_KERNEL_FLAGS
+    if (X86_64 or path.stem not in X86_KERNEL_FLAGS) and (ARM64 or path.stem != "neon")
 ]
 
 

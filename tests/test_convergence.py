@@ -32,7 +32,7 @@ def convergence():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(FOLDER), *sys.path])
         yield {name: importlib.import_module(name) for name in names}
-        for name in (*names, "harness"):
+        for name in names:
             del sys.modules[name]
 
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shlex
 import statistics
 import sys
 import time
@@ -41,12 +42,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from harness import columns, quartiles, write_csv  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent))
 from ways import PAIRS, Way, make_ways  # noqa: E402
 
+from moelora.bench.record import columns, write_csv  # noqa: E402
 from moelora.demo.text import load_domains  # noqa: E402
 from moelora.demo.training import batches, held_out_windows, make_llama, progress_bar, train  # noqa: E402
+from moelora.report.timing import quartiles  # noqa: E402
 
 ALLOWED = 10
 ULP = torch.finfo(torch.float32).eps
@@ -215,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     points = list(write_points(args.out, run()))
     rows = list(summary(points, parameter_drifts))
-    write_csv(args.out.with_stem(f"{args.out.stem}_summary"), iter(rows))
+    write_csv(args.out.with_stem(f"{args.out.stem}_summary"), rows, shlex.join(["python", *sys.argv]))
     failures = drifted(rows)
     print("\n".join(failures or ["No way drifted further than rounding does."]))
     return 1 if failures else 0

@@ -3,7 +3,7 @@
     python benchmarks/generation/run.py --out benchmarks/results/generation_cpu_f32.csv
 
 Greedy, a prompt of B x 32 tokens and 32 new ones, all linear layers adapted with rank r = 16, float32. The models are
-those of benchmarks/models/small.py; B = 1 is one token through the model at a time, nearly all of it memory traffic and
+those of moelora/bench/small.py; B = 1 is one token through the model at a time, nearly all of it memory traffic and
 host time.
 
     base             the model without adapters
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -28,12 +29,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "models")]
-from harness import columns, interleave, quartiles, write_csv  # noqa: E402
-from small import NAMES, build  # noqa: E402
-
-import moelora  # noqa: E402
-from moelora.demo.baselines import add_experts  # noqa: E402
+import moelora
+from moelora.bench.record import columns, write_csv
+from moelora.bench.small import NAMES, build
+from moelora.demo.baselines import add_experts
+from moelora.report.timing import interleave, quartiles
 
 
 def peers(base: PreTrainedModel, n: int, ids: Tensor, new: int) -> dict[str, Callable[[], object]]:
@@ -96,6 +96,7 @@ def main() -> None:
     write_csv(
         args.out,
         measure(args.models, cells, 4 if args.smoke else 32, 2 if args.smoke else args.rounds, smoke=args.smoke),
+        shlex.join(["python", *sys.argv]),
     )
 
 

@@ -14,6 +14,9 @@
 #define ML_UNROLL _Pragma("GCC unroll 64")
 #endif
 
+/* Hides where the pointer p comes from. */
+#define ML_OPAQUE(p) __asm__("" : "+r"(p))
+
 /* *result = a op b; true when that overflows. */
 #define ML_MUL_OVERFLOWS(a, b, result) __builtin_mul_overflow(a, b, result)
 #define ML_ADD_OVERFLOWS(a, b, result) __builtin_add_overflow(a, b, result)
@@ -29,6 +32,12 @@
 #else
 #define ML_X86 0
 #define ML_PAUSE() ((void)0)
+#endif
+
+#if defined(__aarch64__)
+#define ML_ARM64 1
+#else
+#define ML_ARM64 0
 #endif
 
 #endif

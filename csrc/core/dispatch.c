@@ -14,6 +14,8 @@ static const ml_kernels *const compiled[] = {
 #if ML_X86
     &ml_kernels_avx2,
     &ml_kernels_avx512,
+#elif ML_ARM64
+    &ml_kernels_neon,
 #endif
 };
 enum { N_COMPILED = (int)(sizeof compiled / sizeof compiled[0]) };

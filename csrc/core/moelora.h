@@ -30,7 +30,10 @@ typedef enum {
 /* A short English phrase for a status; never NULL. */
 const char *ml_status_message(ml_status status);
 
-typedef enum { ML_F32 = 0, ML_F64 = 1 } ml_dtype;
+/* With ML_BF16 x, y, base and the gradients of x and y are bfloat16, and so are A, B and their gradients where
+ * bf16_adapters says so, else float32. Routing weights, hidden and the gradient of the weights are float32, as is all that
+ * is computed; hidden is contiguous, and there is no weight. */
+typedef enum { ML_F32 = 0, ML_F64 = 1, ML_BF16 = 2 } ml_dtype;
 
 /* An array with one row per token, [B, S, width]: element (b, s, j) at data[b*batch + s*seq + j*col]. */
 typedef struct {
@@ -55,7 +58,8 @@ typedef struct {
 
 /* What forward and backward have in common. */
 typedef struct {
-  ml_dtype dtype; /* of every array */
+  ml_dtype dtype; /* of every array, but for ML_BF16 */
+  bool bf16_adapters;
   int64_t batch, seq, d_in, d_out;
   int64_t n_experts;
   const ml_expert *experts;  /* [n_experts] */
@@ -65,10 +69,11 @@ typedef struct {
   ml_matrix weight;          /* the frozen base [d_out, d_in]; data == NULL: the mixture alone */
   int n_threads;             /* 0: ml_get_num_threads() */
   uint64_t dropout_seed;     /* of the masks: the same in forward and backward of one call */
+  int64_t first_token;       /* what the first token counts as in the masks */
 } ml_routed_lora;
 
 /* D_e x is x as expert e sees it: with dropout, some elements are 0 and the others divided by the share that is kept.
- * Which follows from dropout_seed, e, the token's place b * S + s and the column alone (kernels/philox.h). Probabilities
+ * Which follows from dropout_seed, e, the token's place first_token + b * S + s and the column alone (kernels/philox.h). Probabilities
  * are rounded to multiples of 2^-16; those below 1 never to 1.
  *
  * y = base or x W^T + bias or 0, plus sum_e (s_e w_e * (D_e x A_e^T)) B_e^T.
@@ -80,6 +85,10 @@ typedef struct {
  */
 ml_status ml_routed_lora_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens hidden, ml_tokens base,
                                  const void *bias, int64_t bias_stride);
+
+/* Whether the base product x W^T of so many tokens (transposed: g W) has been measured to be faster here than torch's: a pure
+ * function of these, the instruction set and the maker of the CPU. */
+bool ml_base_is_faster(ml_dtype dtype, int64_t tokens, bool transposed);
 
 /* Which gradients are added to what is there; those not named are overwritten. */
 enum { ML_ACCUMULATE_X = 1, ML_ACCUMULATE_A = 2, ML_ACCUMULATE_B = 4, ML_ACCUMULATE_W = 8 };
@@ -135,8 +144,8 @@ void ml_set_num_threads(int n);
 int ml_get_num_threads(void);
 const char *ml_threading_layer(void); /* "torch's libgomp", "own pool" or "none (forked child)" */
 
-/* Run-time dispatch: "portable", "avx2", "avx512". NULL or "" in ml_set_isa: the best this CPU has. The environment
- * variable MOELORA_ISA is read once, at first use, by ml_init. */
+/* Run-time dispatch: "portable", "avx2", "avx512", "neon". NULL or "" in ml_set_isa: the best this CPU has. The
+ * environment variable MOELORA_ISA is read once, at first use, by ml_init. */
 ml_status ml_init(void); /* ML_ERR_ISA: MOELORA_ISA names none of ml_isa_available; the best one is then used */
 ml_status ml_set_isa(const char *name);
 const char *ml_get_isa(void);

@@ -18,6 +18,9 @@
 #include <dlfcn.h>
 #include <unistd.h>
 #endif
+#if defined(__linux__)
+#include <link.h>
+#endif
 
 /* ---- settings ---- */
 
@@ -98,16 +101,29 @@ static void run_loop(void *argument) {
 typedef void gomp_parallel(void (*body)(void *), void *data, unsigned n_threads, unsigned flags);
 static _Atomic(gomp_parallel *) torch_gomp;
 
+#if defined(__linux__)
+static int read_loads(struct dl_phdr_info *info, size_t size, void *loads) {
+  (void)size;
+  *(unsigned long long *)loads = info->dlpi_adds;
+  return 1; /* the first entry will do */
+}
+#endif
+
 static gomp_parallel *find_torch_gomp(void) {
   gomp_parallel *found = atomic_load(&torch_gomp);
 #if defined(__linux__)
-  if (!found) {
+  static _Atomic unsigned long long
+      looked; /* libraries loaded so far when torch was looked for, which takes its time */
+  unsigned long long loads = 0;
+  if (!found) dl_iterate_phdr(read_loads, &loads);
+  if (!found && atomic_load(&looked) != loads) {
     void *torch = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY); /* kept: torch is never unloaded */
     if (torch) {
       void *symbol = dlsym(torch, "GOMP_parallel");
       __builtin_memcpy(&found, &symbol, sizeof found); /* ISO C has no cast from void * to a function */
       if (found) atomic_store(&torch_gomp, found);
     }
+    atomic_store(&looked, loads);
   }
 #endif
   return found;
@@ -115,50 +131,57 @@ static gomp_parallel *find_torch_gomp(void) {
 
 /* ---- the own pool ---- */
 
-enum { SPINS = 2000 }; /* longer than the gap between two loops of one call */
+enum {
+  SPINS = 4000,  /* before a thread sleeps, or lets others run: longer than the gap between two loops of one call */
+  IN_STATE = 128 /* more than the workers there can be */
+};
 
 static struct {
   pthread_mutex_t in_use; /* held by the caller whose loop runs */
-  pthread_mutex_t lock;   /* guards the fields below */
+  pthread_mutex_t lock;   /* of those who go to sleep */
   pthread_cond_t wake;
   int n_workers;
-  int sleepers;
   loop *job;
-  int job_threads;
-  atomic_uint generation; /* counts jobs */
-  atomic_int running;     /* workers that have not finished the current job */
+  _Alignas(64) atomic_uint state; /* jobs so far * IN_STATE + workers that take part in the last: read as one */
+  atomic_int sleepers;
+  _Alignas(64) atomic_int running; /* workers that have not finished the job */
 } pool = {.in_use = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
+/* Waits until the state is another one than `seen`, and returns it. */
+static unsigned wait_for_job(unsigned seen) {
+  for (int s = 0; s < SPINS; s++) {
+    unsigned state = atomic_load_explicit(&pool.state, memory_order_acquire);
+    if (state != seen) return state;
+    ML_PAUSE();
+  }
+  pthread_mutex_lock(&pool.lock);
+  atomic_fetch_add(&pool.sleepers, 1); /* before the next look, as the caller counts before it looks for sleepers */
+  while (atomic_load(&pool.state) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
+  atomic_fetch_sub(&pool.sleepers, 1);
+  pthread_mutex_unlock(&pool.lock);
+  return atomic_load(&pool.state);
+}
+
 static void *pool_worker(void *argument) {
-  int index = (int)(intptr_t)argument;
-  unsigned seen = 0;
+  unsigned index = (unsigned)(intptr_t)argument, seen = 0;
   for (;;) {
-    for (int s = 0; s < SPINS && atomic_load_explicit(&pool.generation, memory_order_acquire) == seen; s++) ML_PAUSE();
-    pthread_mutex_lock(&pool.lock);
-    while (atomic_load(&pool.generation) == seen) {
-      pool.sleepers++;
-      pthread_cond_wait(&pool.wake, &pool.lock);
-      pool.sleepers--;
-    }
-    seen = atomic_load(&pool.generation);
-    loop *job = index < pool.job_threads ? pool.job : NULL;
-    pthread_mutex_unlock(&pool.lock);
-    if (job) {
-      run_loop(job);
-      atomic_fetch_sub_explicit(&pool.running, 1, memory_order_release);
-    }
+    seen = wait_for_job(seen);
+    if (index >= seen % IN_STATE) continue;
+    run_loop(pool.job); /* there is no next one before this worker is done */
+    atomic_fetch_sub_explicit(&pool.running, 1, memory_order_release);
   }
   return NULL;
 }
 
 /* Starts workers until there are n; fewer where the system has no more to give. */
 static void pool_grow(int n) {
+  if (pool.n_workers >= n) return;
   pthread_attr_t attributes;
   if (pthread_attr_init(&attributes) != 0) return;
   pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
   while (pool.n_workers < n) {
     pthread_t thread;
-    /* A new worker has seen generation 0: it waits for the lock, then finds the job that is about to be posted. */
+    /* A new worker has seen state 0. It takes part in jobs from the next one on, since none runs now. */
     if (pthread_create(&thread, &attributes, pool_worker, (void *)(intptr_t)pool.n_workers) != 0) break;
     pool.n_workers++;
   }
@@ -167,14 +190,17 @@ static void pool_grow(int n) {
 
 static bool pool_run(loop *l, int n_threads) {
   if (pthread_mutex_trylock(&pool.in_use) != 0) return false;
-  pthread_mutex_lock(&pool.lock);
   pool_grow(n_threads - 1);
+  unsigned workers = (unsigned)(n_threads - 1 < pool.n_workers ? n_threads - 1 : pool.n_workers);
+  unsigned jobs = atomic_load(&pool.state) / IN_STATE + 1;
   pool.job = l;
-  pool.job_threads = n_threads - 1 < pool.n_workers ? n_threads - 1 : pool.n_workers;
-  atomic_store(&pool.running, pool.job_threads);
-  atomic_fetch_add_explicit(&pool.generation, 1, memory_order_release);
-  if (pool.sleepers) pthread_cond_broadcast(&pool.wake);
-  pthread_mutex_unlock(&pool.lock);
+  atomic_store(&pool.running, (int)workers);
+  atomic_store(&pool.state, jobs * IN_STATE + workers);
+  if (atomic_load(&pool.sleepers)) {
+    pthread_mutex_lock(&pool.lock);
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+  }
   run_loop(l);
   for (int s = 0; atomic_load_explicit(&pool.running, memory_order_acquire) > 0; s++) {
     if (s < SPINS)

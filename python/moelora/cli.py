@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moelora.bench.arguments import add_arguments
 from moelora.report.table import as_text
 
 DEMO = """\
@@ -42,6 +43,12 @@ compatibility with PEFT, each with what was measured and what is allowed. Everyt
 """
 
 
+BENCH = """\
+Measure what a routed layer, whole models and single calls cost on this CPU, against stacked torch, loops over adapters,
+one stock LoRA and the base alone: in one process, in turns, as CSV files and plots.
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -64,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_convert(commands)
     _add_inspect(commands)
     _add_validate(commands)
+    _add_bench(commands)
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     own = len(given)
@@ -71,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         own = 3 if given[1:2] == ["-m"] else 2
     options = parser.parse_args(given[:own])
     options.rest = given[own:]
+    options.given = given
     status: int = options.act(options)
     return status
 
@@ -137,6 +146,20 @@ def _add_validate(commands: Any) -> None:
     validate.add_argument("--seed", type=int, default=0, help="of token ids and weights (default: %(default)s)")
     validate.add_argument("--no-speed", action="store_true", help="leave time and memory out")
     validate.set_defaults(act=partial(_validate, validate))
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="measure against the other ways on this CPU", description=BENCH)
+    add_arguments(bench)
+    bench.set_defaults(act=_bench)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    try:
+        from moelora.bench.run import run
+    except ModuleNotFoundError as error:
+        return _without_extra("bench", error)
+    return run(options, options.given)
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -85,7 +85,7 @@ def set_isa(name: str | None) -> None:
     Parameters
     ----------
     name : str or None
-        One of "portable", "avx2" and "avx512", as far as this CPU has it. None: the best one.
+        One of "portable", "avx2", "avx512" and "neon", as far as this CPU has it. None: the best one.
 
     Raises
     ------

@@ -29,6 +29,13 @@ def test_every_size_gives_what_the_twin_gives(make_mixture, n_tokens, d_in, dtyp
     make_mixture((n_tokens,), d_in, 130, (4,), dtype=dtype, base=True, per="call").check_backward()
 
 
+@pytest.mark.parametrize("n_tokens", [1, 7, 9, 17, 50, 131])
+@pytest.mark.parametrize("ranks", [(1,), (4,), (12,), (20,), (1, 4, 12, 20), (20, 1, 12, 4, 16)], ids=str)
+def test_ranks_that_fill_no_vector_give_what_the_twin_gives(make_mixture, n_tokens, ranks, dtype):
+    for d_in, d_out in ((65, 33), (33, 65)):
+        make_mixture((n_tokens,), d_in, d_out, ranks, dtype=dtype).check_backward()
+
+
 @pytest.mark.parametrize("base", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1, (1,)), (1, 2, 3, (5, 7)), (600, 11, 13, (300, 1)), (2, 1100, 1090, (70,))])
 def test_extreme_shapes_give_what_the_twin_gives(make_mixture, shape, base, dtype):

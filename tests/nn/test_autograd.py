@@ -73,6 +73,17 @@ def test_output_and_every_gradient_equal_the_loop(make_mixture, shape, weights, 
         assert_close(got, wanted, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [(1, 1), (2, 7), (2, 67)], ids=str)
+def test_every_instruction_set_gives_what_the_loop_gives(make_mixture, tokens, dtype, isa):
+    m = make_mixture(tokens=tokens, d_in=65, d_out=33, ranks=(20, 1, 12, 4), dtype=dtype)
+    exact = in_double(m)
+    y, expected = routed_lora(*m), exact.loop()
+    assert_close(y, expected.detach(), dtype)
+    for got, wanted in zip(gradients(y, m.leaves), gradients(expected, exact.leaves, dtype), strict=True):
+        assert_close(got, wanted, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_float32_adapters_over_another_dtype_lose_nothing_to_it(make_mixture, dtype, top_k):
     m = make_mixture(dtype=dtype, adapters=torch.float32)

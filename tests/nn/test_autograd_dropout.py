@@ -85,6 +85,12 @@ def test_every_expert_has_its_own_mask_and_probability(make_mixture, function, t
     assert (y - with_masks(m, drawn(), [0.0] * 3, top_k)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("tokens", [(1, 1), (2, 7), (2, 67)], ids=str)
+def test_every_instruction_set_draws_the_same_masks(make_mixture, tokens, isa):
+    m = make_mixture(tokens=tokens, d_in=140, d_out=33, ranks=(20, 1, 12))
+    assert_same(seeded(lambda: routed_lora(*m, dropout_p=P)), with_masks(m, drawn(), P), m.leaves)
+
+
 @pytest.mark.parametrize("given", ["weight", "base_output", "shared weights", "strided x"])
 def test_with_everything_that_can_be_given(make_mixture, function, given):
     m = make_mixture(weights=() if given == "shared weights" else None)

@@ -55,7 +55,7 @@ ML_INLINE void NAME(draw)(const NAME(generator) * g, int64_t token, uint32_t wor
 ML_INLINE void NAME(keep_slice)(const ml_mask *mask, const uint32_t *words, const int odd, const REAL *in, REAL *out,
                                 const REAL *init) {
   const REAL scale = (REAL)mask->scale;
-  ML_UNROLL for (int i = 0; i < PHILOX_LANES; i += NAME(lanes)) {
+  ML_UNROLL for (int i = 0; i < PHILOX_LANES; i += LANES) {
     NAME(integers) drawn = __builtin_convertvector(*(const NAME(words) *)(words + i), NAME(integers));
     drawn = odd ? (drawn >> 16) & 0xffff : drawn & 0xffff;
     NAME(vector) kept =

@@ -17,6 +17,12 @@ typedef struct {
   double scale; /* of the others: 2^16 over how many they are, so that the mean is exact; 0 where there are none */
 } ml_mask;
 
+/* Rows of `depth` elements with unit stride, row_stride apart: an expert's B. */
+typedef struct {
+  const void *rows;
+  int64_t row_stride, depth;
+} ml_block;
+
 enum { ML_MASK_COLUMNS = 128 }; /* drawn at a time; panel widths divide it */
 
 typedef struct {
@@ -35,13 +41,24 @@ typedef struct {
   void (*pack)(void *panel, int64_t width, int64_t depth, int64_t cols, const void *source, int64_t depth_stride,
                int64_t col_stride);
 
-  /* out[t, j] = <x[t, :], rows[j][:]> over depth     t < tokens, j < n; for few tokens, where packing does not pay */
-  void (*dots)(int64_t tokens, int64_t n, int64_t depth, const void *x, int64_t x_row, const void *const *rows,
-               void *out, int64_t out_row);
+  /* The same for a source whose columns are rows[j] + first, of unit stride. */
+  void (*pack_rows)(void *panel, int64_t width, int64_t depth, int64_t cols, const void *const *rows, int64_t first);
 
-  /* out[t, j] += <h[t, :], rows[j, :]> over depth, the rows row_stride apart: dots for a depth of a few elements */
-  void (*short_dots)(int64_t tokens, int64_t n, int64_t depth, const void *h, int64_t h_row, const void *rows,
-                     int64_t row_stride, void *out, int64_t out_row);
+  /* out[t, j] = init[t, j] + <x[t, :], rows[j][:]> over depth     t < tokens, j < n; init as in product */
+  void (*dots)(int64_t tokens, int64_t n, int64_t depth, const void *x, int64_t x_row, const void *const *rows,
+               void *out, int64_t out_row, const void *init, int64_t init_row);
+
+  /* out[t, j] = init[t, j] + sum_e <h_e[t, :], row first + j of blocks[e]>     t < tokens, j < n; init as in product
+   *
+   * The h_e stand side by side in the rows of h. Reads each block once for each token. */
+  void (*spread_rows)(int64_t tokens, int64_t first, int64_t n, int64_t n_blocks, const ml_block *blocks, const void *h,
+                      int64_t h_row, void *out, int64_t out_row, const void *init, int64_t init_row);
+
+  /* The same from h transposed, panel [sum of depths, width], width = tokens rounded up to whole vectors. Reads each
+   * block once for each vector of tokens. */
+  void (*spread_lanes)(int64_t tokens, int64_t first, int64_t n, int64_t n_blocks, const ml_block *blocks,
+                       const void *panel, int64_t width, void *out, int64_t out_row, const void *init,
+                       int64_t init_row);
 
   /* out[t, j] = sum_k x[t, k] rows[k, j], the rows row_stride apart: product for a few tokens and columns, in place */
   void (*short_sums)(int64_t tokens, int64_t n, int64_t depth, const void *x, int64_t x_row, const void *rows,
@@ -67,16 +84,29 @@ typedef struct {
                          ml_matrix grad_weights, const int64_t *indices, const void *grad_sums, void *scratch);
 } ml_routing;
 
+/* bfloat16 to float32 and back; n elements. */
 typedef struct {
+  void (*widen)(int64_t n, const uint16_t *from, float *to);
+  void (*narrow)(int64_t n, const float *from, uint16_t *to);
+  void (*narrow_sum)(int64_t n, const float *from, const uint16_t *init,
+                     uint16_t *to); /* to = init + from; may be init */
+} ml_bf16;
+
+typedef enum { ML_PORTABLE, ML_AVX2, ML_AVX512, ML_NEON, ML_ISAS } ml_isa;
+
+typedef struct {
+  ml_isa isa;
   const char *name;
   bool (*supported)(void);
   const ml_products *products[2]; /* by ml_dtype */
   const ml_routing *routing[2];
+  const ml_bf16 *bf16;
 } ml_kernels;
 
 extern const ml_kernels ml_kernels_portable;
 extern const ml_kernels ml_kernels_avx2;
 extern const ml_kernels ml_kernels_avx512;
+extern const ml_kernels ml_kernels_neon;
 
 /* The table in use; set by ml_init and ml_set_isa. */
 const ml_kernels *ml_active_kernels(void);

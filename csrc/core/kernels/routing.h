@@ -61,16 +61,14 @@ typedef struct {
 } NAME(blocks);
 
 ML_INLINE NAME(blocks) NAME(blocks_of)(const bool wide, int64_t n) {
-  return wide ? (NAME(blocks)){n, (n + NAME(lanes) - 1) / NAME(lanes), 1, 1}
-              : (NAME(blocks)){n, n, NAME(lanes), NAME(lanes)};
+  return wide ? (NAME(blocks)){n, (n + LANES - 1) / LANES, 1, 1} : (NAME(blocks)){n, n, LANES, LANES};
 }
 
 /* Which kind is faster: wide blocks where tokens would leave most lanes of a narrow one empty, and where experts fill so
  * many vectors that transposing costs more than sums over lanes do. Lanes look for the largest logits faster than a heap
  * does, which is how that is done in wide blocks. */
 ML_INLINE bool NAME(is_wide)(const ml_route_params *p, bool selects) {
-  return p->n_experts >= NAME(lanes) &&
-         (p->n_tokens * 4 <= NAME(lanes) || (!selects && p->n_experts >= 16 * NAME(lanes)));
+  return p->n_experts >= LANES && (p->n_tokens * 4 <= LANES || (!selects && p->n_experts >= 16 * LANES));
 }
 
 /* Rows of m into a block; `fill` where there is no expert, zeros where there is no token. */
@@ -79,10 +77,10 @@ ML_INLINE void NAME(load_block)(const bool wide, NAME(blocks) b, REAL *block, ml
   const REAL *rows = (const REAL *)m.data + first * m.row;
   if (!wide) {
     if (tokens < b.tokens) memset(block, 0, (size_t)b.n * VECTOR_BYTES);
-    NAME(pack)(block, NAME(lanes), b.n, tokens, rows, m.col, m.row);
+    NAME(pack)(block, LANES, b.n, tokens, rows, m.col, m.row);
     return;
   }
-  for (int64_t j = b.n; j < b.vectors * NAME(lanes); j++) block[j] = fill;
+  for (int64_t j = b.n; j < b.vectors * LANES; j++) block[j] = fill;
   if (m.col == 1)
     memcpy(block, rows, (size_t)b.n * sizeof(REAL));
   else
@@ -94,14 +92,14 @@ ML_INLINE void NAME(store_block)(const bool wide, NAME(blocks) b, REAL *rows, co
   if (wide)
     memcpy(rows, block, (size_t)b.n * sizeof(REAL));
   else
-    NAME(pack)(rows, b.n, tokens, b.n, block, 1, NAME(lanes));
+    NAME(pack)(rows, b.n, tokens, b.n, block, 1, LANES);
 }
 
 /* Of a block's tokens those that count: all bits, in wide blocks in all lanes. */
 ML_INLINE NAME(bits) NAME(counted)(const bool wide, const ml_route_params *p, int64_t first, int64_t tokens,
-                                   NAME(integer) counts[NAME(lanes)]) {
-  for (int64_t t = 0; t < NAME(lanes); t++) counts[t] = t < tokens || wide ? -1 : 0;
-  for (int64_t t = 0; p->mask && t < NAME(lanes); t++)
+                                   NAME(integer) counts[LANES]) {
+  for (int64_t t = 0; t < LANES; t++) counts[t] = t < tokens || wide ? -1 : 0;
+  for (int64_t t = 0; p->mask && t < LANES; t++)
     if (t < tokens || wide) counts[t] = p->mask[(first + (wide ? 0 : t)) * p->mask_stride] ? -1 : 0;
   return (NAME(bits))NAME(load)((const REAL *)counts);
 }
@@ -139,9 +137,9 @@ ML_INLINE NAME(vector) NAME(power)(NAME(vector) d, NAME(rate) rate) {
 /* Of wide blocks the sum, or the largest, of all lanes, in all lanes. */
 ML_INLINE NAME(vector) NAME(over_lanes)(const bool wide, const bool sum, NAME(vector) v) {
   if (!wide) return v;
-  REAL lane[NAME(lanes)];
+  REAL lane[LANES];
   NAME(store)(lane, v);
-  ML_UNROLL for (int half = NAME(lanes) / 2; half > 0; half /= 2) ML_UNROLL for (int i = 0; i < half; i++) {
+  ML_UNROLL for (int half = LANES / 2; half > 0; half /= 2) ML_UNROLL for (int i = 0; i < half; i++) {
     REAL a = lane[i], b = lane[i + half];
     lane[i] = sum ? a + b : a > b ? a : b;
   }
@@ -154,14 +152,14 @@ ML_INLINE void NAME(softmax)(const bool wide, NAME(blocks) b, REAL *x, NAME(vect
   for (int64_t start = 0; start < b.vectors; start += ML_SUM_VECTORS) {
     NAME(vector) part = {0};
     for (int64_t j = start; j < b.vectors && j < start + ML_SUM_VECTORS; j++) {
-      NAME(vector) e = NAME(power)(NAME(load)(x + j * NAME(lanes)) - largest, rate);
-      NAME(store)(x + j * NAME(lanes), e);
+      NAME(vector) e = NAME(power)(NAME(load)(x + j * LANES) - largest, rate);
+      NAME(store)(x + j * LANES, e);
       part += e;
     }
     total += part;
   }
   const NAME(vector) inverse = 1 / NAME(over_lanes)(wide, true, total);
-  for (int64_t j = 0; j < b.vectors; j++) NAME(store)(x + j * NAME(lanes), inverse * NAME(load)(x + j * NAME(lanes)));
+  for (int64_t j = 0; j < b.vectors; j++) NAME(store)(x + j * LANES, inverse * NAME(load)(x + j * LANES));
 }
 
 /* ---- top k ---- */
@@ -175,7 +173,7 @@ ML_INLINE NAME(vector) NAME(largest)(const int k, const REAL *x, int64_t vectors
     at[s] = (NAME(bits)){0};
   }
   for (int64_t j = 0; j < vectors; j++) {
-    NAME(vector) v = NAME(load)(x + j * NAME(lanes));
+    NAME(vector) v = NAME(load)(x + j * LANES);
     NAME(bits) number = (NAME(bits)){0} + (NAME(integer))j, stays = (NAME(bits))(best[k - 1] >= v);
     for (int s = k - 1; s > 0; s--) {
       NAME(bits) next_stays = (NAME(bits))(best[s - 1] >= v);
@@ -258,22 +256,15 @@ ML_INLINE void NAME(weigh)(const REAL *prob, int64_t step, int64_t n, int64_t k,
 
 /* sums [N] += the sums of blocks, which are zero again afterwards. */
 ML_INLINE void NAME(flush)(const bool wide, NAME(blocks) b, REAL *block_sums, double *sums) {
-  int64_t j = 0;
-#if VECTOR_BYTES > 16
-  for (; !wide && j + 4 <= b.n; j += 4) { /* quarters, and so on, until four are left of each of four experts */
-    NAME(quad) part[4], turned[4];
-    ML_UNROLL for (int i = 0; i < 4; i++) {
-      const REAL *lane = block_sums + (j + i) * NAME(lanes);
-      part[i] = *(const NAME(quad) *)lane;
-      ML_UNROLL for (int at = 4; at < NAME(lanes); at += 4) part[i] += *(const NAME(quad) *)(lane + at);
-    }
-    NAME(transpose_4x4)(part, turned);
-    NAME(quad) total = (turned[0] + turned[1]) + (turned[2] + turned[3]);
-    ML_UNROLL for (int i = 0; i < 4; i++) sums[j + i] += (double)total[i];
+  for (int64_t j = 0; wide && j < b.n; j++) sums[j] += (double)block_sums[j];
+  for (int64_t j = 0; !wide && j < b.n; j += 4) {
+    const int64_t n = b.n - j < 4 ? b.n - j : 4;
+    NAME(vector) part[4] = {{0}};
+    NAME(lanes_4) total;
+    for (int64_t i = 0; i < n; i++) part[i] = NAME(load)(block_sums + (j + i) * LANES);
+    NAME(reduce_4)(part, &total);
+    for (int64_t i = 0; i < n; i++) sums[j + i] += (double)total[i];
   }
-#endif
-  for (; j < b.n; j++)
-    sums[j] += (double)(wide ? block_sums[j] : NAME(reduce)(NAME(load)(block_sums + j * NAME(lanes))));
   memset(block_sums, 0, (size_t)b.vectors * VECTOR_BYTES);
 }
 
@@ -282,7 +273,7 @@ ML_INLINE void NAME(route_blocks)(const bool wide, const ml_route_params *p, int
   const int64_t n = p->n_experts, k = p->top_k;
   const NAME(blocks) b = NAME(blocks_of)(wide, n);
   const NAME(rate) rate = NAME(rate_of)(p->temperature);
-  REAL *x = scratch, *block_sums = x + b.vectors * NAME(lanes);
+  REAL *x = scratch, *block_sums = x + b.vectors * LANES;
   int64_t all = 0, unflushed = 0;
   memset(block_sums, 0, (size_t)b.vectors * VECTOR_BYTES);
 
@@ -290,13 +281,13 @@ ML_INLINE void NAME(route_blocks)(const bool wide, const ml_route_params *p, int
     int64_t tokens = end - start < b.tokens ? end - start : b.tokens;
     int64_t *kept = k > 0 ? indices + start * k : NULL;
     REAL *rows = weights + start * n;
-    NAME(integer) counted[NAME(lanes)];
+    NAME(integer) counted[LANES];
     const NAME(bits) counted_lanes = NAME(counted)(wide, p, start, tokens, counted);
     NAME(load_block)(wide, b, x, p->logits, start, tokens, -(REAL)INFINITY);
     NAME(softmax)(wide, b, x, NAME(top)(wide, b, x, k, tokens, kept), rate);
     for (int64_t j = 0; j < b.vectors; j++) {
-      NAME(vector) prob = (NAME(vector))(counted_lanes & (NAME(bits))NAME(load)(x + j * NAME(lanes)));
-      NAME(store)(block_sums + j * NAME(lanes), NAME(load)(block_sums + j * NAME(lanes)) + prob);
+      NAME(vector) prob = (NAME(vector))(counted_lanes & (NAME(bits))NAME(load)(x + j * LANES));
+      NAME(store)(block_sums + j * LANES, NAME(load)(block_sums + j * LANES) + prob);
     }
     if (k == 0) NAME(store_block)(wide, b, rows, x, tokens);
     for (int64_t t = 0; t < tokens; t++) {
@@ -355,11 +346,11 @@ ML_INLINE void NAME(route_backward_blocks)(const bool wide, const ml_route_param
   const NAME(rate) rate = NAME(rate_of)(p->temperature);
   const double most = sizeof(REAL) == 4 ? (double)FLT_MAX : DBL_MAX, inverse = 1 / p->temperature;
   const REAL factor = (REAL)(inverse < most ? inverse : most);
-  REAL *prob = scratch, *grad = prob + b.vectors * NAME(lanes);
+  REAL *prob = scratch, *grad = prob + b.vectors * LANES;
 
   for (int64_t start = first; start < end; start += b.tokens) {
     int64_t tokens = end - start < b.tokens ? end - start : b.tokens;
-    NAME(integer) counted[NAME(lanes)];
+    NAME(integer) counted[LANES];
     const NAME(bits) counted_lanes = NAME(counted)(wide, p, start, tokens, counted);
     NAME(load_block)(wide, b, prob, p->logits, start, tokens, -(REAL)INFINITY);
     NAME(softmax)(wide, b, prob, NAME(top)(wide, b, prob, 0, tokens, NULL), rate);
@@ -377,19 +368,19 @@ ML_INLINE void NAME(route_backward_blocks)(const bool wide, const ml_route_param
     for (int64_t from = 0; from < b.vectors; from += ML_SUM_VECTORS) {
       NAME(vector) part = {0};
       for (int64_t j = from; j < b.vectors && j < from + ML_SUM_VECTORS; j++) {
-        NAME(vector) g = NAME(load)(grad + j * NAME(lanes));
+        NAME(vector) g = NAME(load)(grad + j * LANES);
         if (grad_sums && !wide) {
           g += (NAME(vector))(counted_lanes & (NAME(bits))((NAME(vector)){0} + grad_sums[j]));
-          NAME(store)(grad + j * NAME(lanes), g);
+          NAME(store)(grad + j * LANES, g);
         }
-        part += g * NAME(load)(prob + j * NAME(lanes));
+        part += g * NAME(load)(prob + j * LANES);
       }
       mean += part;
     }
     mean = NAME(over_lanes)(wide, true, mean);
     for (int64_t j = 0; j < b.vectors; j++) {
-      NAME(vector) g = NAME(load)(grad + j * NAME(lanes)) - mean;
-      NAME(store)(grad + j * NAME(lanes), NAME(load)(prob + j * NAME(lanes)) * g * factor);
+      NAME(vector) g = NAME(load)(grad + j * LANES) - mean;
+      NAME(store)(grad + j * LANES, NAME(load)(prob + j * LANES) * g * factor);
     }
     NAME(store_block)(wide, b, grad_logits + start * n, grad, tokens);
   }

@@ -1,0 +1,174 @@
+/* What the parts of forward and backward share: one call with its shapes, its kernels and its workspace, and the products
+ * that everything is made of.
+ *
+ * With M_A [R, d_in] the experts' A stacked and M_B [R, d_out] their B transposed and stacked, all products are three:
+ *
+ *   project   out [T, R] = x M^T        H = x M_A^T,  P = g M_B^T
+ *   spread    out [T, d] = init + h M   Y = base + Hs M_B,  dX = Q M_A
+ *   collect   grad M = h^T x            dA = Q^T x,  dB^T = Hs^T g
+ *
+ * M is never formed: the kernels pack its panels straight from the experts' own arrays. With dropout every expert has an
+ * x of its own, D_e x, and what it adds to dX goes through D_e too; so those products run expert by expert, and the
+ * masks are drawn where they are needed, a block of tokens at a time. Work is cut into tasks by shape
+ * alone and every sum runs in an order fixed by shape, so the bits do not depend on the number of threads.
+ */
+#ifndef MOELORA_CALL_H
+#define MOELORA_CALL_H
+
+#include "compiler.h"
+#include "elementwise.h"
+#include "regimes.h"
+#include "threads.h"
+
+enum {
+  DEPTH_BLOCK = 256,   /* of a sum; each block starts from zero, which also keeps the rounding error small */
+  ROW_BLOCK = 48,      /* tokens that a group of panels is applied to at a time */
+  ROW_PADDING = 16,    /* between rows of a masked block: a power of two apart, they would share few cache sets */
+  SMALL_WORK = 1 << 18 /* multiply-adds below which starting threads costs more than it saves */
+};
+
+static inline int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+/* Rows of T tokens with unit column stride, or all zeros where data is NULL. */
+typedef struct {
+  char *data;
+  int64_t row;
+} rows;
+
+/* M [R, d]: row offsets[e] + r is row r of parts[e], an ml_matrix [rank, d]. */
+typedef struct {
+  int64_t d;
+  int64_t n_parts;
+  const int64_t *offsets; /* [n_parts + 1] */
+  const ml_matrix *parts;
+} factor;
+
+typedef struct {
+  const ml_routed_lora *p;
+  const ml_products *products;
+  const ml_regime *regime;
+  const ml_elementwise *elementwise;
+  int64_t T, R;
+  uint64_t unused;  /* bit e: expert e, which no token uses, takes part with rank 0 */
+  bool drops;       /* whether any expert has dropout */
+  int64_t size;     /* bytes of an element */
+  int64_t *offsets; /* [N + 1] */
+  ml_matrix *a;     /* [N] parts of M_A */
+  ml_matrix *b;     /* [N] parts of M_B */
+  char *factors;    /* [T, N] */
+  uint8_t *keep;    /* [T, N], with top_k */
+  char *workspace;
+  size_t used; /* of the workspace, while it is handed out */
+} call;
+
+/* Bytes of the workspace, with every overflow noticed: what lasts for the call, and the largest of the phases. */
+typedef struct {
+  size_t bytes;
+  size_t phase;
+  bool overflow;
+} budget;
+
+static inline char *at(const call *c, const void *data, int64_t elements) {
+  return (char *)(uintptr_t)data + elements * c->size;
+}
+
+/* ---- call.c ---- */
+
+void ml_reserve(budget *b, int64_t rows_, int64_t cols, int64_t size);
+
+/* Phases come one after the other and share their part of the workspace: less to touch, so fewer page faults. */
+void ml_reserve_phase(budget *b, budget phase);
+
+/* What was reserved, in the same order. */
+void *ml_take(call *c, int64_t rows_, int64_t cols, int64_t size);
+
+int ml_threads_for(const call *c, int64_t multiply_adds);
+ml_mask ml_mask_of(const ml_routed_lora *p, int64_t e);
+
+/* Whether p makes sense; then the number of tokens and the sum of the ranks. */
+ml_status ml_check(const ml_routed_lora *p, int64_t *T, int64_t *R);
+
+/* Checks p and fills in what follows from it alone; allocates nothing. `leave_out`: of a few tokens, whose time goes into
+ * reading A and B, experts that none of them uses are not read. All sums stay in order, so the bits are the same. */
+ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out);
+
+/* What every call needs of the workspace, whatever is asked. */
+void ml_reserve_common(const call *c, budget *b);
+
+/* Allocates the workspace, and nothing else. */
+ml_status ml_allocate_bytes(call *c, budget b);
+
+/* Allocates the workspace and fills in what stands in it for the whole call. */
+ml_status ml_allocate(call *c, budget b);
+
+factor ml_factor_a(const call *c);
+factor ml_factor_b(const call *c);
+
+/* Whether the tokens are rows of unit column stride; then *out says which. */
+bool ml_as_rows(const call *c, ml_tokens v, int64_t width, rows *out);
+
+void ml_copy_tokens(const call *c, ml_tokens from, ml_tokens to, int64_t width);
+ml_tokens ml_dense(const call *c, void *data, int64_t width);
+
+/* Rows of v: its own where it has them, else a dense copy in the workspace, for which the caller has reserved. */
+void ml_reserve_rows(const call *c, budget *b, ml_tokens v, int64_t width);
+rows ml_input_rows(call *c, ml_tokens v, int64_t width);
+
+/* The same for an output: filled by the caller, then finish_rows brings it home. */
+rows ml_output_rows(call *c, ml_tokens v, int64_t width);
+void ml_finish_rows(const call *c, rows r, ml_tokens v, int64_t width);
+
+/* hidden must be dense [T, R] for the element-wise functions, not just rows. */
+bool ml_is_dense_hidden(const call *c, ml_tokens v);
+
+/* Whether M's rows are dense, as those of A are; whether its columns are, within each expert, as those of B's transpose. */
+bool ml_has_dense_rows(factor m);
+bool ml_has_dense_columns(factor m);
+
+/* ---- project.c ---- */
+
+/* What happens to tokens first .. last - 1 of a projection's result, while they are in the cache. */
+typedef void epilogue(const void *context, int64_t first, int64_t last);
+
+/* R is given apart: while the budget is drawn up, a factor has no offsets yet. */
+void ml_reserve_projection(const call *c, budget *b, int64_t R, int64_t d, bool masked);
+
+/* out [T, R] = (add: +=) x M^T, x masked where mask is not NULL; then `then` on all tokens. */
+void ml_project(call *c, factor m, rows x, rows out, bool add, const ml_mask *mask, epilogue *then,
+                const void *context);
+
+/* The same for M_A, with dropout: each expert's columns from its own x. */
+void ml_project_masked(call *c, factor m, rows x, rows out, epilogue *then, const void *context);
+
+/* ---- spread.c: h [T, R] dense ---- */
+
+void ml_reserve_spreading(const call *c, budget *b, int64_t d);
+void ml_spread(call *c, factor m, const char *h, rows out, rows init);
+
+/* With dropout: out [T, d_in] = init + sum_e D_e (h_e M_e). */
+void ml_reserve_masked_spreading(const call *c, budget *b, int64_t d);
+void ml_spread_masked(call *c, factor m, const char *h, rows out, rows init);
+
+/* ---- collect.c: for the experts that want it, those whose part of grads has data; h [T, R] dense ---- */
+
+void ml_reserve_collection(const call *c, budget *b, int64_t d);
+void ml_collect(call *c, factor grads, const char *h, rows x, bool add);
+
+/* The same for the experts that dropout gives an x of their own. */
+void ml_reserve_masked_collection(const call *c, budget *b, int64_t d);
+void ml_collect_masked(call *c, factor grads, const char *h, rows x, bool add);
+
+/* ---- bf16.c: forward and backward with dtype ML_BF16, on those with ML_F32 ---- */
+
+ml_status ml_bf16_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens hidden, ml_tokens base);
+ml_status ml_bf16_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_tokens hidden, ml_tokens grad_x,
+                           ml_tokens grad_w, unsigned accumulate);
+
+/* ---- base.c: out [T, n] += left [T, k] right ---- */
+
+void ml_reserve_base(const call *c, budget *b, int64_t n, int64_t k);
+void ml_add_base(call *c, rows left, int64_t k, ml_matrix right, int64_t n, rows out);
+
+#endif

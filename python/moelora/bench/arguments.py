@@ -1,0 +1,136 @@
+"""The arguments of `moelora bench`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+MEASURE = {
+    "layers": "one layer: the mixture and the whole layer, forward and backward, and the machine's peak",
+    "topk": "few experts of many: the mixture of each token's k best experts, and routing",
+    "models": "small language models: forward, train step, memory",
+    "host": "what a call, a layer and a model cost on the host, on one thread",
+}
+
+FULL: dict[str, dict[str, Any]] = {
+    "layers": {
+        "tokens": [1, 4, 16, 64, 256, 1024, 4096],
+        "widths": [768, 2048, 4096],
+        "mixtures": [(8, 8), (4, 8), (4, 16), (8, 16)],
+        "dtype": ["float32", "bfloat16"],
+    },
+    "topk": {
+        "tokens": [2048],
+        "widths": [2048],
+        "mixtures": [(4, 8), (16, 8), (64, 8), (256, 8)],
+        "top_k": [1, 2, 8],
+        "dtype": ["float32", "bfloat16"],
+    },
+    "models": {"models": ["llama", "gpt2"], "mixtures": [(4, 16), (8, 16)], "batch": (2, 256)},
+    "host": {"experts": [4, 8]},
+}
+SMOKE: dict[str, dict[str, Any]] = {
+    "layers": {
+        "tokens": [1, 5],
+        "widths": [32],
+        "mixtures": [(2, 4), (3, 2)],
+        "dtype": ["float32", "bfloat16"],
+    },
+    "topk": {"tokens": [7], "widths": [16], "mixtures": [(3, 2), (5, 2)], "top_k": [1, 2], "dtype": ["float32"]},
+    "models": {"models": ["llama"], "mixtures": [(2, 4)], "batch": (1, 8)},
+    "host": {"experts": [2]},
+}
+ROUNDS, SMOKE_ROUNDS = 20, 2
+
+
+def add_arguments(bench: argparse.ArgumentParser) -> None:
+    """Give the parser of `moelora bench` its commands; each has its name in ``bench`` and its parser in ``parser``."""
+    commands = bench.add_subparsers(dest="bench", required=True, metavar="COMMAND")
+    for name, about in MEASURE.items():
+        command = _add(commands, name, about, f"Measure {about}. Writes {name}.csv, and the plots of what DIR holds.")
+        _add_common(command)
+        _add_grid(command, name)
+    everything = "all four, with their own grids"
+    _add_common(_add(commands, "all", everything, f"Measure {everything}. Writes a CSV file for each, and plots."))
+
+    plot = _add(
+        commands, "plot", "draw the plots of the CSV files", "Draw the plots of the CSV files. Needs matplotlib."
+    )
+    goals = _add(
+        commands,
+        "goals",
+        "compare the CSV files with the goals",
+        "Print every cell that has a goal, and whether it meets it; 2 % beyond a goal count as met. "
+        "The exit status is 1 if a cell falls short.",
+    )
+    page = _add(
+        commands,
+        "page",
+        "write the tables of a page anew",
+        "Write what stands between the marks of a Markdown page anew from the CSV files, and the plots beside it.",
+    )
+    for command in (plot, goals, page):
+        command.add_argument("folder", metavar="DIR", type=Path, help="folder with the CSV files")
+    page.add_argument("page", metavar="PAGE", type=Path, help="Markdown file with marks, such as docs/benchmarks.md")
+
+
+def _add(commands: Any, name: str, about: str, description: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=about, description=description, allow_abbrev=False
+    )
+    command.set_defaults(parser=command)
+    return command
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--out", type=Path, default=Path("moelora-bench"), metavar="DIR", help="folder to write (default: %(default)s)"
+    )
+    command.add_argument("--rounds", type=_positive, help=f"timings of each kind (default: {ROUNDS})")
+    command.add_argument("--threads", type=_positive, help="of torch and moelora (default: as many as torch has)")
+    command.add_argument("--smoke", action="store_true", help="very small, few rounds: does it run?")
+
+
+def _add_grid(command: argparse.ArgumentParser, name: str) -> None:
+    grid = command.add_argument_group("what is measured")
+    full = FULL[name]
+
+    def add(option: str, type: Any, about: str, **more: Any) -> None:
+        values = full[option.replace("-", "_")]
+        shown = " ".join("x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values)
+        grid.add_argument(f"--{option}", type=type, nargs="+", help=f"{about} (default: {shown})", **more)
+
+    if "tokens" in full:
+        add("tokens", _positive, "numbers of tokens", metavar="T")
+        add("widths", _positive, "d_in = d_out", metavar="D")
+    if "models" in full:
+        add("models", str, "which", choices=["llama", "gpt2"])
+        grid.add_argument("--batch", type=_pair, metavar="BxS", help="sequences and their tokens (default: 2x256)")
+    if "mixtures" in full:
+        about = "N experts of rank R"
+        if name == "layers":
+            about += "; the first has all peers"
+        add("mixtures", _pair, about, metavar="NxR")
+    if "top_k" in full:
+        add("top-k", _positive, "experts for each token", metavar="K")
+    if "experts" in full:
+        add("experts", _positive, "numbers of experts", metavar="N")
+    if "dtype" in full:
+        add("dtype", str, "which", choices=["float32", "bfloat16"])
+    if name == "layers":
+        grid.add_argument(
+            "--isa", nargs="+", metavar="ISA", help="instruction sets of moelora (default: the best one, and AVX2)"
+        )
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return value
+
+
+def _pair(text: str) -> tuple[int, int]:
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"must be two positive integers with x between them, got {text!r}")
+    return int(parts[0]), int(parts[1])

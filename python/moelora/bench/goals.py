@@ -1,0 +1,189 @@
+"""The goals of the CPU kernels, and which measured cells meet them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from moelora.bench.record import Row, read_csv
+from moelora.report.table import Section
+from moelora.report.table import render as as_tables
+
+SLACK = 1.02  # beyond a goal, and still met
+
+# What makes a cell of a file, besides the peer.
+CELL = {
+    "layers": ("T", "d", "N", "r", "dtype", "isa", "pass", "weights"),
+    "topk": ("what", "T", "d", "N", "r", "k", "dtype", "pass"),
+    "models": ("model", "B", "S", "N", "r", "p", "what"),
+    "host": ("what", "T", "N", "pass"),
+}
+FILES = ("peak", *CELL)
+
+Results = Mapping[str, Sequence[Row]]
+
+
+class Goal(NamedTuple):
+    """What cells of a file shall reach.
+
+    `cells` picks the rows: for each column named, a pattern of its text, or a range of numbers, "64..128" with both
+    ends or "64.." with one. R is N times r. `quantity` is
+
+        "ratio"  the row's median over that of the row that differs by `against`
+        "us"     the row's median in microseconds
+        "peak"   the row's share of the peak that was measured in the same run; at least the limit, all others at most
+        "kept"   bytes kept for the backward over those of x, H and w
+    """
+
+    title: str
+    file: str
+    cells: str
+    limit: float
+    against: str = ""
+    quantity: str = "ratio"
+
+
+_HOT = "peer=moelora weights=hot"
+_F32 = f"{_HOT} dtype=float32 isa=avx512* forced=no R=64..128"
+_AVX2 = f"{_HOT} dtype=float32 isa=avx2 R=64..128"
+_BF16 = f"{_HOT} dtype=bfloat16 isa=avx512* forced=no R=64..128"
+_WHOLE = "peer=moelora_weight weights=hot dtype=float32 isa=avx512* forced=no R=64..64 pass=forward"
+_COLD = "peer=moelora weights=cold dtype=float32 isa=avx512* forced=no R=64..128"
+_MODEL = "peer=moelora what=train?step"
+
+GOALS = (
+    Goal("f32 AVX-512 forward, T <= 16", "layers", f"{_F32} pass=forward T=..16", 0.45, "peer=stacked"),
+    Goal("f32 AVX-512 forward, T = 64", "layers", f"{_F32} pass=forward T=64", 0.65, "peer=stacked"),
+    Goal("f32 AVX-512 forward, T >= 256", "layers", f"{_F32} pass=forward T=256..", 0.50, "peer=stacked"),
+    Goal("f32 AVX-512 gradients, T >= 256", "layers", f"{_F32} pass=backward T=256..", 0.48, "peer=stacked"),
+    Goal("f32 AVX2 forward, T <= 16", "layers", f"{_AVX2} pass=forward T=..16", 0.75, "peer=stacked"),
+    Goal("f32 AVX2 forward, T >= 64", "layers", f"{_AVX2} pass=forward T=64..", 0.90, "peer=stacked"),
+    Goal("f32 AVX2 gradients, T >= 256", "layers", f"{_AVX2} pass=backward T=256..", 0.85, "peer=stacked"),
+    Goal("bf16 forward, T <= 4", "layers", f"{_BF16} pass=forward T=..4", 0.35, "peer=stacked"),
+    Goal("bf16 forward, T = 16", "layers", f"{_BF16} pass=forward T=16", 0.45, "peer=stacked"),
+    Goal("bf16 forward, T = 64", "layers", f"{_BF16} pass=forward T=64", 0.80, "peer=stacked"),
+    Goal("bf16 forward, T >= 256", "layers", f"{_BF16} pass=forward T=256..", 0.95, "peer=stacked"),
+    Goal("bf16 gradients, T >= 256", "layers", f"{_BF16} pass=backward T=256..", 1.00, "peer=stacked"),
+    Goal("f32 against medium, T <= 4", "layers", f"{_F32} pass=forward T=..4", 0.60, "peer=stacked_medium"),
+    Goal("f32 against medium, T = 16", "layers", f"{_F32} pass=forward T=16", 0.90, "peer=stacked_medium"),
+    Goal("f32 against medium, T >= 64", "layers", f"{_F32} pass=forward T=64..", 1.00, "peer=stacked_medium"),
+    Goal("any cell, forward", "layers", f"{_HOT} forced=no pass=forward", 1.00, "peer=stacked"),
+    Goal("any cell, forward + backward", "layers", f"{_HOT} forced=no pass=forward+backward", 1.00, "peer=stacked"),
+    Goal("whole layer, d >= 2048, T >= 4", "layers", f"{_WHOLE} d=2048.. T=4..", 0.55, "peer=base"),
+    Goal("whole layer, d = 768, T >= 4", "layers", f"{_WHOLE} d=768 T=4..", 0.70, "peer=base"),
+    Goal("whole layer, T = 1", "layers", f"{_WHOLE} T=1", 0.65, "peer=base"),
+    Goal("f32 AVX-512, cold weights, T = 1", "layers", _COLD, 0.45, "peer=stacked"),
+    Goal("f32 AVX-512 products, T >= 256", "layers", f"{_F32} pass=forward T=256..", 0.85, quantity="peak"),
+    Goal("bytes kept, f32", "layers", f"{_HOT} dtype=float32 pass=forward+backward", 1.00, quantity="kept"),
+    Goal("one call without grad", "host", "peer=moelora what=call pass=forward", 8, quantity="us"),
+    Goal("one call with grad, its forward", "host", "peer=moelora what=call pass=forward_grad", 20, quantity="us"),
+    Goal("top 2, N = 64", "topk", "peer=moelora what=mixture T=2048 N=64 k=2", 1.25, "N=4"),
+    Goal("route", "topk", "peer=moelora what=route", 1.00, "peer=torch"),
+    Goal("dropout p = 0.1, step", "models", f"{_MODEL} p=0.1", 1.30, "p=0.0"),
+    Goal("dropout p = 0.1, step", "models", f"{_MODEL} p=0.1", 1.00, "peer=loop"),
+    Goal("Llama, N = 4, step", "models", f"{_MODEL} model=llama N=4 p=0.0", 0.70, "peer=stacked"),
+    Goal("Llama, N = 4, step", "models", f"{_MODEL} model=llama N=4 p=0.0", 1.00, "peer=one_lora"),
+)
+
+
+class Verdict(NamedTuple):
+    """One cell, its value, and whether that meets the goal."""
+
+    cell: str
+    value: float
+    met: bool
+
+
+def load(folder: Path) -> dict[str, list[dict[str, str]]]:
+    """The rows of each file that ``moelora bench`` writes into a folder; none of those that are not there."""
+    return {name: read_csv(folder / f"{name}.csv") for name in FILES}
+
+
+def judge(results: Results, goals: Sequence[Goal] = GOALS) -> list[tuple[Goal, list[Verdict]]]:
+    """Each goal with its cells that were measured.
+
+    Parameters
+    ----------
+    results : mapping
+        Rows by the name of their file.
+    goals : sequence of Goal
+    """
+    return [(goal, list(_verdicts(goal, results.get(goal.file, ())))) for goal in goals]
+
+
+def _verdicts(goal: Goal, rows: Sequence[Row]) -> Iterator[Verdict]:
+    places = CELL[goal.file]
+    by_place = {tuple(row[name] for name in (*places, "peer")): row for row in rows}
+    for row in rows:
+        if not all(_fits(row, *condition.split("=")) for condition in goal.cells.split()):
+            continue
+        there = {name: row[name] for name in (*places, "peer")}
+        if goal.against:
+            name, value = goal.against.split("=")
+            there[name] = value
+        reference = by_place.get(tuple(there.values()))
+        if reference is None:  # not measured in this cell
+            continue
+        found = _value(goal.quantity, row, reference)
+        met = found * SLACK >= goal.limit if goal.quantity == "peak" else found <= goal.limit * SLACK
+        yield Verdict(" ".join(f"{name}={row[name]}" for name in places if row[name]), found, met)
+
+
+def _fits(row: Row, name: str, wanted: str) -> bool:
+    if ".." not in wanted:
+        return fnmatchcase(row[name], wanted)
+    least, most = wanted.split("..")
+    value = int(row["N"]) * int(row["r"]) if name == "R" else int(row[name])
+    return int(least or 0) <= value and (not most or value <= int(most))
+
+
+def _value(quantity: str, row: Row, reference: Row) -> float:
+    if quantity == "us":
+        return float(row["us_median"])
+    if quantity == "peak":
+        return float(row["gflops"]) / float(row["peak_gflops"])
+    if quantity == "kept":
+        T, d, n, r = (int(row[name]) for name in ("T", "d", "N", "r"))
+        return int(row["kept_bytes"]) / (T * (d + n * r + n) * {"float32": 4, "bfloat16": 2}[row["dtype"]])
+    median = "us_median" if "us_median" in row else "ms_median"
+    return float(row[median]) / float(reference[median])
+
+
+def limit_text(goal: Goal) -> str:
+    """The limit, as in "<= 0.45 of stacked"."""
+    if goal.quantity == "us":
+        return f"<= {goal.limit:g} us"
+    if goal.quantity == "peak":
+        return f">= {goal.limit:.2f} of the peak"
+    return f"<= {goal.limit:.2f} of {goal.against.removeprefix('peer=') or 'x, H and w'}"
+
+
+def summary_rows(judged: Sequence[tuple[Goal, Sequence[Verdict]]]) -> list[list[str]]:
+    """For each goal: title, limit, cells that meet it, smallest, middle and largest value."""
+    rows = []
+    for goal, verdicts in judged:
+        values = sorted(verdict.value for verdict in verdicts)
+        met = f"{sum(verdict.met for verdict in verdicts)} of {len(verdicts)}" if values else "not measured"
+        spread = [f"{value:.3g}" for value in (values[0], values[len(values) // 2], values[-1])] if values else [""] * 3
+        rows.append([goal.title, limit_text(goal), met, *spread])
+    return rows
+
+
+SUMMARY_HEADS = ["goal", "limit", "cells that meet it", "least", "middle", "largest"]
+
+
+def as_text(judged: Sequence[tuple[Goal, Sequence[Verdict]]]) -> str:
+    """Every cell of every goal, and the summary, for a terminal."""
+    tables = [
+        Section(
+            f"{goal.title}: {limit_text(goal)}",
+            ["cell", "value", "goal", ""],
+            [
+                [verdict.cell, f"{verdict.value:.3f}", f"{goal.limit:g}", "met" if verdict.met else "short"]
+                for verdict in verdicts
+            ],
+        )
+        for goal, verdicts in judged
+        if verdicts
+    ]
+    return as_tables([*tables, Section("Goals", SUMMARY_HEADS, summary_rows(judged))])

@@ -1,0 +1,228 @@
+"""Whole small language models: moelora against stacked torch, one stock LoRA, loops over adapters and N passes.
+
+A Llama and a GPT-2 of random parameters (`small.py`), all linear layers adapted with rank r, float32, batches of B x S
+tokens, the same given weights [B, S, N] wherever nothing else is said:
+
+    base               the model without adapters; its step has gradients of activations alone, and nothing to update
+    one_lora           stock PEFT, one adapter of rank r
+    stacked            each LoRA layer in torch operations: A and B concatenated beforehand, one pass
+    stacked_compiled   the same through `torch.compile`, for the first model and mixture, where there is a C++ compiler
+    loop               one pass, a Python loop over the adapters in each layer, as a fork of PEFT has it
+    two_pass           a first pass for a router with a gate in each layer, then that loop
+    n_passes           the whole model once for each expert, logits mixed
+    moelora            one pass
+    moelora_router     one pass with the default router, one gate in each layer
+
+A forward is without gradients, in evaluation mode; a train step is forward, loss, backward and AdamW. For the first
+mixture there are steps with LoRA dropout p, too, where stock PEFT's layers, their loop and moelora can do the same.
+Peak memory is that of the process beyond what it held before.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import peft
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import moelora
+from moelora.bench.record import columns
+from moelora.bench.small import build
+from moelora.bench.work import CAN_COMPILE
+from moelora.demo.baselines import add_experts, n_passes, two_passes
+from moelora.report.timing import interleave, peak_bytes, quartiles
+from moelora.validate.reference import AdapterLoop, twin
+
+SELDOM = {"n_passes": 4, "two_pass": 4}  # far slower than the rest
+DROPOUT = 0.1
+
+
+class Peer:
+    """A model, how it turns a batch into a loss or logits, and an optimizer for what is trained."""
+
+    def __init__(
+        self, model: nn.Module, compute: Callable[[Tensor | None], Tensor], more: nn.Module | None = None
+    ) -> None:
+        trained = [p for m in (model, more) if m is not None for p in m.parameters() if p.requires_grad]
+        self.model, self.compute = model, compute
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
+
+    def forward(self) -> None:
+        """Logits, without gradients."""
+        with torch.no_grad():
+            self.compute(None)
+
+    def step(self, labels: Tensor) -> None:
+        """One of training."""
+        self.compute(labels).backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+class StackedLinear(nn.Module):
+    """A LoRA layer's adapters in torch operations, A [R, d_in] and B^T [R, d_out] of all of them stacked.
+
+    Attributes
+    ----------
+    weights : Tensor [B * S, R]
+        Each expert's weight times its scaling, once for each of its ranks.
+    """
+
+    weights: Tensor
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        names = layer.active_adapters
+        self.base_layer = layer.base_layer
+        self.A = nn.Parameter(torch.cat([layer.lora_A[name].weight.detach() for name in names]))
+        self.B_t = nn.Parameter(torch.cat([layer.lora_B[name].weight.detach().t() for name in names]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] to [..., d_out]."""
+        base: Tensor = self.base_layer(x)
+        hidden = F.linear(x.flatten(0, -2), self.A) * self.weights
+        return torch.addmm(base.flatten(0, -2), hidden, self.B_t).view(base.shape)
+
+
+def stack(model: peft.PeftModel, weights: Tensor) -> nn.Module:
+    """Put `StackedLinear` in place of each LoRA layer of a stock model; the transformers model inside, changed.
+
+    Parameters
+    ----------
+    model : PeftModel
+        Its active adapters have equal ranks and scalings.
+    weights : Tensor [B, S, N]
+    """
+    top: nn.Module = model.get_base_model()
+    for name, layer in list(top.named_modules()):
+        if isinstance(layer, LoraLayer):
+            looked_at: Any = layer
+            first = looked_at.active_adapters[0]
+            new = StackedLinear(layer)
+            spread = weights.flatten(0, 1) * looked_at.scaling[first]
+            new.weights = spread.repeat_interleave(looked_at.r[first], 1)
+            top.set_submodule(name, new)
+    return top
+
+
+def peers(
+    base: PreTrainedModel, n: int, r: int, ids: Tensor, weights: Tensor, *, p: float = 0.0, compiled: bool = False
+) -> dict[str, Peer]:
+    """Ways to run `base` with N experts; with dropout those alone that do it as PEFT does."""
+    names = [f"expert_{i}" for i in range(n)]
+    plain: dict[str, Any] = {
+        "r": r,
+        "lora_alpha": 2 * r,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+        "lora_dropout": p,
+    }
+
+    def result(model: Any, labels: Tensor | None, **given: Any) -> Tensor:
+        outputs = model(input_ids=ids, labels=labels, use_cache=False, **given)
+        found: Tensor = outputs.logits if labels is None else outputs.loss
+        return found
+
+    def stock(experts: int) -> peft.PeftModel:
+        model = peft.get_peft_model(twin(base), peft.LoraConfig(**plain), adapter_name=names[0])
+        add_experts(model, names[:experts])
+        return model
+
+    def routed() -> Any:
+        config = moelora.MoELoraConfig(**plain, num_experts=n, top_k_experts=n, router_aux_loss_coef=0.0)
+        return moelora.get_peft_model(twin(base), config)
+
+    def looped(weights: Tensor | None) -> Peer:
+        model = stock(n)
+        loop = AdapterLoop(model)
+        loop.weights = weights
+        if weights is not None:
+            return Peer(model, partial(result, model))
+        router = routed().base_model.router
+        return Peer(model, lambda labels: two_passes(loop, model, router, ids, labels), router)
+
+    one, given = stock(1), routed()
+    given.base_model.detach_router()
+    found = {
+        "moelora": Peer(given, partial(result, given, routing_weights=weights)),
+        "one_lora": Peer(one, partial(result, one)),
+        "loop": looped(weights),
+    }
+    if p:
+        return found
+
+    frozen, stacked, old, with_router = twin(base).requires_grad_(False), stack(stock(n), weights), stock(n), routed()
+    frozen.enable_input_require_grads()  # type: ignore[no-untyped-call]
+    found |= {
+        "moelora_router": Peer(with_router, partial(result, with_router)),
+        "stacked": Peer(stacked, partial(result, stacked)),
+        "base": Peer(frozen, partial(result, frozen)),
+        "two_pass": looped(None),
+        "n_passes": Peer(old, lambda labels: n_passes(old, weights, ids, labels)),
+    }
+    if compiled and CAN_COMPILE:
+        model = stack(stock(n), weights)
+        found["stacked_compiled"] = Peer(model, partial(result, torch.compile(model)))
+    return found
+
+
+class Grid(NamedTuple):
+    """Which cells: the product of models and mixtures, on one batch [B, S]."""
+
+    models: Sequence[str]
+    mixtures: Sequence[tuple[int, int]]
+    batch: tuple[int, int]
+    smoke: bool
+
+
+def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
+    """Rows of ``models.csv``."""
+    for model, (n, r) in itertools.product(grid.models, grid.mixtures):
+        base = build(model, smoke=grid.smoke)
+        torch.manual_seed(0)
+        ids = torch.randint(base.config.vocab_size, grid.batch)
+        weights = torch.rand(*grid.batch, n).softmax(-1)
+        compiled = (model, n, r) == (grid.models[0], *grid.mixtures[0])
+        without = {(name, 0.0): peer for name, peer in peers(base, n, r, ids, weights, compiled=compiled).items()}
+        dropped = {}
+        if (n, r) == grid.mixtures[0]:
+            dropped = {(name, DROPOUT): peer for name, peer in peers(base, n, r, ids, weights, p=DROPOUT).items()}
+        about = {"model": model, "B": grid.batch[0], "S": grid.batch[1], "N": n, "r": r}
+        yield from _rows(without, "forward", ids, rounds, about)
+        yield from _rows(without | dropped, "train step", ids, rounds, about)
+
+
+def _rows(
+    of: Mapping[tuple[str, float], Peer], what: str, ids: Tensor, rounds: int, about: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    calls: dict[str, Callable[[], None]] = {}
+    for (name, p), peer in of.items():
+        peer.model.train(what == "train step")
+        calls[f"{name} {p}"] = peer.forward if what == "forward" else partial(peer.step, ids)
+    every = {call: SELDOM[name] for call, (name, _) in zip(calls, of, strict=True) if name in SELDOM}
+    seconds = interleave(calls, rounds, every=every)
+    ours = quartiles(seconds["moelora 0.0"])[1]
+    for (call, values), (name, p) in zip(seconds.items(), of, strict=True):
+        yield {
+            **about,
+            "p": p,
+            "what": what,
+            "peer": name,
+            **columns(values, "ms"),
+            "over_moelora": f"{quartiles(values)[1] / ours:.3f}",
+            "peak_mib": _peak_mib(calls[call]),
+            "rounds": len(values),
+        }
+
+
+def _peak_mib(call: Callable[[], None]) -> str:
+    try:
+        return f"{peak_bytes(call) / 2**20:.1f}"
+    except OSError:  # no /proc
+        return ""

@@ -1,0 +1,253 @@
+"""The tables of docs/benchmarks.md, from the CSV files."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from moelora.bench.goals import SUMMARY_HEADS, Results, judge, limit_text, summary_rows
+from moelora.bench.record import Row
+
+MARKED = re.compile(r"(<!-- bench: ([a-z-]+) -->\n).*?(<!-- bench: end -->)", re.DOTALL)
+
+
+def render(page: str, results: Results, stem: str) -> str:
+    """A page with what stands between its marks made anew.
+
+    A block begins with ``<!-- bench: NAME -->``, where NAME is one of `BLOCKS`, and ends with ``<!-- bench: end -->``.
+
+    Parameters
+    ----------
+    page : str
+        Its text.
+    results : mapping
+        Rows by the name of their file.
+    stem : str
+        The folder of the pictures, as the page names it.
+
+    Returns
+    -------
+    str
+        The new text.
+
+    Raises
+    ------
+    ValueError
+        The page has no marks, or a mark has an unknown name.
+    """
+    marks = [name for _, name, _ in MARKED.findall(page)]
+    if not marks:
+        raise ValueError("has no block between <!-- bench: NAME --> and <!-- bench: end -->")
+    if unknown := [name for name in marks if name not in BLOCKS]:
+        raise ValueError(f"{unknown[0]!r} is none of the blocks {', '.join(BLOCKS)}")
+
+    def block(match: re.Match[str]) -> str:
+        file, make = BLOCKS[match[2]]
+        text = make(results, stem) if results[file] else ""
+        return f"{match[1]}\n{text or f'Not measured yet: `moelora bench {file}`.'}\n\n{match[3]}"
+
+    return MARKED.sub(block, page)
+
+
+def _machine(results: Results, stem: str) -> str:
+    row = results["layers"][0]
+    versions = ", ".join(
+        f"{name} {row[name]}" for name in ("torch", "peft", "transformers", "numpy", "python", "moelora")
+    )
+    commands = dict.fromkeys(row["command"] for rows in results.values() for row in rows)
+    return f"{row['cpu']}, {row['threads']} threads, {row['openblas']}; {versions}.\n\n" + "\n".join(
+        ["```sh", *commands, "```"]
+    )
+
+
+def _peak(results: Results, stem: str) -> str:
+    return _table(
+        ["", "dtype", "fastest", "quartiles"],
+        (
+            [row["what"], row["dtype"], f"{row['best']} {row['unit']}", f"{row['q1']} {row['median']} {row['q3']}"]
+            for row in results["peak"]
+        ),
+    )
+
+
+def _mixture(results: Results, stem: str) -> str:
+    """Ratios to stacked torch over all widths and mixtures, for each number of tokens."""
+    tables = []
+    for dtype, isa in dict.fromkeys((row["dtype"], row["isa"]) for row in results["layers"]):
+        here = [
+            row for row in results["layers"] if (row["dtype"], row["isa"]) == (dtype, isa) and row["weights"] == "hot"
+        ]
+        columns = [(which, peer) for peer in ("stacked", "stacked_medium") for which in _values(here, "pass")]
+        columns = [(which, peer) for which, peer in columns if any(row["peer"] == peer for row in here)]
+        lines = [
+            [
+                T,
+                *(
+                    _spread(_over(row) for row in here if (row["T"], row["pass"], row["peer"]) == (T, which, peer))
+                    for which, peer in columns
+                ),
+            ]
+            for T in _values(here, "T")
+        ]
+        heads = ["T", *(f"{which}, of {peer}" for which, peer in columns)]
+        tables.append(f"{dtype}, {isa}:\n\n{_table(heads, lines)}")
+    return "\n\n".join(tables)
+
+
+def _cold(results: Results, stem: str) -> str:
+    cold = [row for row in results["layers"] if row["weights"] == "cold" and row["forced"] == "no"]
+    rows = [row for row in cold if row["peer"] == "stacked"]
+    lines = [
+        [dtype, d, _spread(_over(row) for row in rows if (row["dtype"], row["d"]) == (dtype, d))]
+        for dtype, d in dict.fromkeys((row["dtype"], row["d"]) for row in rows)
+    ]
+    return _table(["dtype", "d", "of stacked"], lines)
+
+
+def _peers(results: Results, stem: str) -> str:
+    """All peers on the widest layer, in microseconds."""
+    tables = []
+    compared = [row for row in results["layers"] if row["forced"] == "no" and row["weights"] == "hot"]
+    if not compared:
+        return ""
+    mixture = next((row["N"], row["r"]) for row in compared if row["peer"] == "loop")
+    d = max(_values(compared, "d"), key=int)
+    compared = [row for row in compared if (row["N"], row["r"]) == mixture and row["d"] == d]
+    for dtype in _values(compared, "dtype"):
+        for which in _values(compared, "pass"):
+            here = [row for row in compared if (row["dtype"], row["pass"]) == (dtype, which)]
+            of = {(row["T"], row["peer"]): row["us_median"] for row in here}
+            peers = _values(here, "peer")
+            lines = [[T, *(_short(of[T, peer]) for peer in peers)] for T in _values(here, "T")]
+            about = f"{dtype}, {which}, d = {d}, {mixture[0]} experts of rank {mixture[1]}:"
+            tables.append(f"{about}\n\n{_table(['T', *peers], lines)}")
+    return "\n\n".join(tables)
+
+
+def _kept(results: Results, stem: str) -> str:
+    """At the largest cell of the first mixture."""
+    rows = [row for row in results["layers"] if row["kept_bytes"] and row["forced"] == "no"]
+    if not rows:
+        return ""
+    first = rows[0]
+    T, d = _largest(rows, "T"), _largest(rows, "d")
+    place = (T, d, first["N"], first["r"], first["dtype"])
+    here = [row for row in rows if tuple(row[name] for name in ("T", "d", "N", "r", "dtype")) == place]
+    lines = [[row["peer"], f"{int(row['kept_bytes']) / 2**20:.2f} MiB"] for row in here]
+    about = f"T = {T}, d = {d}, {first['N']} experts of rank {first['r']}, {first['dtype']}:"
+    return f"{about}\n\n{_table(['', 'kept for the backward, parameters aside'], lines)}"
+
+
+def _topk(results: Results, stem: str) -> str:
+    return _median_table(results["topk"], {"what": "mixture"}, ["dtype", "T", "d", "N", "r", "k", "pass"])
+
+
+def _route(results: Results, stem: str) -> str:
+    return _median_table(results["topk"], {"what": "route"}, ["T", "N", "k", "pass"])
+
+
+def _models(results: Results, stem: str) -> str:
+    tables = []
+    for model, n in dict.fromkeys((row["model"], row["N"]) for row in results["models"]):
+        here = [row for row in results["models"] if (row["model"], row["N"]) == (model, n)]
+        of = {(row["peer"], row["p"], row["what"]): row for row in here}
+        step = float(of["moelora", "0.0", "train step"]["ms_median"])
+        lines = []
+        for peer, p in dict.fromkeys((row["peer"], row["p"]) for row in here):
+            train, forward = of[peer, p, "train step"], of.get((peer, p, "forward"))
+            lines.append(
+                [
+                    peer if p == "0.0" else f"{peer}, dropout {p}",
+                    f"{float(forward['ms_median']):.0f} ms" if forward else "",
+                    f"{float(train['ms_median']):.0f} ms",
+                    f"{float(train['ms_q1']):.0f} to {float(train['ms_q3']):.0f}",
+                    f"{float(train['ms_median']) / step:.2f}",
+                    f"{train['peak_mib']} MiB" if train["peak_mib"] else "",
+                ]
+            )
+        heads = ["", "forward", "train step", "quartiles", "over moelora", "peak memory of the step"]
+        first = here[0]
+        tables.append(
+            f"{model}, {n} experts of rank {first['r']}, {first['B']} x {first['S']} tokens:\n\n{_table(heads, lines)}"
+        )
+    return "\n\n".join(tables)
+
+
+def _host(results: Results, stem: str) -> str:
+    return "\n\n".join(
+        _median_table(results["host"], {"what": what}, ["what", "T", "N", "pass"])
+        for what in _values(results["host"], "what")
+    )
+
+
+def _goals(results: Results, stem: str) -> str:
+    return _table(SUMMARY_HEADS, summary_rows(judge(results)))
+
+
+def _short_cells(results: Results, stem: str) -> str:
+    lines = [
+        [goal.title, limit_text(goal), verdict.cell, f"{verdict.value:.3g}"]
+        for goal, verdicts in judge(results)
+        for verdict in verdicts
+        if not verdict.met
+    ]
+    return _table(["goal", "limit", "cell", "value"], lines) if lines else "None."
+
+
+def _plots(results: Results, stem: str) -> str:
+    from moelora.bench.plots import names
+
+    return "\n\n".join(f"![{name}]({stem}/{name}.png)" for name in names(results))
+
+
+BLOCKS: dict[str, tuple[str, Callable[[Results, str], str]]] = {
+    "machine": ("layers", _machine),
+    "peak": ("layers", _peak),
+    "mixture": ("layers", _mixture),
+    "cold": ("layers", _cold),
+    "peers": ("layers", _peers),
+    "kept": ("layers", _kept),
+    "plots": ("layers", _plots),
+    "topk": ("topk", _topk),
+    "route": ("topk", _route),
+    "models": ("models", _models),
+    "host": ("host", _host),
+    "goals": ("layers", _goals),
+    "short": ("layers", _short_cells),
+}
+"""By name: the file that a block shows, which is also the command that measures it, and what makes its text."""
+
+
+def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if len(rows) > 2 else ""
+
+
+def _median_table(rows: Sequence[Row], where: dict[str, str], places: Sequence[str]) -> str:
+    """Medians of all peers, in microseconds, with a line for each cell."""
+    here = [row for row in rows if all(row[name] == value for name, value in where.items())]
+    peers = _values(here, "peer")
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in here:
+        cells.setdefault(tuple(row[name] for name in places), {})[row["peer"]] = _short(row["us_median"])
+    return _table([*places, *peers], ([*cell, *(of[peer] for peer in peers)] for cell, of in cells.items()))
+
+
+def _over(row: Row) -> float:
+    """moelora's median over that of this row's peer."""
+    return 1 / float(row["over_moelora"])
+
+
+def _spread(values: Iterable[float]) -> str:
+    found = sorted(values)
+    return " ".join(f"{value:.2f}" for value in (found[0], found[len(found) // 2], found[-1])) if found else ""
+
+
+def _short(microseconds: str) -> str:
+    return f"{float(microseconds):.3g}" if float(microseconds) < 100 else f"{float(microseconds):.0f}"
+
+
+def _largest(rows: Sequence[Row], name: str) -> str:
+    return max(_values(rows, name), key=int)
+
+
+def _values(rows: Iterable[Row], name: str) -> list[str]:
+    return list(dict.fromkeys(row[name] for row in rows))

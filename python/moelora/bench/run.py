@@ -1,0 +1,144 @@
+"""The course of `moelora bench`."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moelora
+import moelora.functional
+from moelora.bench import host, layers, models, peak, topk
+from moelora.bench.arguments import FULL, MEASURE, ROUNDS, SMOKE, SMOKE_ROUNDS
+from moelora.bench.goals import as_text, judge, load
+from moelora.bench.page import render
+from moelora.bench.record import write_csv
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Run one of the commands.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        What the parser of `add_arguments` returns.
+    given : sequence of str
+        The command line that it parsed, which the rows name as what made them.
+
+    Returns
+    -------
+    int
+        Exit status.
+    """
+    if options.bench in (*MEASURE, "all"):
+        return _measure(options, given)
+    parser: argparse.ArgumentParser = options.parser
+    if not options.folder.is_dir():
+        parser.error(f"argument DIR: {options.folder} is not a folder")
+    results = load(options.folder)
+    if options.bench == "page":
+        return _page(parser, options)
+    if not any(results.values()):
+        parser.error(f"argument DIR: {options.folder} has none of {', '.join(f'{name}.csv' for name in results)}")
+    if options.bench == "plot":
+        return _draw(options.folder, options.folder)
+    judged = judge(results)
+    print(as_text(judged))
+    return 0 if all(verdict.met for _, verdicts in judged for verdict in verdicts) else 1
+
+
+def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
+    parser: argparse.ArgumentParser = options.parser
+    if not moelora.functional.HAS_EXT:
+        print("moelora bench: the C extension is not loaded, so there is nothing to measure", file=sys.stderr)
+        return 1
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"argument --out: {options.out} is not a folder")
+    suites = list(MEASURE) if options.bench == "all" else [options.bench]
+    # Where the files go is no part of what they hold.
+    kept = [word for last, word in pairwise(["", *given]) if "--out" not in (last, word.partition("=")[0])]
+    command = shlex.join(["moelora", *kept])
+    grids = {name: _grid(options, name) for name in suites}
+    rounds = options.rounds or (SMOKE_ROUNDS if options.smoke else ROUNDS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads or threads)
+    try:
+        for name in suites:
+            for file, rows in _rows(name, grids[name], rounds, options.smoke):
+                write_csv(options.out / f"{file}.csv", rows, command)
+    finally:
+        torch.set_num_threads(threads)
+    return _draw(options.out, options.out)
+
+
+def _grid(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What was asked for, the rest from the defaults."""
+    defaults = (SMOKE if options.smoke else FULL)[name]
+    grid = {key: getattr(options, key, None) or value for key, value in defaults.items()}
+    parser: argparse.ArgumentParser = options.parser
+    if name == "layers":
+        available = moelora.show_config(mode="dicts")["instruction set"]["available"]
+        best = moelora.get_isa()
+        grid["isa"] = getattr(options, "isa", None) or list(
+            dict.fromkeys([best, "avx2" if "avx2" in available else best])
+        )
+        for isa in grid["isa"]:
+            if isa not in available:
+                parser.error(f"argument --isa: this CPU has {', '.join(available)}, got {isa!r}")
+    if name == "topk" and not any(k < n for k in grid["top_k"] for n, _ in grid["mixtures"]):
+        parser.error(f"argument --top-k: {min(grid['top_k'])} is not less than the experts of any of the mixtures")
+    if "dtype" in grid:
+        grid["dtype"] = [getattr(torch, dtype) for dtype in grid["dtype"]]
+    return grid
+
+
+def _rows(name: str, grid: dict[str, Any], rounds: int, smoke: bool) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
+    """Files of a suite, and their rows as they are measured."""
+    if name == "layers":
+        peaks: list[dict[str, Any]] = []
+
+        def kept() -> Iterator[dict[str, Any]]:
+            for row in peak.measure(grid["dtype"], rounds, smoke=smoke):
+                peaks.append(row)
+                yield row
+
+        yield "peak", kept()
+        cells = layers.Grid(grid["tokens"], grid["widths"], grid["mixtures"], grid["dtype"], grid["isa"])
+        yield name, layers.measure(cells, rounds, peaks)
+    elif name == "topk":
+        few = topk.Grid(grid["tokens"], grid["widths"], grid["mixtures"], grid["top_k"], grid["dtype"])
+        yield name, topk.measure(few, rounds)
+    elif name == "models":
+        yield name, models.measure(models.Grid(grid["models"], grid["mixtures"], grid["batch"], smoke), rounds)
+    else:
+        yield name, host.measure(grid["experts"], rounds)
+
+
+def _draw(folder: Path, target: Path) -> int:
+    try:
+        from moelora.bench.plots import draw
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("moelora"):
+            raise
+        print(f'No plots, {error.name} is not installed: pip install "moelora[plots]"')
+        return 0
+    pictures = draw(load(folder), target)
+    print(f"Wrote {', '.join(path.name for path in pictures) or 'no plots'} to {target}")
+    return 0
+
+
+def _page(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    if not options.page.is_file():
+        parser.error(f"argument PAGE: {options.page} is not a file")
+    results = load(options.folder)
+    try:
+        text = render(options.page.read_text(encoding="utf-8"), results, options.page.stem)
+    except ValueError as error:
+        parser.error(f"argument PAGE: {options.page}: {error}")
+    options.page.write_text(text, encoding="utf-8")
+    print(f"Wrote {options.page}")
+    return _draw(options.folder, options.page.with_suffix("")) if any(results.values()) else 0

@@ -1,0 +1,119 @@
+"""Few experts of many for each token: moelora with ``top_k=`` against a loop over experts and stacked torch.
+
+`mixture` rows add the mixture to a base output that is there, by the k largest weights of each token:
+
+    moelora      `routed_lora(..., top_k=)`
+    topk_loop    torch: for each expert, gather its tokens, two products, scale, add at their places
+    stacked      torch, A and B concatenated beforehand, all experts for all tokens, weights zero outside the top k
+
+`route` rows turn logits [T, N] into such weights:
+
+    moelora      `route(..., top_k=)`, which counts tokens and sums probabilities besides
+    torch        softmax, topk, renormalise, scatter
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moelora.bench.layers import SCALING, Cell, stacked
+from moelora.bench.peak import name_of
+from moelora.bench.record import columns
+from moelora.bench.work import Peer, timed
+from moelora.nn import route, routed_lora
+from moelora.report.timing import quartiles
+
+PASSES = ("forward", "forward+backward")
+
+
+class Grid(NamedTuple):
+    """Which cells: the product of these, as far as k < N."""
+
+    tokens: Sequence[int]
+    widths: Sequence[int]
+    mixtures: Sequence[tuple[int, int]]
+    top_k: Sequence[int]
+    dtypes: Sequence[torch.dtype]
+
+
+def mixture_peers(cell: Cell, k: int) -> dict[str, Peer]:
+    """Ways to add the mixture of each token's k best experts, on the same numbers."""
+    T, d, n, r, dtype = cell
+    torch.manual_seed(0)
+
+    def leaf(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape) * scale).to(dtype).requires_grad_()
+
+    x, base = leaf(T, d), torch.randn(T, d).to(dtype)
+    # Distinct numbers: half precision would have ties, which each way breaks as it likes.
+    w = (torch.rand(T, n).argsort(-1) + 1).div(n).to(dtype).requires_grad_()
+    A, B = [leaf(r, d, scale=0.02) for _ in range(n)], [leaf(d, r, scale=0.02) for _ in range(n)]
+    stacked_A = torch.cat(A).detach().requires_grad_()
+    stacked_B_t = torch.cat(B, 1).t().detach().contiguous().requires_grad_()
+
+    def loop() -> Tensor:
+        values, indices = w.topk(k, -1)
+        y = base.clone()
+        for e in range(n):
+            tokens, places = torch.where(indices == e)
+            added = F.linear(F.linear(x[tokens], A[e]), B[e]) * (SCALING * values[tokens, places, None])
+            y.index_add_(0, tokens, added)
+        return y
+
+    def dense() -> Tensor:
+        values, indices = w.topk(k, -1)
+        kept = torch.zeros_like(w).scatter(-1, indices, values)
+        return stacked(x, stacked_A, stacked_B_t, kept, base, r)
+
+    return {
+        "moelora": Peer(lambda: routed_lora(x, A, B, w, SCALING, base_output=base, top_k=k), [x, w], [*A, *B]),
+        "topk_loop": Peer(loop, [x, w], [*A, *B]),
+        "stacked": Peer(dense, [x, w], [stacked_A, stacked_B_t]),
+    }
+
+
+def route_peers(T: int, n: int, k: int) -> dict[str, Peer]:
+    """Ways to make weights of logits, on the same numbers, float32."""
+    torch.manual_seed(0)
+    logits = torch.randn(T, n, requires_grad=True)
+
+    def by_torch() -> Tensor:
+        values, indices = logits.softmax(-1).topk(k, -1)
+        values = values / values.sum(-1, keepdim=True)
+        return torch.zeros_like(logits).scatter(-1, indices, values)
+
+    return {
+        "moelora": Peer(lambda: route(logits, top_k=k).weights, [logits], []),
+        "torch": Peer(by_torch, [logits], []),
+    }
+
+
+def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
+    """Rows of ``topk.csv``."""
+    for dtype, d, T, (n, r), k in itertools.product(grid.dtypes, grid.widths, grid.tokens, grid.mixtures, grid.top_k):
+        if k < n:
+            about = {"what": "mixture", "T": T, "d": d, "N": n, "r": r, "k": k, "dtype": name_of(dtype)}
+            yield from _rows(mixture_peers(Cell(T, d, n, r, dtype), k), rounds, about)
+    for T, n, k in itertools.product(grid.tokens, dict.fromkeys(n for n, _ in grid.mixtures), grid.top_k):
+        if k < n:
+            about = {"what": "route", "T": T, "d": "", "N": n, "r": "", "k": k, "dtype": "float32"}
+            yield from _rows(route_peers(T, n, k), rounds, about)
+
+
+def _rows(of: dict[str, Peer], rounds: int, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for which in PASSES:
+        seconds = timed(of, which, rounds)
+        ours = quartiles(seconds["moelora"])[1]
+        for name, values in seconds.items():
+            yield {
+                **about,
+                "pass": which,
+                "peer": name,
+                **columns(values, "us"),
+                "over_moelora": f"{quartiles(values)[1] / ours:.3f}",
+                "rounds": len(values),
+            }
