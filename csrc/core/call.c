@@ -3,6 +3,8 @@
 
 #include <stdlib.h>
 
+#include "grouped.h"
+
 enum {
   ALIGNMENT = 64,
   LEFT_OUT_TOKENS = 9 /* below, time goes into reading A and B */
@@ -78,10 +80,11 @@ ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out) {
   c->regime = ml_regime_of(kernels->isa, p->dtype);
   c->elementwise = &ml_elementwise_table[p->dtype];
   c->size = (int64_t)c->elementwise->size;
-  if (leave_out && c->T > 0 && c->T < LEFT_OUT_TOKENS) c->unused = unused_experts(c);
-  for (int64_t e = 0; e < p->n_experts; e++) {
-    c->drops |= ml_mask_of(p, e).threshold > 0;
-    c->R -= p->experts[e].rank - rank_of(c, e);
+  for (int64_t e = 0; e < p->n_experts; e++) c->drops |= ml_mask_of(p, e).threshold > 0;
+  c->grouped = ml_is_grouped(c);
+  if (leave_out && !c->grouped && c->T > 0 && c->T < LEFT_OUT_TOKENS) {
+    c->unused = unused_experts(c);
+    for (int64_t e = 0; e < p->n_experts; e++) c->R -= p->experts[e].rank - rank_of(c, e);
   }
   return ML_OK;
 }
@@ -91,6 +94,7 @@ void ml_reserve_common(const call *c, budget *b) {
   ml_reserve(b, N + 1, 1, sizeof *c->offsets);
   ml_reserve(b, N, 1, sizeof *c->a);
   ml_reserve(b, N, 1, sizeof *c->b);
+  if (c->grouped) return;
   ml_reserve(b, c->T, N, c->size);
   if (c->p->top_k) ml_reserve(b, c->T, N, 1);
 }
@@ -115,8 +119,10 @@ ml_status ml_allocate(call *c, budget b) {
   c->offsets = ml_take(c, p->n_experts + 1, 1, sizeof *c->offsets);
   c->a = ml_take(c, p->n_experts, 1, sizeof *c->a);
   c->b = ml_take(c, p->n_experts, 1, sizeof *c->b);
-  c->factors = ml_take(c, c->T, p->n_experts, c->size);
-  c->keep = p->top_k ? ml_take(c, c->T, p->n_experts, 1) : NULL;
+  if (!c->grouped) {
+    c->factors = ml_take(c, c->T, p->n_experts, c->size);
+    if (p->top_k) c->keep = ml_take(c, c->T, p->n_experts, 1);
+  }
   c->offsets[0] = 0;
   for (int64_t e = 0; e < p->n_experts; e++) {
     const ml_expert *expert = &p->experts[e];

@@ -52,13 +52,14 @@ typedef struct {
   const ml_elementwise *elementwise;
   int64_t T, R;
   uint64_t unused;  /* bit e: expert e, which no token uses, takes part with rank 0 */
+  bool grouped;     /* whether top_k's experts alone are computed: see grouped.h */
   bool drops;       /* whether any expert has dropout */
   int64_t size;     /* bytes of an element */
   int64_t *offsets; /* [N + 1] */
   ml_matrix *a;     /* [N] parts of M_A */
   ml_matrix *b;     /* [N] parts of M_B */
-  char *factors;    /* [T, N] */
-  uint8_t *keep;    /* [T, N], with top_k */
+  char *factors;    /* [T, N], not where grouped */
+  uint8_t *keep;    /* [T, N], with top_k, not where grouped */
   char *workspace;
   size_t used; /* of the workspace, while it is handed out */
 } call;
@@ -155,6 +156,9 @@ void ml_spread_masked(call *c, factor m, const char *h, rows out, rows init);
 
 void ml_reserve_collection(const call *c, budget *b, int64_t d);
 void ml_collect(call *c, factor grads, const char *h, rows x, bool add);
+
+/* Brings sums [rank, cols], width apart, of one expert home; NULL: zeros. */
+void ml_store_grads(const call *c, const char *sums, int64_t width, int64_t rank, int64_t cols, ml_matrix to, bool add);
 
 /* The same for the experts that dropout gives an x of their own. */
 void ml_reserve_masked_collection(const call *c, budget *b, int64_t d);

@@ -23,13 +23,12 @@ void ml_reserve_collection(const call *c, budget *b, int64_t d) {
   ml_reserve_phase(b, phase);
 }
 
-/* Brings sums [rank, cols] of one expert home. */
-static void store_grads(const call *c, const char *sums, int64_t width, int64_t rank, int64_t cols, ml_matrix to,
-                        bool add) {
-  if (c->T && to.row == 1 && !add) /* B: a transposition, which packing is */
+void ml_store_grads(const call *c, const char *sums, int64_t width, int64_t rank, int64_t cols, ml_matrix to,
+                    bool add) {
+  if (sums && to.row == 1 && !add) /* B: a transposition, which packing is */
     c->products->pack(to.data, to.col, cols, rank, sums, 1, width);
   else
-    c->elementwise->copy(rank, cols, c->T ? sums : NULL, width, 1, to.data, to.row, to.col, add);
+    c->elementwise->copy(rank, cols, sums, width, 1, to.data, to.row, to.col, add);
 }
 
 /* The same for all: sums [R, cols] are columns d0 .. of the gradients. */
@@ -39,8 +38,8 @@ static void finish_collection(const collection *g, const char *sums, int64_t wid
     ml_matrix to = g->grads.parts[e];
     if (!to.data) continue;
     int64_t r0 = g->grads.offsets[e], rank = g->grads.offsets[e + 1] - r0;
-    store_grads(c, at(c, sums, r0 * width), width, rank, cols, (ml_matrix){at(c, to.data, d0 * to.col), to.row, to.col},
-                g->add);
+    ml_store_grads(c, c->T ? at(c, sums, r0 * width) : NULL, width, rank, cols,
+                   (ml_matrix){at(c, to.data, d0 * to.col), to.row, to.col}, g->add);
   }
 }
 

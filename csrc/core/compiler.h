@@ -14,6 +14,9 @@
 #define ML_UNROLL _Pragma("GCC unroll 64")
 #endif
 
+/* Brings what is at p, if it is memory at all, into the second level of the cache. */
+#define ML_PREFETCH(p) __builtin_prefetch((p), 0, 2)
+
 /* Hides where the pointer p comes from. */
 #define ML_OPAQUE(p) __asm__("" : "+r"(p))
 

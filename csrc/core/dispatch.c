@@ -48,6 +48,8 @@ static void init(void) {
   atomic_store(&active, best);
   const char *wanted = getenv("MOELORA_ISA");
   if (wanted && *wanted) init_status = activate(wanted);
+  ml_status base_status = ml_set_base(getenv("MOELORA_BASE_PRODUCT"));
+  if (init_status == ML_OK) init_status = base_status;
   ml_threads_init();
 }
 
@@ -87,6 +89,7 @@ const char *ml_status_message(ml_status status) {
     case ML_ERR_OVERFLOW: return "a size does not fit in the address space";
     case ML_ERR_NO_MEMORY: return "there is not enough memory for the workspace";
     case ML_ERR_ISA: return "this instruction set is unknown or missing on this CPU";
+    case ML_ERR_BASE: return "the base product is computed by \"own\" or by \"torch\"";
   }
   return "unknown status";
 }

@@ -4,6 +4,8 @@
 
 #include "compiler.h"
 
+enum { PICK_BLOCK = 16 }; /* weights that are compared at a time */
+
 #define REAL float
 #define NAME(op) ml_##op##_f32
 #include "elementwise_typed.h"
@@ -23,6 +25,13 @@
    .drop = ml_drop_##dtype,                         \
    .weigh = ml_weigh_##dtype,                       \
    .weight_grads = ml_weight_grads_##dtype,         \
+   .pick = ml_pick_##dtype,                         \
+   .clear = ml_clear_##dtype,                       \
+   .put_rows = ml_put_rows_##dtype,                 \
+   .take_rows = ml_take_rows_##dtype,               \
+   .weigh_rows = ml_weigh_rows_##dtype,             \
+   .pair_grads = ml_pair_grads_##dtype,             \
+   .place = ml_place_##dtype,                       \
    .sum_weight_grads = ml_sum_weight_grads_##dtype, \
    .copy = ml_copy_##dtype}
 

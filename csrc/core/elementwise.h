@@ -30,6 +30,25 @@ typedef struct {
   void (*weight_grads)(int64_t first, int64_t last, int64_t n_experts, const int64_t *offsets, const ml_expert *experts,
                        const uint8_t *keep, const void *p, const void *h, void *grads);
 
+  /* The top_k experts of each token, ascending, and scaling * weight: chosen, factors [T, top_k]. */
+  void (*pick)(int64_t first, int64_t last, int64_t seq, int64_t n_experts, ml_tokens weights, const ml_expert *experts,
+               int64_t top_k, int32_t *chosen, void *factors);
+
+  /* to[t, j] = 0     first <= t < last, j < width */
+  void (*clear)(int64_t first, int64_t last, int64_t seq, int64_t width, ml_tokens to);
+
+  /* n rows [rank] of h, one for each of n pairs: to and from columns 0 .. rank - 1 of tokens[i]; times factors[pair[i]];
+   * grads[pair[i]] = scaling * <p[i], h[i]> */
+  void (*put_rows)(int64_t n, int64_t rank, const void *h, const int64_t *tokens, int64_t seq, ml_tokens to);
+  void (*take_rows)(int64_t n, int64_t rank, void *h, const int64_t *tokens, int64_t seq, ml_tokens from);
+  void (*weigh_rows)(int64_t n, int64_t rank, const void *factors, const int64_t *pair, void *h);
+  void (*pair_grads)(int64_t n, int64_t rank, double scaling, const void *p, const void *h, const int64_t *pair,
+                     void *grads);
+
+  /* to[t, chosen[t, i]] += grads[t, i]     first <= t < last, i < top_k */
+  void (*place)(int64_t first, int64_t last, int64_t seq, int64_t top_k, const int32_t *chosen, const void *grads,
+                ml_tokens to);
+
   /* to [B, seq, N] = (add: +=) grads [T, N]; along an axis where `to` has stride zero the tokens are summed, in order */
   void (*sum_weight_grads)(int64_t batch, int64_t seq, int64_t n_experts, const void *grads, ml_tokens to, bool add);
 

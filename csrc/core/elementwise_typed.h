@@ -70,6 +70,107 @@ static void NAME(weight_grads)(int64_t first, int64_t last, int64_t n_experts, c
   }
 }
 
+/* The numbers of token t. */
+static inline REAL *NAME(token)(ml_tokens v, int64_t seq, int64_t t) {
+  return (REAL *)v.data + t / seq * v.batch + t % seq * v.seq;
+}
+
+/* Whether v goes before the smallest of those that are kept, all of which have lower indices. */
+static inline bool NAME(is_larger)(REAL v, REAL smallest) {
+  return v > smallest || (ML_ISNAN(v) && !ML_ISNAN(smallest));
+}
+
+/* Whether any of PICK_BLOCK weights may be larger: most blocks hold none, and the compiler compares vectors. */
+static inline bool NAME(any_larger)(const REAL *w, REAL smallest) {
+  int any = 0;
+  for (int i = 0; i < PICK_BLOCK; i++) any |= !(w[i] <= smallest);
+  return any != 0;
+}
+
+static void NAME(pick)(int64_t first, int64_t last, int64_t seq, int64_t n_experts, ml_tokens weights,
+                       const ml_expert *experts, int64_t top_k, int32_t *chosen, void *factors_) {
+  for (int64_t t = first; t < last; t++) {
+    const REAL *w = NAME(token)(weights, seq, t);
+    int32_t *best = chosen + t * top_k;
+    REAL *factors = (REAL *)factors_ + t * top_k; /* the weights for now, falling */
+    int64_t n = 0;
+    for (int64_t e = 0; e < n_experts; e++) {
+      while (n == top_k && weights.col == 1 && n_experts - e >= PICK_BLOCK && !NAME(any_larger)(w + e, factors[n - 1]))
+        e += PICK_BLOCK;
+      if (e == n_experts) break;
+      REAL v = w[e * weights.col];
+      if (n == top_k && !NAME(is_larger)(v, factors[n - 1])) continue;
+      int64_t i = n < top_k ? n++ : n - 1;
+      for (; i > 0 && NAME(is_larger)(v, factors[i - 1]); i--) {
+        factors[i] = factors[i - 1];
+        best[i] = best[i - 1];
+      }
+      factors[i] = v;
+      best[i] = (int32_t)e;
+    }
+    for (int64_t j = 1; j < top_k; j++) { /* by expert */
+      int32_t e = best[j];
+      int64_t i = j;
+      for (; i > 0 && best[i - 1] > e; i--) best[i] = best[i - 1];
+      best[i] = e;
+    }
+    for (int64_t i = 0; i < top_k; i++) factors[i] = (REAL)experts[best[i]].scaling * w[best[i] * weights.col];
+  }
+}
+
+static void NAME(clear)(int64_t first, int64_t last, int64_t seq, int64_t width, ml_tokens to) {
+  for (int64_t t = first; t < last; t++) {
+    REAL *row = NAME(token)(to, seq, t);
+    if (to.col == 1)
+      memset(row, 0, (size_t)width * sizeof(REAL));
+    else
+      for (int64_t j = 0; j < width; j++) row[j * to.col] = 0;
+  }
+}
+
+static void NAME(put_rows)(int64_t n, int64_t rank, const void *h_, const int64_t *tokens, int64_t seq, ml_tokens to) {
+  const REAL *h = h_;
+  for (int64_t i = 0; i < n; i++) {
+    REAL *row = NAME(token)(to, seq, tokens[i]);
+    for (int64_t j = 0; j < rank; j++) row[j * to.col] = h[i * rank + j];
+  }
+}
+
+static void NAME(take_rows)(int64_t n, int64_t rank, void *h_, const int64_t *tokens, int64_t seq, ml_tokens from) {
+  REAL *h = h_;
+  for (int64_t i = 0; i < n; i++) {
+    const REAL *row = NAME(token)(from, seq, tokens[i]);
+    for (int64_t j = 0; j < rank; j++) h[i * rank + j] = row[j * from.col];
+  }
+}
+
+static void NAME(weigh_rows)(int64_t n, int64_t rank, const void *factors, const int64_t *pair, void *h_) {
+  REAL *h = h_;
+  for (int64_t i = 0; i < n; i++) {
+    REAL f = ((const REAL *)factors)[pair[i]];
+    for (int64_t j = 0; j < rank; j++) h[i * rank + j] *= f;
+  }
+}
+
+static void NAME(pair_grads)(int64_t n, int64_t rank, double scaling, const void *p_, const void *h_,
+                             const int64_t *pair, void *grads) {
+  const REAL *p = p_, *h = h_;
+  for (int64_t i = 0; i < n; i++) {
+    REAL sum = 0;
+    for (int64_t j = i * rank; j < (i + 1) * rank; j++) sum += p[j] * h[j];
+    ((REAL *)grads)[pair[i]] = (REAL)scaling * sum;
+  }
+}
+
+static void NAME(place)(int64_t first, int64_t last, int64_t seq, int64_t top_k, const int32_t *chosen,
+                        const void *grads_, ml_tokens to) {
+  const REAL *grads = grads_;
+  for (int64_t t = first; t < last; t++) {
+    REAL *row = NAME(token)(to, seq, t);
+    for (int64_t i = t * top_k; i < (t + 1) * top_k; i++) row[chosen[i] * to.col] += grads[i];
+  }
+}
+
 static void NAME(sum_weight_grads)(int64_t batch, int64_t seq, int64_t n_experts, const void *grads_, ml_tokens to,
                                    bool add) {
   const REAL *grads = grads_;

@@ -24,7 +24,8 @@ typedef enum {
   ML_ERR_VALUE,     /* a scalar out of its domain: temperature <= 0, a non-finite scaling, a dropout outside [0, 1] */
   ML_ERR_OVERFLOW,  /* a size does not fit in the address space */
   ML_ERR_NO_MEMORY, /* a workspace could not be allocated */
-  ML_ERR_ISA        /* an instruction set that is unknown or that this CPU lacks */
+  ML_ERR_ISA,       /* an instruction set that is unknown or that this CPU lacks */
+  ML_ERR_BASE       /* neither "own" nor "torch" */
 } ml_status;
 
 /* A short English phrase for a status; never NULL. */
@@ -87,8 +88,19 @@ ml_status ml_routed_lora_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens
                                  const void *bias, int64_t bias_stride);
 
 /* Whether the base product x W^T of so many tokens (transposed: g W) has been measured to be faster here than torch's: a pure
- * function of these, the instruction set and the maker of the CPU. */
+ * function of these, the instruction set and the maker of the CPU. A weight that is held transposed is W and W^T exchanged. */
 bool ml_base_is_faster(ml_dtype dtype, int64_t tokens, bool transposed);
+
+/* The same in numbers: it is faster in float32 for fewer tokens than that; INT64_MAX: for any number. */
+typedef struct {
+  int64_t product, transposed;
+} ml_base_limits;
+ml_base_limits ml_base_rule(void);
+
+/* "own" or "torch": ml_base_is_faster is always true or false from now on; NULL or "": it is as measured. ML_ERR_BASE: another
+ * name. The environment variable MOELORA_BASE_PRODUCT is read once, by ml_init. */
+ml_status ml_set_base(const char *name);
+const char *ml_get_base(void); /* NULL: as measured */
 
 /* Which gradients are added to what is there; those not named are overwritten. */
 enum { ML_ACCUMULATE_X = 1, ML_ACCUMULATE_A = 2, ML_ACCUMULATE_B = 4, ML_ACCUMULATE_W = 8 };
@@ -146,7 +158,7 @@ const char *ml_threading_layer(void); /* "torch's libgomp", "own pool" or "none 
 
 /* Run-time dispatch: "portable", "avx2", "avx512", "neon". NULL or "" in ml_set_isa: the best this CPU has. The
  * environment variable MOELORA_ISA is read once, at first use, by ml_init. */
-ml_status ml_init(void); /* ML_ERR_ISA: MOELORA_ISA names none of ml_isa_available; the best one is then used */
+ml_status ml_init(void); /* ML_ERR_ISA, ML_ERR_BASE: such a variable names none of these; as if it weren't set, then */
 ml_status ml_set_isa(const char *name);
 const char *ml_get_isa(void);
 const char *const *ml_isa_available(void); /* NULL-terminated, worst first */

@@ -2,6 +2,9 @@
  * been measured where they are native: they take what a register file of their size took. */
 #include "regimes.h"
 
+#include <stdatomic.h>
+#include <string.h>
+
 #include "compiler.h"
 
 static const ml_regime regimes[ML_ISAS][2] = {
@@ -25,9 +28,33 @@ static bool mkl_is_slow(ml_isa isa) {
 #endif
 }
 
+static const char *const base_names[] = {NULL, "own", "torch"};
+enum { BY_SHAPE, OWN, N_BASE = 3 };
+static atomic_int base_choice; /* index of a name */
+
+ml_status ml_set_base(const char *name) {
+  int i = BY_SHAPE;
+  if (name && *name)
+    for (i = OWN; i < N_BASE && strcmp(name, base_names[i]) != 0; i++) continue;
+  if (i == N_BASE) return ML_ERR_BASE;
+  atomic_store(&base_choice, i);
+  return ML_OK;
+}
+
+const char *ml_get_base(void) { return base_names[atomic_load(&base_choice)]; }
+
 bool ml_base_is_faster(ml_dtype dtype, int64_t tokens, bool transposed) {
+  int choice = atomic_load_explicit(&base_choice, memory_order_relaxed);
+  if (choice != BY_SHAPE) return choice == OWN;
   ml_isa isa = ml_active_kernels()->isa;
-  const ml_regime *regime = ml_regime_of(isa, dtype);
   if (dtype != ML_F32 || tokens <= 0) return false;
+  const ml_regime *regime = ml_regime_of(isa, dtype);
   return tokens < (transposed ? regime->base_in_place : regime->base_dots) || mkl_is_slow(isa);
+}
+
+ml_base_limits ml_base_rule(void) {
+  ml_isa isa = ml_active_kernels()->isa;
+  const ml_regime *regime = ml_regime_of(isa, ML_F32);
+  if (mkl_is_slow(isa)) return (ml_base_limits){INT64_MAX, INT64_MAX};
+  return (ml_base_limits){regime->base_dots, regime->base_in_place};
 }

@@ -969,6 +969,35 @@ static PyObject *get_isa(PyObject *module, PyObject *unused) {
   return PyUnicode_FromString(ml_get_isa());
 }
 
+static PyObject *set_base_product(PyObject *module, PyObject *obj) {
+  (void)module;
+  if (obj != Py_None && !PyUnicode_Check(obj)) {
+    raise_for(PyExc_TypeError, ARG("name"), "must be a str or None, got %s", Py_TYPE(obj)->tp_name);
+    return NULL;
+  }
+  const char *name = obj == Py_None ? NULL : PyUnicode_AsUTF8(obj);
+  if (obj != Py_None && name == NULL) {
+    return NULL;
+  }
+  if (ml_set_base(name) == ML_OK) {
+    Py_RETURN_NONE;
+  }
+  raise_for(PyExc_ValueError, ARG("name"), "must be 'own', 'torch' or None, got %R", obj);
+  return NULL;
+}
+
+static PyObject *get_base_product(PyObject *module, PyObject *unused) {
+  (void)module, (void)unused;
+  const char *name = ml_get_base();
+  return name == NULL ? Py_NewRef(Py_None) : PyUnicode_FromString(name);
+}
+
+static PyObject *base_limits(PyObject *module, PyObject *unused) {
+  (void)module, (void)unused;
+  ml_base_limits limits = ml_base_rule();
+  return Py_BuildValue("LL", (long long)limits.product, (long long)limits.transposed);
+}
+
 static PyObject *threading_layer(PyObject *module, PyObject *unused) {
   (void)module, (void)unused;
   return PyUnicode_FromString(ml_threading_layer());
@@ -1002,6 +1031,9 @@ static PyMethodDef methods[] = {
     {"set_isa", set_isa, METH_O, NULL},
     {"get_isa", get_isa, METH_NOARGS, NULL},
     {"isa_available", isa_available, METH_NOARGS, NULL},
+    {"set_base_product", set_base_product, METH_O, NULL},
+    {"get_base_product", get_base_product, METH_NOARGS, NULL},
+    {"base_limits", base_limits, METH_NOARGS, NULL},
     {"threading_layer", threading_layer, METH_NOARGS, NULL},
     {"blas_config", blas_config, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
@@ -1011,9 +1043,17 @@ static int execute(PyObject *module) {
   if (PyArray_ImportNumPyAPI() < 0) {
     return -1;
   }
-  if (ml_init() != ML_OK &&
+  ml_status status = ml_init();
+  if (status == ML_ERR_ISA &&
       PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "MOELORA_ISA names no instruction set of this CPU; %s is used",
                        ml_get_isa()) < 0) {
+    return -1;
+  }
+  if (status == ML_ERR_BASE &&
+      PyErr_WarnEx(
+          PyExc_RuntimeWarning,
+          "MOELORA_BASE_PRODUCT is neither 'own' nor 'torch'; who computes base products follows from the shape",
+          1) < 0) {
     return -1;
   }
   PyObject *numpy = PyImport_ImportModule("numpy");

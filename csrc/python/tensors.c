@@ -62,6 +62,11 @@ int visit_torch(const torch_api *torch, visitproc visit, void *arg) {
   Py_VISIT(torch->parameter);
   Py_VISIT(torch->is_neg);
   Py_VISIT(torch->requires_grad);
+  Py_VISIT(torch->empty);
+  Py_VISIT(torch->empty_like);
+  Py_VISIT(torch->linear);
+  Py_VISIT(torch->float32);
+  Py_VISIT(torch->float64);
   return 0;
 }
 
@@ -71,11 +76,16 @@ void clear_torch(torch_api *torch) {
   Py_CLEAR(torch->parameter);
   Py_CLEAR(torch->is_neg);
   Py_CLEAR(torch->requires_grad);
+  Py_CLEAR(torch->empty);
+  Py_CLEAR(torch->empty_like);
+  Py_CLEAR(torch->linear);
+  Py_CLEAR(torch->float32);
+  Py_CLEAR(torch->float64);
 }
 
-/* (Tensor, Parameter) -> bool */
+/* (Tensor, Parameter, empty, empty_like, linear, float32, float64) -> bool */
 PyObject *use_torch(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
-  if (!takes("use_torch", 2, n_args)) {
+  if (!takes("use_torch", 7, n_args)) {
     return NULL;
   }
   torch_api *torch = &state_of(module)->torch;
@@ -84,6 +94,11 @@ PyObject *use_torch(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
   torch->parameter = Py_NewRef(args[1]);
   torch->is_neg = PyObject_GetAttrString(args[0], "is_neg");
   torch->requires_grad = PyUnicode_InternFromString("requires_grad");
+  torch->empty = Py_NewRef(args[2]);
+  torch->empty_like = Py_NewRef(args[3]);
+  torch->linear = Py_NewRef(args[4]);
+  torch->float32 = Py_NewRef(args[5]);
+  torch->float64 = Py_NewRef(args[6]);
   if (torch->is_neg == NULL || torch->requires_grad == NULL) {
     clear_torch(torch);
     return NULL;
@@ -152,7 +167,7 @@ typedef struct {
   ml_expert few[FEW_EXPERTS], *experts;
   int64_t total_rank;
   int axes;         /* of x: 2 or 3 */
-  int64_t shape[2]; /* [T] or [B, S] */
+  int64_t shape[3]; /* [T, width] or [B, S, width] */
 } tensor_call;
 
 static bool is_of_core(const tensor_call *c, const dl_tensor *view) {
@@ -174,8 +189,7 @@ static bool read_shape(tensor_call *c, PyObject *obj) {
   }
   c->core.dtype = view.dtype.bits == 64 ? ML_F64 : ML_F32;
   c->axes = view.ndim;
-  c->shape[0] = view.shape[0];
-  c->shape[1] = view.shape[1];
+  memcpy(c->shape, view.shape, (size_t)view.ndim * sizeof *view.shape);
   c->core.batch = view.ndim == 3 ? view.shape[0] : 1;
   c->core.seq = view.shape[view.ndim - 2];
   return is_of_core(c, &view) && c->core.batch > 0 && c->core.seq > 0;
@@ -213,20 +227,14 @@ static bool read_factor(const tensor_call *c, PyObject *obj, ml_matrix *matrix, 
   return *rows > 0 && *cols > 0;
 }
 
-/* Where the gradient of a [rows, cols] factor goes; None leaves it as it is: not wanted. */
-static bool read_grad(const tensor_call *c, PyObject *obj, int64_t rows, int64_t cols, ml_matrix *grad) {
-  int64_t got_rows = rows, got_cols = cols;
-  return obj == Py_None || (read_factor(c, obj, grad, &got_rows, &got_cols) && got_rows == rows && got_cols == cols);
-}
-
-/* adapters: a tuple of the N A's, then the N B's. */
-static bool read_experts(tensor_call *c, PyObject *adapters) {
+/* adapters: the N A's, then the N B's. */
+static bool read_experts(tensor_call *c, PyObject *const *adapters) {
   Py_ssize_t n = c->core.n_experts;
   for (Py_ssize_t e = 0; e < n; e++) {
     ml_expert *expert = &c->experts[e];
     int64_t d_in, d_out, rank;
-    if (!read_factor(c, PyTuple_GET_ITEM(adapters, e), &expert->a, &expert->rank, &d_in) ||
-        !read_factor(c, PyTuple_GET_ITEM(adapters, n + e), &expert->b, &d_out, &rank) || rank != expert->rank ||
+    if (!read_factor(c, adapters[e], &expert->a, &expert->rank, &d_in) ||
+        !read_factor(c, adapters[n + e], &expert->b, &d_out, &rank) || rank != expert->rank ||
         (e > 0 && (d_in != c->core.d_in || d_out != c->core.d_out)) ||
         ML_ADD_OVERFLOWS(c->total_rank, rank, &c->total_rank)) {
       return false;
@@ -299,18 +307,22 @@ static bool read_dropout(tensor_call *c, PyObject *dropout) {
 typedef enum { NO = 0, YES = 1, ERROR = -1 } answer;
 
 /* Room for the experts of a call. free_experts wants c->experts in any case. */
-static answer begin(tensor_call *c, PyObject *module, PyObject *adapters) {
+static answer begin(tensor_call *c, PyObject *module, int64_t n_experts) {
   c->torch = &state_of(module)->torch;
-  c->core = (ml_routed_lora){0};
+  c->core = (ml_routed_lora){.n_experts = n_experts};
   c->experts = c->few;
   c->total_rank = 0;
-  if (!PyTuple_CheckExact(adapters) || PyTuple_GET_SIZE(adapters) == 0 || PyTuple_GET_SIZE(adapters) % 2 != 0) {
+  if (n_experts < 1 || c->torch->exchange == NULL) {
     return NO;
   }
-  c->core.n_experts = PyTuple_GET_SIZE(adapters) / 2;
-  c->experts = experts_for(c->core.n_experts, c->few);
-  c->core.experts = c->experts;
+  c->core.experts = c->experts = experts_for((Py_ssize_t)n_experts, c->few);
   return c->experts == NULL ? ERROR : YES;
+}
+
+/* How many experts a tuple of their A's, then their B's, is of; 0: of none. */
+static int64_t experts_in(PyObject *adapters) {
+  Py_ssize_t n = PyTuple_CheckExact(adapters) ? PyTuple_GET_SIZE(adapters) : 1;
+  return n % 2 == 0 ? n / 2 : 0;
 }
 
 /* ---- is it the plain case? ---- */
@@ -385,17 +397,18 @@ PyObject *plain_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
     return NULL;
   }
   tensor_call c;
-  answer plain = begin(&c, module, adapters);
+  answer plain = begin(&c, module, experts_in(adapters));
   if (plain != YES) {
     goto done;
   }
+  PyObject *const *factors = &PyTuple_GET_ITEM(adapters, 0);
   scaling = spread_scaling(args[4], (Py_ssize_t)c.core.n_experts);
   if (scaling == NULL) {
     plain = ERROR;
     goto done;
   }
   ml_tokens unused;
-  plain = read_shape(&c, x) && read_experts(&c, adapters) && read_rows(&c, x, c.core.d_in, &unused) &&
+  plain = read_shape(&c, x) && read_experts(&c, factors) && read_rows(&c, x, c.core.d_in, &unused) &&
           read_weights(&c, weights, &unused) && read_scalings(&c, scaling) &&
           read_optional_rows(&c, base, c.core.d_out, &unused) && (base == Py_None || weight == Py_None) &&
           (bias == Py_None || weight != Py_None);
@@ -405,7 +418,6 @@ PyObject *plain_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
     goto done;
   }
   PyObject *const others[] = {x, weights, base, weight, bias};
-  PyObject *const *factors = &PyTuple_GET_ITEM(adapters, 0);
   if (any_of(c.torch, others, 5, negated) || any_of(c.torch, factors, 2 * c.core.n_experts, negated)) {
     plain = NO;
     goto done;
@@ -425,98 +437,238 @@ done:
   return result;
 }
 
-/* ---- forward and backward ---- */
+/* ---- forward and backward ----
+ *
+ * New tensors come first: making them may run other code (a garbage collection, a mode), and pointers are good only
+ * until anybody else runs. Then everything is read.
+ */
 
-/* (x, adapters, routing_weights, scaling, base, y, hidden, dropout, n_threads) -> None */
+/* A tensor with `width` numbers for each token; NULL with an exception. */
+static PyObject *new_rows(const tensor_call *c, int64_t width) {
+  int64_t stride = 1;
+  PyObject *shape = PyTuple_New(c->axes), *strides = PyTuple_New(c->axes), *tensor = NULL;
+  for (int i = c->axes - 1; shape != NULL && strides != NULL && i >= 0; i--) {
+    int64_t size = i == c->axes - 1 ? width : c->shape[i];
+    PyTuple_SET_ITEM(shape, i, PyLong_FromLongLong(size));
+    PyTuple_SET_ITEM(strides, i, PyLong_FromLongLong(stride));
+    stride = ML_MUL_OVERFLOWS(stride, size, &stride) ? INT64_MAX : stride; /* torch refuses that */
+  }
+  if (!PyErr_Occurred()) {
+    PyObject *dtype = c->core.dtype == ML_F64 ? c->torch->float64 : c->torch->float32;
+    tensor = PyObject_CallFunctionObjArgs(c->torch->empty, shape, strides, dtype, NULL);
+  }
+  Py_XDECREF(strides);
+  Py_XDECREF(shape);
+  return tensor;
+}
+
+/* The frozen weight [d_out, d_in]; None leaves the core without it. */
+static bool read_weight(tensor_call *c, PyObject *obj) {
+  int64_t rows, cols;
+  return obj == Py_None ||
+         (read_factor(c, obj, &c->core.weight, &rows, &cols) && rows == c->core.d_out && cols == c->core.d_in);
+}
+
+static bool read_bias(const tensor_call *c, PyObject *obj, ml_matrix *bias) {
+  dl_tensor view;
+  if (obj == Py_None) {
+    return true;
+  }
+  if (!view_of(c->torch, obj, &view) || !is_of_core(c, &view) || view.ndim != 1 || view.shape[0] != c->core.d_out) {
+    return false;
+  }
+  *bias = (ml_matrix){view.data, 0, view.strides[0]};
+  return true;
+}
+
+/* Whether the core computes the base product x W^T itself, or torch. */
+static bool is_own_base(const tensor_call *c) {
+  const ml_routed_lora *p = &c->core;
+  return p->weight.data != NULL && ml_base_is_faster(p->dtype, p->batch * p->seq, p->weight.col != 1);
+}
+
+/* The same for g W. */
+static bool is_own_base_backward(const tensor_call *c) {
+  const ml_routed_lora *p = &c->core;
+  return p->weight.data != NULL && ml_base_is_faster(p->dtype, p->batch * p->seq, p->weight.col == 1);
+}
+
+/* (x, adapters, routing_weights, scaling, base_output, weight, bias, dropout, total_rank, top_k, n_threads)
+ * -> (y, hidden); total_rank 0: hidden is None; top_k 0: dense */
 PyObject *forward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
-  if (!takes("forward_tensors", 9, n_args)) {
+  if (!takes("forward_tensors", 11, n_args)) {
     return NULL;
   }
-  PyObject *result = NULL;
-  ml_tokens base = {0}, y = {0}, hidden = {0};
+  PyObject *x = args[0], *base_output = args[4], *weight = args[5], *bias = args[6];
+  PyObject *result = NULL, *y = NULL, *hidden = NULL;
+  int64_t total_rank = 0;
   tensor_call c;
-  answer plain = begin(&c, module, args[1]);
-  if (plain != YES || !read_n_threads(args[8], &c.core.n_threads)) {
+  answer plain = begin(&c, module, experts_in(args[1]));
+  if (plain != YES || !read_int64(args[8], "total_rank", &total_rank) || !read_int64(args[9], "top_k", &c.core.top_k) ||
+      !read_n_threads(args[10], &c.core.n_threads)) {
     goto done;
   }
-  plain = read_shape(&c, args[0]) && read_experts(&c, args[1]) && read_rows(&c, args[0], c.core.d_in, &c.core.x) &&
+  PyObject *const *adapters = &PyTuple_GET_ITEM(args[1], 0);
+  int64_t rank;
+  ml_matrix last_b;
+  plain = read_shape(&c, x) && total_rank >= 0 &&
+          read_factor(&c, adapters[2 * c.core.n_experts - 1], &last_b, &c.core.d_out, &rank);
+  if (plain == YES) {
+    c.core.d_in = c.shape[c.axes - 1];
+    plain = read_weight(&c, weight);
+  }
+  if (plain != YES) {
+    goto done;
+  }
+  if (weight == Py_None || is_own_base(&c)) {
+    y = new_rows(&c, c.core.d_out);
+  } else {
+    y = base_output = PyObject_CallFunctionObjArgs(c.torch->linear, x, weight, bias, NULL);
+    weight = bias = Py_None;
+    c.core.weight.data = NULL;
+  }
+  hidden = y == NULL ? NULL : total_rank > 0 ? new_rows(&c, total_rank) : Py_NewRef(Py_None);
+  if (hidden == NULL) {
+    goto done;
+  }
+  ml_tokens base = {0}, out = {0}, kept = {0};
+  ml_matrix bias_row = {0};
+  plain = read_experts(&c, adapters) && read_rows(&c, x, c.core.d_in, &c.core.x) &&
           read_weights(&c, args[2], &c.core.routing_weights) && read_scalings(&c, args[3]) &&
-          read_optional_rows(&c, args[4], c.core.d_out, &base) && read_rows(&c, args[5], c.core.d_out, &y) &&
-          read_optional_rows(&c, args[6], c.total_rank, &hidden) && read_dropout(&c, args[7]);
+          read_optional_rows(&c, base_output, c.core.d_out, &base) && read_weight(&c, weight) &&
+          read_bias(&c, bias, &bias_row) && read_dropout(&c, args[7]) && read_rows(&c, y, c.core.d_out, &out) &&
+          read_optional_rows(&c, hidden, c.total_rank, &kept);
   if (plain != YES) {
     goto done;
   }
   ml_status status;
   Py_BEGIN_ALLOW_THREADS;
-  status = ml_routed_lora_forward(&c.core, y, hidden, base, NULL, 0);
+  status = ml_routed_lora_forward(&c.core, out, kept, base, bias_row.data, bias_row.col);
   Py_END_ALLOW_THREADS;
   if (!raise_status(status)) {
-    result = Py_NewRef(Py_None);
+    result = PyTuple_Pack(2, y, hidden);
   }
 done:
   if (plain == NO) {
     PyErr_SetString(PyExc_ValueError, "forward_tensors takes plain tensors of one dtype and of shapes that agree");
   }
+  Py_XDECREF(hidden);
+  Py_XDECREF(y);
   free_experts(c.experts, c.few);
   return result;
 }
 
-static bool read_grads(tensor_call *c, PyObject *grads) {
-  Py_ssize_t n = (Py_ssize_t)c->core.n_experts;
-  for (Py_ssize_t e = 0; e < n; e++) {
+/* The tensors that a forward saved, then its adapters; the arguments of its node, then the adapters. */
+enum { SAVED_X, SAVED_HIDDEN, SAVED_ROUTING_WEIGHTS, SAVED_WEIGHT, N_SAVED };
+enum { NODE_X, NODE_ROUTING_WEIGHTS, NODE_BASE_OUTPUT, NODE_FROZEN, NODE_SETTINGS, N_NODE };
+
+static bool read_grad(const tensor_call *c, PyObject *obj, int64_t rows, int64_t cols, ml_matrix *grad) {
+  int64_t got_rows, got_cols;
+  return obj == Py_None || (read_factor(c, obj, grad, &got_rows, &got_cols) && got_rows == rows && got_cols == cols);
+}
+
+/* grads: those of the A's, then those of the B's. */
+static bool read_grads(tensor_call *c, PyObject *const *grads) {
+  int64_t n = c->core.n_experts;
+  for (int64_t e = 0; e < n; e++) {
     ml_expert *expert = &c->experts[e];
-    if (!read_grad(c, PySequence_Fast_GET_ITEM(grads, e), expert->rank, c->core.d_in, &expert->grad_a) ||
-        !read_grad(c, PySequence_Fast_GET_ITEM(grads, n + e), c->core.d_out, expert->rank, &expert->grad_b)) {
+    if (!read_grad(c, grads[e], expert->rank, c->core.d_in, &expert->grad_a) ||
+        !read_grad(c, grads[n + e], c->core.d_out, expert->rank, &expert->grad_b)) {
       return false;
     }
   }
   return true;
 }
 
-/* (x, adapters, routing_weights, scaling, grad_y, hidden, grad_x, grad_adapters, grad_w, add_to_grad_x, dropout,
- * n_threads) -> bool: False, and nothing is written, where this is not the plain case */
+/* Tensors for the gradients that are wanted, None for the others; NULL with an exception. */
+static PyObject *new_grads(const tensor_call *c, PyObject *const *saved, PyObject *needed, PyObject *grad_y,
+                           bool torch_base) {
+  Py_ssize_t n = PyTuple_GET_SIZE(needed);
+  PyObject *grads = PyTuple_New(n);
+  for (Py_ssize_t i = 0; grads != NULL && i < n; i++) {
+    PyObject *grad = NULL;
+    if (PyTuple_GET_ITEM(needed, i) != Py_True || i == NODE_FROZEN || i == NODE_SETTINGS) {
+      grad = Py_NewRef(Py_None);
+    } else if (i == NODE_X) {
+      grad = torch_base ? PyNumber_MatrixMultiply(grad_y, saved[SAVED_WEIGHT]) : new_rows(c, c->core.d_in);
+    } else if (i == NODE_BASE_OUTPUT) {
+      grad = Py_NewRef(grad_y);
+    } else {
+      PyObject *like = saved[i == NODE_ROUTING_WEIGHTS ? SAVED_ROUTING_WEIGHTS : i - N_NODE + N_SAVED];
+      grad = PyObject_CallOneArg(c->torch->empty_like, like);
+    }
+    if (grad == NULL) {
+      Py_CLEAR(grads);
+    } else {
+      PyTuple_SET_ITEM(grads, i, grad);
+    }
+  }
+  return grads;
+}
+
+/* (saved, needs_input_grad, scaling, grad_y, dropout, top_k, n_threads) -> the gradients of the node's arguments, or None where
+ * this is not the plain case */
 PyObject *backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
-  if (!takes("backward_tensors", 12, n_args)) {
+  if (!takes("backward_tensors", 7, n_args)) {
     return NULL;
   }
-  PyObject *result = NULL, *adapters = args[1], *grads = args[7];
-  ml_tokens grad_y = {0}, hidden = {0}, grad_x = {0}, grad_w = {0};
+  PyObject *grads = NULL, *needed = args[1], *grad_y = args[3];
+  Py_ssize_t n_saved = PyTuple_CheckExact(args[0]) ? PyTuple_GET_SIZE(args[0]) : 0;
+  bool fits = n_saved > N_SAVED && (n_saved - N_SAVED) % 2 == 0 && PyTuple_CheckExact(needed) &&
+              PyTuple_GET_SIZE(needed) == n_saved - N_SAVED + N_NODE;
   tensor_call c;
-  answer plain = begin(&c, module, adapters);
-  if (plain != YES || !is_items(grads, "grad_adapters", PyTuple_GET_SIZE(adapters)) ||
-      !read_n_threads(args[11], &c.core.n_threads)) {
+  answer plain = begin(&c, module, fits ? (n_saved - N_SAVED) / 2 : 0);
+  if (plain != YES || !read_int64(args[5], "top_k", &c.core.top_k) || !read_n_threads(args[6], &c.core.n_threads)) {
     goto done;
   }
-  /* First, for a mode may answer this in Python, and pointers are good only until anybody else runs. */
-  PyObject *const read[] = {args[0], args[2], args[4], args[5], args[6]};
-  if (any_of(c.torch, read, 5, negated) ||
-      any_of(c.torch, &PyTuple_GET_ITEM(adapters, 0), PyTuple_GET_SIZE(adapters), negated)) {
+  PyObject *const *saved = &PyTuple_GET_ITEM(args[0], 0), *const *adapters = saved + N_SAVED;
+  if (any_of(c.torch, &grad_y, 1, negated) || any_of(c.torch, saved, n_saved, negated)) {
     plain = NO;
     goto done;
   }
-  plain = read_shape(&c, args[4]) && read_experts(&c, adapters) &&
-          read_optional_rows(&c, args[0], c.core.d_in, &c.core.x) &&
-          read_weights(&c, args[2], &c.core.routing_weights) && read_scalings(&c, args[3]) &&
-          read_rows(&c, args[4], c.core.d_out, &grad_y) && read_optional_rows(&c, args[5], c.total_rank, &hidden) &&
-          read_optional_rows(&c, args[6], c.core.d_in, &grad_x) && read_grads(&c, grads) &&
-          (args[8] == Py_None || read_weights(&c, args[8], &grad_w)) && read_dropout(&c, args[10]);
+  int64_t rank;
+  ml_matrix first_a;
+  plain = read_shape(&c, grad_y) && read_factor(&c, adapters[0], &first_a, &rank, &c.core.d_in);
+  if (plain == YES) {
+    c.core.d_out = c.shape[c.axes - 1];
+    plain = read_weight(&c, saved[SAVED_WEIGHT]);
+  }
+  if (plain != YES) {
+    goto done;
+  }
+  bool own_base = is_own_base_backward(&c);
+  bool torch_base = saved[SAVED_WEIGHT] != Py_None && !own_base;
+  c.core.weight.data = NULL;
+  grads = new_grads(&c, saved, needed, grad_y, torch_base);
+  if (grads == NULL) {
+    goto done;
+  }
+  ml_tokens g = {0}, hidden = {0}, grad_x = {0}, grad_w = {0};
+  PyObject *const *grad = &PyTuple_GET_ITEM(grads, 0);
+  plain = read_experts(&c, adapters) && read_optional_rows(&c, saved[SAVED_X], c.core.d_in, &c.core.x) &&
+          read_weights(&c, saved[SAVED_ROUTING_WEIGHTS], &c.core.routing_weights) && read_scalings(&c, args[2]) &&
+          (!own_base || read_weight(&c, saved[SAVED_WEIGHT])) && read_dropout(&c, args[4]) &&
+          read_rows(&c, grad_y, c.core.d_out, &g) &&
+          read_optional_rows(&c, saved[SAVED_HIDDEN], c.total_rank, &hidden) &&
+          read_optional_rows(&c, grad[NODE_X], c.core.d_in, &grad_x) &&
+          (grad[NODE_ROUTING_WEIGHTS] == Py_None || read_weights(&c, grad[NODE_ROUTING_WEIGHTS], &grad_w)) &&
+          read_grads(&c, grad + N_NODE);
   if (plain != YES) {
     goto done;
   }
   ml_status status;
   Py_BEGIN_ALLOW_THREADS;
-  status = ml_routed_lora_backward(&c.core, grad_y, hidden, grad_x, grad_w,
-                                   args[9] == Py_True ? (unsigned)ML_ACCUMULATE_X : 0u);
+  status = ml_routed_lora_backward(&c.core, g, hidden, grad_x, grad_w, torch_base ? (unsigned)ML_ACCUMULATE_X : 0u);
   Py_END_ALLOW_THREADS;
-  if (!raise_status(status)) {
-    result = Py_NewRef(Py_True);
+  if (raise_status(status)) {
+    Py_CLEAR(grads);
   }
 done:
   if (plain == NO) {
-    result = Py_NewRef(Py_False);
+    Py_XSETREF(grads, Py_NewRef(Py_None));
   }
   free_experts(c.experts, c.few);
-  return result;
+  return grads;
 }
 
 /* ---- routing ---- */

@@ -13,6 +13,9 @@ typedef struct {
   PyObject *tensor, *parameter; /* the types torch.Tensor and torch.nn.Parameter */
   PyObject *is_neg;             /* torch.Tensor.is_neg */
   PyObject *requires_grad;      /* the name of the attribute */
+  PyObject *empty;              /* (shape, strides, dtype) -> a new CPU tensor */
+  PyObject *empty_like, *linear;
+  PyObject *float32, *float64;
   const dl_exchange_api *exchange;
 } torch_api;
 

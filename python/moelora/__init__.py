@@ -12,8 +12,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moelora.runtime import get_base_product as get_base_product
     from moelora.runtime import get_isa as get_isa
     from moelora.runtime import get_num_threads as get_num_threads
+    from moelora.runtime import set_base_product as set_base_product
     from moelora.runtime import set_isa as set_isa
     from moelora.runtime import set_num_threads as set_num_threads
     from moelora.runtime import show_config as show_config
@@ -21,7 +23,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _SUBMODULES = ("cli", "demo", "functional", "nn", "peft", "reference", "report", "runtime", "testing")
-_RUNTIME = ("get_isa", "get_num_threads", "set_isa", "set_num_threads", "show_config")
+_RUNTIME = (
+    "get_base_product",
+    "get_isa",
+    "get_num_threads",
+    "set_base_product",
+    "set_isa",
+    "set_num_threads",
+    "show_config",
+)
 _HOSTING = (
     "Embedding",
     "Linear",

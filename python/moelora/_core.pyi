@@ -1,6 +1,6 @@
 """The C extension. `moelora.functional` documents what its functions do; here are the positions of the arguments."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
 
 import numpy as np
@@ -101,7 +101,16 @@ def backward_raw(
 
 # Tensors in their plain case: strided CPU memory, all of one dtype. Annotated as Any, since numpy users have no torch.
 
-def use_torch(Tensor: type, Parameter: type, /) -> bool: ...
+def use_torch(
+    Tensor: type,
+    Parameter: type,
+    empty: Callable[[Any, Any, Any], Any],
+    empty_like: Callable[[Any], Any],
+    linear: Callable[[Any, Any, Any], Any],
+    float32: Any,
+    float64: Any,
+    /,
+) -> bool: ...
 def are_plain(*tensors: Any) -> bool: ...
 def plain_call(
     x: Any,
@@ -119,28 +128,25 @@ def forward_tensors(
     adapters: tuple[Any, ...],
     routing_weights: Any,
     scaling: tuple[float, ...],
-    base: Any,
-    y: Any,
-    hidden: Any,
+    base_output: Any,
+    weight: Any,
+    bias: Any,
     dropout: _Dropout | None,
+    total_rank: int,
+    top_k: int,
     n_threads: int,
     /,
-) -> None: ...
+) -> tuple[Any, Any]: ...
 def backward_tensors(
-    x: Any,
-    adapters: tuple[Any, ...],
-    routing_weights: Any,
+    saved: tuple[Any, ...],
+    needs_input_grad: tuple[bool, ...],
     scaling: tuple[float, ...],
     grad_y: Any,
-    hidden: Any,
-    grad_x: Any,
-    grad_adapters: Sequence[Any],
-    grad_w: Any,
-    add_to_grad_x: bool,
     dropout: _Dropout | None,
+    top_k: int,
     n_threads: int,
     /,
-) -> bool: ...
+) -> tuple[Any, ...] | None: ...
 def route_tensors(
     logits: Any,
     mask: Any,
@@ -166,5 +172,8 @@ def get_num_threads() -> int: ...
 def set_isa(name: str | None, /) -> None: ...
 def get_isa() -> str: ...
 def isa_available() -> tuple[str, ...]: ...
+def set_base_product(name: str | None, /) -> None: ...
+def get_base_product() -> str | None: ...
+def base_limits() -> tuple[int, int]: ...
 def threading_layer() -> str: ...
 def blas_config() -> str: ...

@@ -23,7 +23,16 @@ except ImportError as error:
 else:
     HAS_EXT = True
 
-__all__ = ["HAS_EXT", "get_isa", "get_num_threads", "set_isa", "set_num_threads", "show_config"]
+__all__ = [
+    "HAS_EXT",
+    "get_base_product",
+    "get_isa",
+    "get_num_threads",
+    "set_base_product",
+    "set_isa",
+    "set_num_threads",
+    "show_config",
+]
 
 _MAX_THREADS = 64  # ML_MAX_THREADS
 _num_threads: int | None = None
@@ -105,6 +114,47 @@ def get_isa() -> str:
     return _core.get_isa() if HAS_EXT else "numpy"
 
 
+def set_base_product(name: str | None) -> None:
+    """Choose who computes the base product of `moelora.nn.routed_lora` and of routed PEFT layers, for this process.
+
+    That is x W^T, and in the backward g W, where a frozen weight and plain CPU tensors, all of float32 or all of
+    float64, are given. Both ways have rounding errors of the same size, but not the same ones. The environment variable
+    ``MOELORA_BASE_PRODUCT`` sets the same from outside. NumPy's functions always use moelora's own.
+
+    Parameters
+    ----------
+    name : {"own", "torch"} or None
+        "own": moelora's kernels and the OpenBLAS that it was built with. "torch": ``torch.nn.functional.linear``. None:
+        moelora where it is measured to be faster, which depends on the shape, the dtype and the instruction set alone.
+
+    Raises
+    ------
+    TypeError
+        `name` is neither a str nor None.
+    ValueError
+        `name` is another one.
+    """
+    if HAS_EXT:
+        _core.set_base_product(name)
+    elif name not in ("torch", None):
+        raise ValueError(f"without the C extension base products are torch's, got {name!r}")
+
+
+def get_base_product() -> str | None:
+    """Return what `set_base_product` set: "own", "torch" or None; "torch" without the C extension."""
+    return _core.get_base_product() if HAS_EXT else "torch"
+
+
+def _base_rule() -> str:
+    chosen = get_base_product()
+    if chosen is not None:
+        return f"{chosen}, whatever the shape"
+    product, transposed = _core.base_limits()
+    if product == transposed == 2**63 - 1:
+        return "own in float32; torch in other dtypes"
+    return f"own in float32 for fewer than {product} tokens, in the backward {transposed}; torch for others"
+
+
 @overload
 def show_config() -> None: ...
 @overload
@@ -137,6 +187,7 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
         "moelora": {"version": __version__, "extension": _core.__file__ if HAS_EXT else None},
         "instruction set": {"used": get_isa(), "available": list(_core.isa_available()) if HAS_EXT else []},
         "threads": {"number": get_num_threads(), "layer": _core.threading_layer() if HAS_EXT else "none"},
+        "base product": {"set": get_base_product(), "rule": _base_rule()},
         "blas": {"name": _core.blas_config() if HAS_EXT else "NumPy's"},
         "python": {"version": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()},
     }

@@ -19,6 +19,7 @@ def settings_are_restored():
     yield
     runtime.set_isa(isa)
     runtime.set_num_threads(None)
+    runtime.set_base_product(None)
 
 
 def run(program, **environment):
@@ -66,6 +67,36 @@ def test_more_threads_than_64_are_never_used():
     assert runtime.get_num_threads() == 64
     y, _ = moelora.functional.routed_lora_forward(np.ones((3, 2)), [np.ones((1, 2))], [np.ones((2, 1))], np.ones(1), 1)
     np.testing.assert_array_equal(y, np.full((3, 2), 2.0))
+
+
+def test_the_base_product_can_be_chosen():
+    assert runtime.get_base_product() is None
+    by_shape = runtime.show_config("dicts")["base product"]
+    assert by_shape["set"] is None and by_shape["rule"].startswith("own in float32")
+    for name in ("own", "torch"):
+        runtime.set_base_product(name)
+        assert runtime.get_base_product() == name
+        assert runtime.show_config("dicts")["base product"] == {"set": name, "rule": f"{name}, whatever the shape"}
+    runtime.set_base_product(None)
+    assert runtime.show_config("dicts")["base product"] == by_shape
+
+
+def test_nobody_else_computes_the_base_product():
+    for name in ("Own", "blas"):
+        with pytest.raises(ValueError, match=f"name must be 'own', 'torch' or None, got '{name}'"):
+            runtime.set_base_product(name)
+    with pytest.raises(TypeError, match="name must be a str or None, got bool"):
+        runtime.set_base_product(True)
+    assert runtime.get_base_product() is None
+
+
+def test_the_environment_chooses_the_base_product():
+    program = "import moelora; print(moelora.get_base_product())"
+    assert run(program, MOELORA_BASE_PRODUCT="torch").stdout == "torch\n"
+    assert run(program, MOELORA_BASE_PRODUCT="").stdout == "None\n"
+    wrong = run(program, MOELORA_BASE_PRODUCT="mkl")
+    assert wrong.stdout == "None\n"
+    assert "RuntimeWarning: MOELORA_BASE_PRODUCT is neither 'own' nor 'torch'" in wrong.stderr
 
 
 def test_every_instruction_set_can_be_chosen():

@@ -7,10 +7,11 @@ import tracemalloc
 
 import pytest
 
+import moelora
 from moelora import runtime
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("moelora.nn")
+autograd = pytest.importorskip("moelora.nn.autograd")
 
 core = runtime._core
 
@@ -185,48 +186,45 @@ def test_are_plain_passes_over_none():
 # ---- the calls themselves ----
 
 
-def run(given=None, *, y=None, hidden=None, dropout=None, **replaced):
+def run(given=None, *, dropout=None, total_rank=0, top_k=0, **replaced):
     given = (given or arguments()) | replaced
-    adapters = (*given["lora_A"], *given["lora_B"])
-    y = torch.full((2, 3, 5), 7.0, dtype=torch.float64) if y is None else y
+    adapters, base = (*given["lora_A"], *given["lora_B"]), (given["base_output"], given["weight"], given["bias"])
     scaling = tuple(given["scaling"])
-    core.forward_tensors(
-        given["x"], adapters, given["routing_weights"], scaling, given["base_output"], y, hidden, dropout, 1
-    )
-    return y
+    x, weights = given["x"], given["routing_weights"]
+    return core.forward_tensors(x, adapters, weights, scaling, *base, dropout, total_rank, top_k, 1)
 
 
-def gradients(**replaced):
+def gradients(needed=(True,) * 9, **replaced):
+    """By the names x, routing_weights, base_output and adapters; None: not plain."""
     given = arguments() | {
         "adapters": None,
         "grad_y": torch.ones(2, 3, 5, dtype=torch.float64),
         "hidden": torch.ones(2, 3, 4, dtype=torch.float64),
-        "grad_x": torch.full((2, 3, 4), 7.0, dtype=torch.float64),
-        "grads": None,
-        "grad_w": torch.full((2, 3, 2), 7.0, dtype=torch.float64),
         "dropout": None,
     }
     given |= replaced
     adapters = given["adapters"] or (*given["lora_A"], *given["lora_B"])
-    outputs = [given["grad_x"], given["grad_w"], *[torch.full_like(a, 7.0) for a in adapters]]
-    grads = given["grads"] or outputs[2:]
-    names = ("x", "adapters", "routing_weights", "scaling", "grad_y", "hidden", "grad_x", "grads", "grad_w")
-    given |= {"adapters": adapters, "scaling": tuple(given["scaling"]), "grads": grads}
-    done = core.backward_tensors(*(given[name] for name in names), False, given["dropout"], 1)
-    untouched = all((t == 7).all() for t in outputs if isinstance(t, torch.Tensor) and t.dtype.is_floating_point)
-    return done, untouched
+    saved = (given["x"], given["hidden"], given["routing_weights"], given["weight"], *adapters)
+    return core.backward_tensors(saved, needed, tuple(given["scaling"]), given["grad_y"], given["dropout"], 0, 1)
 
 
-def test_forward_refuses_what_does_not_fit_and_writes_nothing():
-    assert not (run() == 7).any()
+def test_forward_gives_what_is_wanted_and_refuses_what_does_not_fit():
+    y, hidden = run()
+    assert y.shape == (2, 3, 5) and y.is_contiguous() and hidden is None
+    again, hidden = run(total_rank=4)
+    assert torch.equal(again, y) and hidden.shape == (2, 3, 4)
     for changes in (
         {"x": torch.ones(2, 3, 3, dtype=torch.float64)},
         {"x": torch.ones(2, 3, 4)},
         {"x": None},
         {"routing_weights": torch.ones(2, 3, 3, dtype=torch.float64)},
+        {"lora_A": [], "lora_B": []},
+        {"lora_A": arguments()["lora_A"][:1]},
         {"lora_B": arguments()["lora_A"]},
-        {"base_output": torch.ones(2, 3, 4, dtype=torch.float64)},
-        {"hidden": torch.ones(2, 3, 5, dtype=torch.float64)},
+        {"lora_B": [arguments()["lora_B"][0], None]},
+        {"base_output": torch.ones(2, 3, 4, dtype=torch.float64), "weight": None, "bias": None},
+        {"total_rank": 5},
+        {"total_rank": -1},
         {"scaling": [1.0]},
         {"scaling": [1, 2]},
         {"dropout": 0.5},
@@ -236,39 +234,89 @@ def test_forward_refuses_what_does_not_fit_and_writes_nothing():
         {"dropout": (1, (0.5, 1.5))},
         {"dropout": (1, (0.5, float("nan")))},
     ):
-        y = torch.full((2, 3, 5), 7.0, dtype=torch.float64)
         with pytest.raises(ValueError, match="forward_tensors takes plain tensors"):
-            run(y=y, **changes)
-        assert (y == 7).all()
-    for y in (torch.ones(2, 3, 4, dtype=torch.float64), torch.ones(6, 5, dtype=torch.float64), torch.ones(2, 3, 5)):
-        with pytest.raises(ValueError, match="forward_tensors takes plain tensors"):
-            run(y=y)
+            run(**changes)
+    for top_k in (-1, 3):
+        with pytest.raises(ValueError, match=r"top_k is outside \[1, number of experts\]"):
+            run(top_k=top_k)
 
 
-def test_backward_says_no_to_what_does_not_fit_and_writes_nothing():
-    assert gradients() == (True, False)
-    assert gradients(x=None, grads=[None] * 4, grad_x=None, hidden=torch.ones(2, 3, 4, dtype=torch.float64))[0]
+@pytest.mark.parametrize("who", ["own", "torch"])
+def test_the_base_product_is_a_part_of_forward_and_backward(who):
+    try:
+        moelora.set_base_product(who)
+        with_weight, given = run()[0], arguments()
+        mixture = run(weight=None, bias=None)[0]
+        torch.testing.assert_close(with_weight, mixture + given["x"] @ given["weight"].T + given["bias"])
+        torch.testing.assert_close(run(bias=None)[0], mixture + given["x"] @ given["weight"].T)
+        grad_y = torch.randn(2, 3, 5, dtype=torch.float64)
+        with_weight, mixture = gradients(grad_y=grad_y), gradients(grad_y=grad_y, weight=None)
+        torch.testing.assert_close(with_weight[0], mixture[0] + grad_y @ given["weight"])
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(with_weight[1:], mixture[1:], strict=True))
+    finally:
+        moelora.set_base_product(None)
+
+
+def test_a_weight_that_does_not_fit_is_no_matter_of_the_core():
+    try:
+        moelora.set_base_product("own")
+        for changes in (
+            {"weight": torch.ones(4, 4, dtype=torch.float64)},
+            {"weight": torch.ones(5, 4)},
+            {"bias": torch.ones(4, dtype=torch.float64)},
+            {"bias": torch.ones(1, 5, dtype=torch.float64)},
+        ):
+            with pytest.raises(ValueError, match="forward_tensors takes plain tensors"):
+                run(**changes)
+        with pytest.raises(ValueError, match="outside its domain"):  # a bias alone
+            run(weight=None)
+    finally:
+        moelora.set_base_product(None)
+
+
+def test_backward_gives_what_is_needed():
+    grads = gradients()
+    assert [None if g is None else tuple(g.shape) for g in grads] == [
+        (2, 3, 4),
+        (2, 3, 2),
+        (2, 3, 5),
+        None,
+        None,
+        (2, 4),
+        (2, 4),
+        (5, 2),
+        (5, 2),
+    ]
+    for i in (0, 1, 2, 5, 8):
+        alone = gradients(needed=tuple(j == i for j in range(9)))
+        assert [g is not None for g in alone] == [j == i for j in range(9)]
+        assert torch.equal(alone[i], grads[i])
+
+
+def test_backward_says_no_to_what_does_not_fit():
+    assert gradients() is not None
+    x_alone = (True, *(False,) * 8)
+    assert gradients(needed=x_alone, x=None, hidden=None)[0].shape == (2, 3, 4)
     double = torch.float64
     for changes in (
         {"x": torch.ones(2, 3, 3, dtype=double)},
         {"routing_weights": torch.ones(3, dtype=double)},
         {"grad_y": torch.ones(2, 3, 5)},
-        {"grad_y": torch.ones(2, 3, 4, dtype=double)},
+        {"grad_y": torch.ones(2, 3, 4, dtype=double), "weight": None},
         {"grad_y": negated(torch.ones(2, 3, 5, dtype=double))},
         {"grad_y": torch.ones(2, 3, 5, dtype=double).as_subclass(Subclass)},
         {"grad_y": torch.ones(0, 3, 5, dtype=double)},
+        {"grad_y": None},
         {"hidden": torch.ones(2, 3, 5, dtype=double)},
-        {"grad_x": torch.full((2, 3, 5), 7.0, dtype=double)},
-        {"grad_x": torch.full((2, 3, 4), 7.0)},
-        {"grad_w": torch.full((2, 3), 7.0, dtype=double)},
-        {"grads": [torch.full((4, 2), 7.0, dtype=double), None, None, None]},
         {"scaling": (1.0,)},
         {"dropout": 0.5},
+        {"adapters": (None,) * 4},
+        {"adapters": tuple(arguments()["lora_A"])},
+        {"needed": (True,) * 8},
+        {"needed": [True] * 9},
         {"lora_A": [negated(a) for a in arguments()["lora_A"]]},
     ):
-        assert gradients(**changes) == (False, True), changes
-    with pytest.raises(ValueError, match="grad_adapters must hold 4 items, got 1"):
-        gradients(grads=[None])
+        assert gradients(**changes) is None, changes
     with pytest.raises(ValueError, match="missing"):  # hidden, for the gradient of B
         gradients(hidden=None)
 
@@ -410,34 +458,37 @@ def test_routings_keep_no_tensor_alive():
 
 def test_arguments_are_counted():
     for name, n in (
-        ("use_torch", 2),
+        ("use_torch", 7),
         ("plain_call", 8),
-        ("forward_tensors", 9),
-        ("backward_tensors", 12),
+        ("forward_tensors", 11),
+        ("backward_tensors", 7),
         ("route_tensors", 6),
         ("route_backward_tensors", 8),
     ):
         with pytest.raises(TypeError, match=f"{name} takes {n} arguments, got 1"):
             getattr(core, name)(1)
     with pytest.raises(TypeError, match="n_threads must be an int"):
-        core.forward_tensors(torch.ones(1), (1, 2), 3, 4, 5, 6, 7, None, 1.5)
+        core.forward_tensors(torch.ones(1), (1, 2), 3, 4, 5, 6, 7, None, 0, 0, 1.5)
+    with pytest.raises(TypeError, match="total_rank must be an int"):
+        core.forward_tensors(torch.ones(1), (1, 2), 3, 4, 5, 6, 7, None, 0.0, 0, 1)
 
 
 def test_a_torch_without_the_exchange_api_is_left_alone():
     class Tensor:
         is_neg = None
 
+    functions = (autograd._empty, torch.empty_like, torch.nn.functional.linear, torch.float32, torch.float64)
     try:
-        assert core.use_torch(Tensor, Tensor) is False
+        assert core.use_torch(Tensor, Tensor, *functions) is False
         assert not core.are_plain(torch.ones(1)) and not core.are_plain(Tensor())
         assert plain_call() is None
         Tensor.__dlpack_c_exchange_api__ = object()
-        assert core.use_torch(Tensor, Tensor) is False
+        assert core.use_torch(Tensor, Tensor, *functions) is False
         with pytest.raises(AttributeError):
-            core.use_torch(object, object)
+            core.use_torch(object, object, *functions)
         assert not core.are_plain(torch.ones(1))
     finally:
-        assert core.use_torch(torch.Tensor, torch.nn.Parameter) is True
+        assert core.use_torch(torch.Tensor, torch.nn.Parameter, *functions) is True
     assert core.are_plain(torch.ones(1))
 
 
@@ -447,7 +498,7 @@ def test_before_torch_is_known_nothing_is_plain(monkeypatch):
     assert other is not core
     assert not other.are_plain(torch.ones(1))
     monkeypatch.setitem(globals(), "core", other)
-    assert plain_call() is None and gradients() == (False, True)
+    assert plain_call() is None and gradients() is None
     with pytest.raises(ValueError, match="forward_tensors takes plain tensors"):
         run()
 
@@ -455,8 +506,7 @@ def test_before_torch_is_known_nothing_is_plain(monkeypatch):
 def test_nothing_leaks_whether_a_call_is_plain_or_not():
     given = arguments()
     bad = torch.ones(3)
-    y, hidden = torch.zeros(2, 3, 5, dtype=torch.float64), torch.zeros(2, 3, 4, dtype=torch.float64)
-    watched = [given["x"], given["routing_weights"], given["weight"], given["bias"], given["scaling"], bad, y, hidden]
+    watched = [given["x"], given["routing_weights"], given["weight"], given["bias"], given["scaling"], bad]
     watched += [*given["lora_A"], *given["lora_B"], given["lora_A"], given["lora_B"], torch.Tensor.is_neg]
     calls = [given, given | {"scaling": 0.25}]
     calls += [given | {name: bad} for name in given]
@@ -467,11 +517,13 @@ def test_nothing_leaks_whether_a_call_is_plain_or_not():
         for call in calls:
             core.plain_call(*call.values())
             core.are_plain(*call.values())
-        for changes in ({}, {"x": bad}, {"routing_weights": bad}, {"hidden": bad}, {"dropout": (1, (0.5, bad))}):
+        for changes in ({}, {"x": bad}, {"routing_weights": bad}, {"total_rank": 3}, {"dropout": (1, (0.5, bad))}):
             try:
-                run(given, **{"y": y, "hidden": hidden} | changes)
+                run(given, **{"total_rank": 4} | changes)
             except ValueError:
                 continue
+        for changes in ({}, {"x": bad}, {"grad_y": bad}, {"hidden": bad}, {"needed": (True,) * 8}):
+            gradients(**given | changes)
 
     for _ in range(3):
         everything()

@@ -1,10 +1,20 @@
 """The plain case of `moelora.nn.routed_lora`, which C checks and reads, equals the way that all other calls take."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import moelora
 from moelora.nn import autograd, routed_lora
+
+
+@pytest.fixture
+def torchs_base():
+    """The base product always from torch, as for calls that are not plain."""
+    moelora.set_base_product("torch")
+    yield
+    moelora.set_base_product(None)
 
 
 @pytest.fixture
@@ -22,12 +32,22 @@ def taken(monkeypatch):
     return count
 
 
+class Refusing:
+    """The core when no backward is plain."""
+
+    def __init__(self, core):
+        self.core = core
+
+    def __getattr__(self, name):
+        return (lambda *args: None) if name == "backward_tensors" else getattr(self.core, name)
+
+
 def both_ways(monkeypatch, function):
     """Its results when the plain case is known, and when it is not."""
     first = function()
     with monkeypatch.context() as patch:
         patch.setattr(autograd, "_plain_call", lambda *args: None)
-        patch.setattr(autograd, "_plain_backward", lambda *args: None)
+        patch.setattr(autograd, "_core", Refusing(autograd._core))
         return first, function()
 
 
@@ -45,7 +65,9 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     "tokens, weights", [((2, 5), ()), ((2, 5), (2,)), ((2, 5), (2, 5)), ((7,), ()), ((7,), (7,)), ((1,), (1,))], ids=str
 )
-def test_both_ways_give_the_same_bits(make_mixture, monkeypatch, taken, tokens, weights, layout, base, dtype):
+def test_both_ways_give_the_same_bits(
+    make_mixture, monkeypatch, taken, torchs_base, tokens, weights, layout, base, dtype
+):
     m = make_mixture(tokens=tokens, weights=weights, dtype=dtype, grad=False)
     arrange = LAYOUTS[layout]
     weight, bias, base_output = (torch.randn(shape).to(dtype) for shape in ((6, 7), (6,), (*tokens, 6)))
@@ -70,6 +92,20 @@ def test_both_ways_give_the_same_bits(make_mixture, monkeypatch, taken, tokens, 
         for a, b in zip(*both_ways(monkeypatch, function), strict=True):
             assert torch.equal(a, b) and a.stride() == b.stride()
     assert taken == {"forward_tensors": 2, "backward_tensors": 1, "forward_raw": 2, "backward_raw": 1}
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("weights", [(), (2, 5)], ids=str)
+def test_top_k_too(make_mixture, monkeypatch, taken, torchs_base, weights, top_k):
+    m = make_mixture(weights=weights)
+
+    def differentiated():
+        y = routed_lora(*m, top_k=top_k)
+        return [y.detach(), *torch.autograd.grad(y, m.leaves, torch.ones_like(y))]
+
+    for a, b in zip(*both_ways(monkeypatch, differentiated), strict=True):
+        assert torch.equal(a, b)
+    assert taken == {"forward_tensors": 1, "backward_tensors": 1, "forward_raw": 1, "backward_raw": 1}
 
 
 @pytest.mark.parametrize("wanted", range(8))
@@ -108,7 +144,7 @@ def test_changes_of_parameters_are_seen_at_once(make_mixture, taken):
 def test_the_other_way_for_all_that_is_not_plain(make_mixture, taken):
     m = make_mixture(dtype=torch.float32, grad=False)
     for given, options in [
-        (m, {"top_k": 2}),
+        (m, {"top_k": np.int64(2)}),
         (m._replace(x=m.x.bfloat16()), {}),
         (m._replace(routing_weights=m.routing_weights.double()), {}),
         (m._replace(routing_weights=m.routing_weights > 0), {}),

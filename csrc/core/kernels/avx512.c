@@ -37,8 +37,8 @@ const ml_kernels ml_kernels_avx512 = {
     .name = "avx512",
     .supported = supported,
     .products = {[ML_F32] = &ml_table_f32_avx512, [ML_F64] = &ml_table_f64_avx512},
-    .routing = {[ML_F32] = &ml_routing_f32_avx512, [ML_F64] = &ml_routing_f64_avx512},
     .bf16 = &ml_bf16_table_avx512,
+    .routing = {[ML_F32] = &ml_routing_f32_avx512, [ML_F64] = &ml_routing_f64_avx512},
 };
 
 #endif

@@ -69,6 +69,18 @@ typedef struct {
    *   t < rows, j < cols; column a multiple of ML_MASK_COLUMNS; init NULL: zeros; may be out itself, as may in */
   void (*keep)(const ml_mask *mask, int64_t token, int64_t column, int64_t rows, int64_t cols, const void *in,
                int64_t in_row, void *out, int64_t out_row, const void *init, int64_t init_row);
+
+  /* For tokens that stand apart, few or many; elements x[t][first ..] and rows[j*row + first ..], the rows in place:
+   * out[t, j] = (add: +=) <x[t], row j> over depth     t < tokens, j < n */
+  void (*grouped_dots)(int64_t tokens, int64_t n, int64_t depth, const void *const *x, int64_t first, const void *rows,
+                       int64_t row, void *out, int64_t out_row, bool add);
+
+  /* out[t, j] = init[t, j] + sum over i < k, r < rank of h[element[t, i] + r] panels[offsets[expert[t, i]] + r, j]
+   *
+   *   t < tokens, j < cols; panels of all experts one after the other, each as pack wrote it; init as in product */
+  void (*grouped_sums)(int64_t tokens, int64_t k, int64_t cols, const void *h, const int64_t *element,
+                       const int32_t *expert, const void *panels, const int64_t *offsets, int64_t width, void *out,
+                       int64_t out_row, const void *init, int64_t init_row);
 } ml_products;
 
 /* Routing of the tokens first <= t < end; route.c shares them out, and has checked everything. */
@@ -99,8 +111,8 @@ typedef struct {
   const char *name;
   bool (*supported)(void);
   const ml_products *products[2]; /* by ml_dtype */
-  const ml_routing *routing[2];
   const ml_bf16 *bf16;
+  const ml_routing *routing[2];
 } ml_kernels;
 
 extern const ml_kernels ml_kernels_portable;

@@ -34,8 +34,8 @@ const ml_kernels ml_kernels_neon = {
     .name = "neon",
     .supported = supported,
     .products = {[ML_F32] = &ml_table_f32_neon, [ML_F64] = &ml_table_f64_neon},
-    .routing = {[ML_F32] = &ml_routing_f32_neon, [ML_F64] = &ml_routing_f64_neon},
     .bf16 = &ml_bf16_table_neon,
+    .routing = {[ML_F32] = &ml_routing_f32_neon, [ML_F64] = &ml_routing_f64_neon},
 };
 
 #endif

@@ -35,6 +35,6 @@ const ml_kernels ml_kernels_portable = {
     .name = "portable",
     .supported = supported,
     .products = {[ML_F32] = &ml_table_f32_portable, [ML_F64] = &ml_table_f64_portable},
-    .routing = {[ML_F32] = &ml_routing_f32_portable, [ML_F64] = &ml_routing_f64_portable},
     .bf16 = &ml_bf16_table_portable,
+    .routing = {[ML_F32] = &ml_routing_f32_portable, [ML_F64] = &ml_routing_f64_portable},
 };

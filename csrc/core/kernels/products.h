@@ -526,6 +526,7 @@ static void NAME(short_sums)(int64_t tokens, int64_t n, int64_t depth, const voi
 }
 
 #include "dropout.h"
+#include "grouped.h"
 
 static const ml_products NAME(table) = {
     .lanes = LANES,
@@ -538,6 +539,8 @@ static const ml_products NAME(table) = {
     .spread_lanes = NAME(spread_lanes),
     .short_sums = NAME(short_sums),
     .keep = NAME(keep),
+    .grouped_dots = NAME(grouped_dots),
+    .grouped_sums = NAME(grouped_sums),
 };
 
 #include "routing.h"

@@ -106,8 +106,9 @@ ML_INLINE NAME(bits) NAME(counted)(const bool wide, const ml_route_params *p, in
 
 /* ---- softmax ---- */
 
-/* 1 / (temperature ln 2) as a sum of two: the exponent of 2 then has no other error than its difference of logits.
- * Temperatures so small that the type can't hold this act like the smallest for which it can. */
+/* 1 / (temperature ln 2) as a sum of two: where multiply-adds are fused, the exponent of 2 then has no other error than
+ * the difference of two logits that is multiplied. Temperatures so small that the type can't hold this act like the
+ * smallest for which it can. */
 typedef struct {
   REAL high, low;
 } NAME(rate);
@@ -121,7 +122,8 @@ ML_INLINE NAME(rate) NAME(rate_of)(double temperature) {
   return (NAME(rate)){high, (REAL)((fma(-(double)high, temperature, ml_log2_e) + ml_log2_e_rest) / temperature)};
 }
 
-/* 2^(d * rate) for d <= 0, within 2 ULP; 0 where that is below the smallest normal number. NaN stays NaN. */
+/* 2^(d * rate) for d <= 0; 0 where that is below the smallest normal number. NaN stays NaN. The series and its scaling
+ * are good to 2 ULP; where multiply-adds are not fused, the rounding of the exponent comes to that. */
 ML_INLINE NAME(vector) NAME(power)(NAME(vector) d, NAME(rate) rate) {
   const int terms = sizeof(REAL) == 4 ? 8 : 14, mantissa = sizeof(REAL) == 4 ? 23 : 52;
   const int bias = sizeof(REAL) == 4 ? 127 : 1023;

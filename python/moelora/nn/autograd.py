@@ -20,7 +20,15 @@ if HAS_EXT:
     from moelora import _core
 
     _are_plain, _plain_call = _core.are_plain, _core.plain_call
-    if not _core.use_torch(Tensor, torch.nn.Parameter):
+
+    def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+
+    # The same without a dispatch, which is what torch.compile's own code allocates with.
+    _empty = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", _empty)
+    if not _core.use_torch(
+        Tensor, torch.nn.Parameter, _empty, torch.empty_like, F.linear, torch.float32, torch.float64
+    ):
         warnings.warn(
             f"torch {torch.__version__} has no DLPack C exchange API that moelora knows; plain torch is used, which is "
             "slow",
@@ -132,16 +140,22 @@ def routed_lora(
     >>> routed_lora(x, A, B, torch.tensor([0.25, 0.5]), 1.0)[0]
     tensor([6., 6., 6., 6., 6.])
     """
-    if top_k is None and _is_unwatched():
+    if (top_k is None or (type(top_k) is int and top_k >= 1)) and _is_unwatched():
         # The plain case costs no more than a few looks from C. All that is unusual, or wrong, goes on below.
         plain = _plain_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
-        if plain is not None and not torch._C._is_any_autocast_enabled():
+        if plain is not None and not torch._C._is_any_autocast_enabled() and (top_k or 0) <= len(plain[1]):
             adapters, scales, total_rank, needs_grad = plain
+            kept = None if top_k == len(scales) else top_k
             dropout = _draw(_probabilities(dropout_p, len(scales)))
             if needs_grad and torch.is_grad_enabled():
-                more = (scales, None, dropout, total_rank, *adapters)
-                return _apply(x, routing_weights, base_output, weight, bias, *more)
-            return _plain_forward(x, routing_weights, base_output, weight, bias, scales, adapters, None, dropout)
+                settings = (scales, kept, dropout, total_rank)
+                return _apply(x, routing_weights, base_output, (weight, bias), settings, *adapters)
+            threads = runtime.get_num_threads()
+            y: Tensor
+            y, _ = _core.forward_tensors(
+                x, adapters, routing_weights, scales, base_output, weight, bias, dropout, 0, kept or 0, threads
+            )
+            return y
 
     call = _check(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
     tensors = [t for t in (call.x, call.routing_weights, call.base_output, call.weight, call.bias) if t is not None]
@@ -164,12 +178,8 @@ def routed_lora(
             call.x,
             call.routing_weights,
             call.base_output,
-            call.weight,
-            call.bias,
-            call.scaling,
-            call.top_k,
-            dropout,
-            None,
+            (call.weight, call.bias),
+            (call.scaling, call.top_k, dropout, None),
             *call.lora_A,
             *call.lora_B,
         )
@@ -456,33 +466,11 @@ def _core_forward(call: _Call, dropout: _Dropout | None, *, keep_hidden: bool) -
     return _as(x.dtype, y), hidden
 
 
-def _plain_forward(
-    x: Tensor,
-    routing_weights: Tensor,
-    base_output: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scaling: tuple[float, ...],
-    adapters: tuple[Tensor, ...],
-    hidden: Tensor | None,
-    dropout: _Dropout | None,
-) -> Tensor:
-    """y, and hidden if it is wanted, of a call that `plain_call` has let pass."""
-    if weight is not None:
-        y = base_output = F.linear(x, weight, bias)
-    elif base_output is not None:
-        y = torch.empty_like(base_output, memory_format=torch.contiguous_format)
-    else:
-        y = x.new_empty((*x.shape[:-1], adapters[-1].shape[0]))
-    threads = runtime.get_num_threads()
-    _core.forward_tensors(x, adapters, routing_weights, scaling, base_output, y, hidden, dropout, threads)
-    return y
-
-
 class _RoutedLoRA(torch.autograd.Function):
-    """The C core under autograd: the fields of a _Call, dropout with its seed; adapters last, all A before all B.
+    """The C core under autograd: what may need a gradient, the frozen base, settings; adapters last, A before B.
 
-    Before them comes the sum of the ranks where the call is plain (`plain_call`), else None.
+    Settings are scaling, top_k, dropout with its seed, and the sum of the ranks where the call is plain (`plain_call`),
+    else None.
     """
 
     @staticmethod
@@ -491,83 +479,65 @@ class _RoutedLoRA(torch.autograd.Function):
         x: Tensor,
         routing_weights: Tensor,
         base_output: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        scaling: tuple[float, ...],
-        top_k: int | None,
-        dropout: _Dropout | None,
-        total_rank: int | None,
+        frozen: tuple[Tensor | None, Tensor | None],
+        settings: tuple[tuple[float, ...], int | None, _Dropout | None, int | None],
         *adapters: Tensor,
     ) -> Tensor:
+        scaling, top_k, dropout, total_rank = settings
+        weight, bias = frozen
         n, need = len(scaling), ctx.needs_input_grad
-        keep_hidden, hidden = need[1] or any(need[-n:]), None
+        keep_hidden = need[1] or True in need[-n:]
         if total_rank is None:
-            lora_A, lora_B = adapters[:n], adapters[n:]
-            call = _Call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, ())
+            call = _Call(x, adapters[:n], adapters[n:], routing_weights, scaling, base_output, weight, bias, top_k, ())
             y, hidden = _core_forward(call, dropout, keep_hidden=keep_hidden)
         else:
-            if keep_hidden:
-                hidden = x.new_empty((*x.shape[:-1], total_rank))
-            y = _plain_forward(x, routing_weights, base_output, weight, bias, scaling, adapters, hidden, dropout)
-        ctx.x_shape, ctx.scaling, ctx.top_k, ctx.dropout = x.shape, scaling, top_k, dropout
-        kept_x = x if any(need[-2 * n : -n]) else None
+            y, hidden = _core.forward_tensors(
+                x,
+                adapters,
+                routing_weights,
+                scaling,
+                base_output,
+                weight,
+                bias,
+                dropout,
+                total_rank if keep_hidden else 0,
+                top_k or 0,
+                runtime.get_num_threads(),
+            )
+        ctx.settings = scaling, top_k, dropout
+        kept_x = x if True in need[-2 * n : -n] else None
         ctx.save_for_backward(kept_x, hidden, routing_weights, weight if need[0] else None, *adapters)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         need = ctx.needs_input_grad
-        need_adapters = need[-2 * len(ctx.scaling) :]
-        grads: Sequence[Tensor | None] | None = None
-        if need[0] or need[1] or any(need_adapters):
-            saved = ctx.saved_tensors  # once: checkpointing recomputes on every reading
-            twice = torch.is_grad_enabled()  # create_graph
-            if ctx.top_k is None and not twice and _is_unwatched():
-                grads = _plain_backward(ctx, saved, grad_y)
-            if grads is None and uses_core(grad_y, *saved):
-                grads = _core_backward(ctx, saved, grad_y)
-                if twice:
-                    grads = _refuse_twice(grads, [grad_y, *saved])
-            elif grads is None:
-                if twice:
-                    raise RuntimeError(_TWICE)
-                grads = _formula_backward(ctx, saved, grad_y)
+        if not (need[0] or need[1] or True in need[_N_NODE:]):
+            return (None, None, grad_y, *(None,) * (len(need) - 3))
+        saved = ctx.saved_tensors  # once: checkpointing recomputes on every reading
+        scaling, top_k, dropout = ctx.settings
+        twice = torch.is_grad_enabled()  # create_graph
+        if not twice and _is_unwatched():
+            threads = runtime.get_num_threads()
+            plain = _core.backward_tensors(saved, need, scaling, grad_y, dropout, top_k or 0, threads)
+            if plain is not None:
+                return plain
+        if uses_core(grad_y, *saved):
+            grads = _core_backward(ctx, saved, grad_y)
+            if twice:
+                grads = _refuse_twice(grads, [grad_y, *saved])
+        elif twice:
+            raise RuntimeError(_TWICE)
         else:
-            grads = (None,) * (2 + len(need_adapters))
-        return (*grads[:2], grad_y if need[2] else None, None, None, None, None, None, None, *grads[2:])
+            grads = _formula_backward(ctx, saved, grad_y)
+        return (*grads[:2], grad_y if need[2] else None, None, None, *grads[2:])
+
+
+_N_NODE = 5  # arguments of the node before the adapters
 
 
 # What Function.apply comes down to where no torch.func transform is active, which routed_lora has made sure of.
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, _RoutedLoRA).apply
-
-
-def _plain_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> Sequence[Tensor | None] | None:
-    """Gradients of x, the routing weights and the adapters, None where not needed; no list: not the plain case."""
-    x, hidden, routing_weights, weight, *adapters = saved
-    need, empty_like = ctx.needs_input_grad, torch.empty_like
-    grad_x = grad_w = None
-    if need[0]:
-        grad_x = grad_y.new_empty(ctx.x_shape) if weight is None else grad_y @ weight
-    if need[1]:
-        grad_w = empty_like(routing_weights)
-    needed_adapters = need[-len(adapters) :]
-    grads = [empty_like(t) if needed else None for t, needed in zip(adapters, needed_adapters, strict=True)]
-    threads = runtime.get_num_threads()
-    done = _core.backward_tensors(
-        x,
-        tuple(adapters),
-        routing_weights,
-        ctx.scaling,
-        grad_y,
-        hidden,
-        grad_x,
-        grads,
-        grad_w,
-        weight is not None,
-        ctx.dropout,
-        threads,
-    )
-    return (grad_x, grad_w, *grads) if done else None
 
 
 def _core_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None]:
@@ -575,14 +545,15 @@ def _core_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tenso
     x, hidden, routing_weights, weight, *adapters = saved
     need_x, need_w, *_ = ctx.needs_input_grad
     need_adapters = ctx.needs_input_grad[-len(adapters) :]
-    dtype = _core_dtype(grad_y.dtype)
-    n, axes = len(ctx.scaling), grad_y.dim()
+    dtype, (scaling, top_k, dropout) = _core_dtype(grad_y.dtype), ctx.settings
+    n, axes, d_in = len(scaling), grad_y.dim(), adapters[0].shape[1]
     wanted = zip((routing_weights, *adapters), (need_w, *need_adapters), strict=True)
     grad_w, *grad_adapters = [torch.empty_like(t, dtype=dtype) if needed else None for t, needed in wanted]
     grad_x = None
     if need_x:
         # Under autocast the product may come in another dtype.
-        grad_x = grad_y.new_empty(ctx.x_shape, dtype=dtype) if weight is None else (grad_y @ weight).to(dtype)
+        shape = (*grad_y.shape[:-1], d_in)
+        grad_x = grad_y.new_empty(shape, dtype=dtype) if weight is None else (grad_y @ weight).to(dtype)
     # Converted copies live in these names until the core returns.
     c_grad_y, c_w, *c_adapters = [_as(dtype, t) for t in (grad_y, routing_weights, *adapters)]
     c_x = None if x is None else _as(dtype, x)
@@ -590,23 +561,23 @@ def _core_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tenso
     grad_views = [None if t is None else _matrix(t) for t in grad_adapters]
     _core.backward_raw(
         int(dtype is torch.float64),
-        (*_batch_and_seq(grad_y), ctx.x_shape[-1], grad_y.shape[-1]),
+        (*_batch_and_seq(grad_y), d_in, grad_y.shape[-1]),
         (0, 0, 0, 0) if c_x is None else _tokens(c_x),
         views[:n],
         views[n:],
         [a.shape[0] for a in adapters[:n]],
         _weights(c_w, axes),
-        ctx.scaling,
+        scaling,
         _tokens(c_grad_y),
         None if hidden is None else _tokens(hidden),
         None if grad_x is None else _tokens(grad_x),
         grad_views[:n],
         grad_views[n:],
         None if grad_w is None else _weights(grad_w, axes),
-        ctx.top_k or 0,
+        top_k or 0,
         runtime.get_num_threads(),
         0 if weight is None else _ACCUMULATE_X,
-        ctx.dropout,
+        dropout,
     )
     inputs = zip((grad_x, grad_w, *grad_adapters), (grad_y, routing_weights, *adapters), strict=True)
     return [None if g is None else _as(t.dtype, g) for g, t in inputs]
@@ -615,17 +586,18 @@ def _core_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tenso
 def _formula_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None]:
     """The same where the core can't read grad_y: batched by vmap (is_grads_batched), a subclass, traced."""
     x, hidden, routing_weights, weight, *adapters = saved
-    n = len(ctx.scaling)
+    scaling, top_k, dropout = ctx.settings
+    n = len(scaling)
     lora_A, lora_B = adapters[:n], adapters[n:]
     ranks = [a.shape[0] for a in lora_A]
     dtype = _core_dtype(grad_y.dtype)
     if hidden is None:  # then nothing below depends on its values
-        hidden = routing_weights.new_zeros((*ctx.x_shape[:-1], sum(ranks)), dtype=dtype)
+        hidden = routing_weights.new_zeros((*grad_y.shape[:-1], sum(ranks)), dtype=dtype)
     leaves = [t.detach().requires_grad_() for t in (hidden, routing_weights, *lora_B)]
     with torch.enable_grad():
-        y = F.linear(_mix(leaves[0], leaves[1], ranks, ctx.scaling, ctx.top_k), torch.cat(leaves[2:], 1).to(dtype))
+        y = F.linear(_mix(leaves[0], leaves[1], ranks, scaling, top_k), torch.cat(leaves[2:], 1).to(dtype))
     grad_hidden, grad_w, *grad_B = torch.autograd.grad(y, leaves, grad_y.to(dtype))
-    seed, dropout_p = ctx.dropout or (0, (0.0,) * n)
+    seed, dropout_p = dropout or (0, (0.0,) * n)
     c_x, c_A = None if x is None else x.to(dtype), [a.to(dtype) for a in lora_A]
     grad_x, grads_A = dropped_grads(grad_hidden, c_x, c_A, seed, dropout_p, need_x=True)
     if weight is not None:

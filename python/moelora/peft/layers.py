@@ -9,13 +9,14 @@ from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from transformers.pytorch_utils import Conv1D
 
 from moelora.nn import routed_lora
 from moelora.peft.routed import Routed
 
 __all__ = ["Linear", "LoraLayer", "RoutedLora"]
 
-_linear_forward = nn.Linear.forward
+_forwards = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}
 
 
 class RoutedLora(Routed, LoraLayer):
@@ -52,11 +53,11 @@ class RoutedLora(Routed, LoraLayer):
         if weights.device != x.device:
             weights = weights.to(x.device)
 
-        if not args and not kwargs and _is_plain(layer, x):
+        plain = None if args or kwargs else _plain_base(layer, x)
+        if plain is not None:
             # Base and mixture in one autograd node: its backward makes one pass over dx less.
-            y = routed_lora(
-                x, lora_A, lora_B, weights, scaling, weight=layer.weight, bias=layer.bias, dropout_p=dropout_p
-            )
+            weight, bias = plain
+            y = routed_lora(x, lora_A, lora_B, weights, scaling, weight=weight, bias=bias, dropout_p=dropout_p)
             dtype = y.dtype
         else:
             y = self._base_output(x, *args, **kwargs)
@@ -110,18 +111,25 @@ class Linear(RoutedLora, lora.Linear):
     """`peft.tuners.lora.Linear` that takes routing weights; the base may be `nn.Linear` or GPT-2's `Conv1D`."""
 
 
-def _is_plain(layer: nn.Module, x: Tensor) -> bool:
-    """Whether the base is exactly ``F.linear(x, weight, bias)`` with frozen weights, and nobody watches its call."""
-    if type(layer) is not nn.Linear or nn.Linear.forward is not _linear_forward or "forward" in layer.__dict__:
-        return False
+def _plain_base(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight [d_out, d_in] and bias of a base that is exactly ``F.linear(x, weight, bias)`` with frozen weights.
+
+    None of any other, and where somebody watches its call.
+    """
+    kind = type(layer)
+    forward = _forwards.get(kind)
+    if forward is None or kind.forward is not forward or "forward" in layer.__dict__:
+        return None
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return False
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        return None
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype is not x.dtype:
-        return False
+        return None
     if bias is not None and (bias.requires_grad or bias.dtype is not x.dtype):
-        return False
-    return not nn_module._has_any_global_hook() and not torch._C._is_any_autocast_enabled()
+        return None
+    if nn_module._has_any_global_hook() or torch._C._is_any_autocast_enabled():
+        return None
+    return (weight.t() if kind is Conv1D else weight), bias  # Conv1D holds its weight as [d_in, d_out]
 
 
 def _is_autocast(x: Tensor) -> bool:
