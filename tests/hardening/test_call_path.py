@@ -54,14 +54,14 @@ def difference(a, b):
 
 
 CALLS = {
-    "without gradients": (lambda counts: counts["routed"], lambda counts: counts["stacked"], 0.63),
-    "forward": (lambda counts: counts["routed forward"], lambda counts: counts["stacked forward"], 0.97),
+    "without gradients": (lambda counts: counts["routed"], lambda counts: counts["stacked"], 0.62),
+    "forward": (lambda counts: counts["routed forward"], lambda counts: counts["stacked forward"], 0.96),
     "backward": (
         difference("routed step", "routed forward"),
         difference("stacked step", "stacked forward"),
-        1.04,
+        1.05,
     ),
-    "a routed PEFT layer": (lambda counts: counts["layer"], lambda counts: counts["stacked"], 1.81),
+    "a routed PEFT layer": (lambda counts: counts["layer"], lambda counts: counts["stacked"], 1.64),
 }
 
 
