@@ -200,7 +200,7 @@ def route(
     logits : ndarray [..., N]
         One row per token.
     top_k : int in [1, N], optional
-        How many experts each token keeps, ties going to the lower index. None: all.
+        How many experts each token keeps: those with the largest logits, ties going to the lower index. None: all.
     temperature : float
         Finite and positive.
     renormalize : bool
@@ -226,7 +226,9 @@ def route(
 
     Notes
     -----
-    The gating of a sparsely gated mixture [1]_, with the softmax taken before the top k.
+    The gating of a sparsely gated mixture [1]_, with the softmax taken before the top k. It is computed in the dtype of
+    `logits`: a probability is good to a few ULP, and to as many more as its logit lies below the row's largest in units
+    of `temperature`.
 
     References
     ----------

@@ -106,8 +106,9 @@ ML_INLINE NAME(bits) NAME(counted)(const bool wide, const ml_route_params *p, in
 
 /* ---- softmax ---- */
 
-/* 1 / (temperature ln 2) as a sum of two: the exponent of 2 then has no other error than its difference of logits.
- * Temperatures so small that the type can't hold this act like the smallest for which it can. */
+/* 1 / (temperature ln 2) as a sum of two: where multiply-adds are fused, the exponent of 2 then has no other error than
+ * the difference of two logits that is multiplied. Temperatures so small that the type can't hold this act like the
+ * smallest for which it can. */
 typedef struct {
   REAL high, low;
 } NAME(rate);
@@ -121,7 +122,8 @@ ML_INLINE NAME(rate) NAME(rate_of)(double temperature) {
   return (NAME(rate)){high, (REAL)((fma(-(double)high, temperature, ml_log2_e) + ml_log2_e_rest) / temperature)};
 }
 
-/* 2^(d * rate) for d <= 0, within 2 ULP; 0 where that is below the smallest normal number. NaN stays NaN. */
+/* 2^(d * rate) for d <= 0; 0 where that is below the smallest normal number. NaN stays NaN. The series and its scaling
+ * are good to 2 ULP; where multiply-adds are not fused, the rounding of the exponent comes to that. */
 ML_INLINE NAME(vector) NAME(power)(NAME(vector) d, NAME(rate) rate) {
   const int terms = sizeof(REAL) == 4 ? 8 : 14, mantissa = sizeof(REAL) == 4 ? 23 : 52;
   const int bias = sizeof(REAL) == 4 ? 127 : 1023;
@@ -254,33 +256,17 @@ ML_INLINE void NAME(weigh)(const REAL *prob, int64_t step, int64_t n, int64_t k,
   for (int64_t i = 0; i < k; i++) weights[kept[i]] = (REAL)((double)prob[kept[i] * step] / norm);
 }
 
-/* The sum of a vector's lanes, in a fixed tree. */
-ML_INLINE REAL NAME(reduce)(NAME(vector) v) {
-  REAL lane[LANES];
-  NAME(store)(lane, v);
-  ML_UNROLL for (int half = LANES / 2; half > 0; half /= 2) ML_UNROLL for (int i = 0; i < half; i++)
-      lane[i] += lane[i + half];
-  return lane[0];
-}
-
 /* sums [N] += the sums of blocks, which are zero again afterwards. */
 ML_INLINE void NAME(flush)(const bool wide, NAME(blocks) b, REAL *block_sums, double *sums) {
-  int64_t j = 0;
-#if VECTOR_BYTES > 16
-  for (; !wide && j + 4 <= b.n; j += 4) { /* quarters, and so on, until four are left of each of four experts */
-    NAME(lanes_4) part[4];
-    ML_UNROLL for (int i = 0; i < 4; i++) {
-      const REAL *lane = block_sums + (j + i) * LANES;
-      part[i] = *(const NAME(lanes_4) *)lane;
-      ML_UNROLL for (int at = 4; at < LANES; at += 4) part[i] += *(const NAME(lanes_4) *)(lane + at);
-    }
-    NAME(transpose_4)(part);
-    NAME(lanes_4) total = (part[0] + part[1]) + (part[2] + part[3]);
-    ML_UNROLL for (int i = 0; i < 4; i++) sums[j + i] += (double)total[i];
+  for (int64_t j = 0; wide && j < b.n; j++) sums[j] += (double)block_sums[j];
+  for (int64_t j = 0; !wide && j < b.n; j += 4) {
+    const int64_t n = b.n - j < 4 ? b.n - j : 4;
+    NAME(vector) part[4] = {{0}};
+    NAME(lanes_4) total;
+    for (int64_t i = 0; i < n; i++) part[i] = NAME(load)(block_sums + (j + i) * LANES);
+    NAME(reduce_4)(part, &total);
+    for (int64_t i = 0; i < n; i++) sums[j + i] += (double)total[i];
   }
-#endif
-  for (; j < b.n; j++)
-    sums[j] += (double)(wide ? block_sums[j] : NAME(reduce)(NAME(load)(block_sums + j * LANES)));
   memset(block_sums, 0, (size_t)b.vectors * VECTOR_BYTES);
 }
 

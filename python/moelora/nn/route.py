@@ -51,7 +51,7 @@ def route(
     logits : Tensor [..., N]
         One row per token; float32, float64, bfloat16 or float16. NaN propagates within its row.
     top_k : int in [1, N], optional
-        How many experts each token keeps, ties going to the lower index. None: all.
+        How many experts each token keeps: those with the largest logits, ties going to the lower index. None: all.
     temperature : float
         Finite and positive.
     renormalize : bool
