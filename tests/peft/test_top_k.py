@@ -99,6 +99,15 @@ def test_eval_top_k_and_few_active_experts_count(make_lora, ids, passed):
         assert set(passed.seen) == {1}
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputed_layers_before_the_gate_stay_dense(make_lora, ids, gradients, passed, use_reentrant):
+    model = adopted(make_lora, lambda names: HiddenStateRouter(names, 32, layer=2, top_k=2)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    steps_both_ways(model, passed, gradients, input_ids=ids, labels=ids)
+    assert set(passed.seen) == {None, 2}
+
+
 def test_layers_before_the_gate_take_the_uniform_mixture_of_all(make_lora, ids, passed):
     model = adopted(make_lora, lambda names: HiddenStateRouter(names, 32, layer=1, top_k=2))
     with torch.no_grad():
