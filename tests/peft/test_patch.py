@@ -166,7 +166,15 @@ def test_other_task_classes_and_tuners_are_made_as_ever(make_base, ids):
     with patch_peft():
         model = get_peft_model(net, LoraConfig(target_modules=["0"], init_lora_weights=False))
         x = torch.randn(2, 4)
-        assert torch.equal(model(x, routing_weights=torch.zeros(1)), net[0].base_layer(x))
+        base, nothing = net[0].base_layer, torch.zeros(1)
+        exact = x.double() @ base.weight.double().t() + base.bias.double()
+        size = x.double().abs() @ base.weight.double().abs().t() + base.bias.double().abs()
+        assert ((model(x, routing_weights=nothing) - exact).abs() <= 8 * torch.finfo(x.dtype).eps * size).all()
+        moelora.set_base_product("torch")
+        try:
+            assert torch.equal(model(x, routing_weights=nothing), base(x))
+        finally:
+            moelora.set_base_product(None)
         ia3 = get_peft_model(
             make_base("llama"), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
         )
