@@ -2,11 +2,25 @@
 
 import gc
 import os
+from collections.abc import Iterator
+
+import pytest
 
 # Plain NumPy in place of a missing extension must never look like success here.
 os.environ["MOELORA_REQUIRE_EXT"] = "1"
 # Models are made from configs; nothing waits for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+from moelora import runtime  # noqa: E402
+
+
+@pytest.fixture(params=runtime._core.isa_available())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Compute with each instruction set that this CPU has."""
+    before = runtime.get_isa()
+    runtime.set_isa(request.param)
+    yield request.param
+    runtime.set_isa(before)
 
 
 def pytest_collection_finish() -> None:

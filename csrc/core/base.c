@@ -1,6 +1,4 @@
 /* The base product: out [T, n] += left [T, k] right. */
-#include <string.h>
-
 #include "blas.h"
 #include "call.h"
 
@@ -74,11 +72,9 @@ static void base_by_panels(void *context, int64_t task, int thread) {
   for (int64_t k0 = 0; k0 < g->k; k0 += DEPTH_BLOCK) {
     int64_t depth = min_(DEPTH_BLOCK, g->k - k0);
     for (int64_t j = j0; j < j1; j += full) {
-      int64_t cols = min_(full, j1 - j), width = round_up(cols, p->lanes);
-      char *panel = at(c, packed, (j - j0) * depth);
-      if (width > cols) memset(panel, 0, (size_t)(depth * width * c->size));
-      p->pack(panel, width, depth, cols, at(c, g->right.data, k0 * g->right.row + j * g->right.col), g->right.row,
-              g->right.col);
+      int64_t cols = min_(full, j1 - j);
+      ml_matrix part = {at(c, g->right.data, k0 * g->right.row + j * g->right.col), g->right.row, g->right.col};
+      pack_panel(c, at(c, packed, (j - j0) * depth), depth, cols, part);
     }
     for (int64_t t = t0; t < t1; t += ROW_BLOCK)
       for (int64_t j = j0; j < j1; j += full) {
@@ -99,8 +95,7 @@ static int64_t packed_tasks(const call *c, int64_t n) {
   return ceil_div(n, PACKED_PANELS * c->products->panel_width) * ceil_div(c->T, PACKED_TOKENS);
 }
 
-void ml_reserve_base(const call *c, budget *b, int64_t n, int64_t k) {
-  (void)k;
+void ml_reserve_base(const call *c, budget *b, int64_t n) {
   budget phase = {0};
   ml_reserve(&phase, PACKED_PANELS * DEPTH_BLOCK * c->products->panel_width,
              ml_thread_bound(c->p->n_threads, packed_tasks(c, n)), c->size);

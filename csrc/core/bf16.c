@@ -52,42 +52,43 @@ static void convert_task(void *context, int64_t task, int thread) {
   }
 }
 
-static void convert(const ml_routed_lora *p, conversion v) {
+static void convert(int n_threads, conversion v) {
   v.kernels = ml_active_kernels()->bf16;
   v.rows_per_task = TASK_ELEMENTS / v.width + 1;
   int64_t tasks = ceil_div(v.rows, v.rows_per_task);
-  if (tasks > 0) ml_parallel_for(tasks > 1 ? p->n_threads : 1, tasks, convert_task, &v);
+  if (tasks > 0) ml_parallel_for(tasks > 1 ? n_threads : 1, tasks, convert_task, &v);
 }
 
 static void widen_tokens(const ml_routed_lora *p, ml_tokens narrow, int64_t first, int64_t n, int64_t width,
                          float *wide) {
-  convert(p,
+  convert(p->n_threads,
           (conversion){
               .narrow = narrow, .wide = wide, .seq = p->seq, .first = first, .rows = n, .width = width, .widen = true});
 }
 
 static void narrow_tokens(const ml_routed_lora *p, const float *wide, int64_t first, int64_t n, int64_t width,
                           ml_tokens init, ml_tokens narrow) {
-  convert(p, (conversion){.narrow = narrow,
-                          .init = init,
-                          .wide = (float *)(uintptr_t)wide,
-                          .seq = p->seq,
-                          .first = first,
-                          .rows = n,
-                          .width = width});
+  convert(p->n_threads, (conversion){.narrow = narrow,
+                                     .init = init,
+                                     .wide = (float *)(uintptr_t)wide,
+                                     .seq = p->seq,
+                                     .first = first,
+                                     .rows = n,
+                                     .width = width});
 }
 
 static ml_tokens as_tokens(ml_matrix m) { return (ml_tokens){m.data, 0, m.row, m.col}; }
 
-static void widen_matrix(const ml_routed_lora *p, ml_matrix narrow, int64_t rows, int64_t width, float *wide) {
-  convert(p, (conversion){
+/* Matrices: on this thread alone, one expert being a task. */
+
+static void widen_matrix(ml_matrix narrow, int64_t rows, int64_t width, float *wide) {
+  convert(1, (conversion){
                  .narrow = as_tokens(narrow), .wide = wide, .seq = rows, .rows = rows, .width = width, .widen = true});
 }
 
-static void narrow_matrix(const ml_routed_lora *p, const float *wide, int64_t rows, int64_t width, ml_matrix narrow,
-                          bool add) {
+static void narrow_matrix(const float *wide, int64_t rows, int64_t width, ml_matrix narrow, bool add) {
   ml_tokens to = as_tokens(narrow);
-  convert(p, (conversion){.narrow = to,
+  convert(1, (conversion){.narrow = to,
                           .init = add ? to : (ml_tokens){0},
                           .wide = (float *)(uintptr_t)wide,
                           .seq = rows,
@@ -108,6 +109,13 @@ typedef struct {
   unsigned accumulate; /* of the call */
 } blocks;
 
+/* All A and B, or their gradients, in float32. */
+static void reserve_adapters(const blocks *b, budget *need) {
+  ml_reserve(need, b->R, b->p->d_in, sizeof(float));
+  ml_reserve(need, b->R, b->p->d_out, sizeof(float));
+  for (int64_t e = 0; e < 2 * b->p->n_experts; e++) ml_reserve(need, 0, 1, 1); /* each is aligned */
+}
+
 static ml_status begin(blocks *b, const ml_routed_lora *p, bool with_x, budget *need) {
   *b = (blocks){.p = p};
   ml_status status = ml_check(p, &b->T, &b->R);
@@ -118,11 +126,7 @@ static ml_status begin(blocks *b, const ml_routed_lora *p, bool with_x, budget *
   ml_reserve(need, b->T, p->n_experts, sizeof(float));
   ml_reserve(need, b->block, p->d_out, sizeof(float));
   if (with_x) ml_reserve(need, b->block, p->d_in, sizeof(float));
-  if (p->bf16_adapters) {
-    ml_reserve(need, b->R, p->d_in, sizeof(float));
-    ml_reserve(need, b->R, p->d_out, sizeof(float));
-    for (int64_t e = 0; e < 2 * p->n_experts; e++) ml_reserve(need, 0, 1, 1); /* each is aligned */
-  }
+  if (p->bf16_adapters) reserve_adapters(b, need);
   return ML_OK;
 }
 
@@ -131,10 +135,8 @@ static void widen_adapters(void *context, int64_t e, int thread) {
   (void)thread;
   const blocks *b = context;
   const ml_expert *from = &b->p->experts[e], *to = &b->experts[e];
-  ml_routed_lora alone = *b->p;
-  alone.n_threads = 1;
-  widen_matrix(&alone, from->a, from->rank, b->p->d_in, to->a.data);
-  widen_matrix(&alone, from->b, b->p->d_out, from->rank, to->b.data);
+  widen_matrix(from->a, from->rank, b->p->d_in, to->a.data);
+  widen_matrix(from->b, b->p->d_out, from->rank, to->b.data);
 }
 
 /* The gradients of all A and B, from float32. */
@@ -142,12 +144,10 @@ static void narrow_grads(void *context, int64_t e, int thread) {
   (void)thread;
   const blocks *b = context;
   const ml_expert *to = &b->p->experts[e], *from = &b->experts[e];
-  ml_routed_lora alone = *b->p;
-  alone.n_threads = 1;
   if (to->grad_a.data)
-    narrow_matrix(&alone, from->grad_a.data, to->rank, b->p->d_in, to->grad_a, b->accumulate & ML_ACCUMULATE_A);
+    narrow_matrix(from->grad_a.data, to->rank, b->p->d_in, to->grad_a, b->accumulate & ML_ACCUMULATE_A);
   if (to->grad_b.data)
-    narrow_matrix(&alone, from->grad_b.data, b->p->d_out, to->rank, to->grad_b, b->accumulate & ML_ACCUMULATE_B);
+    narrow_matrix(from->grad_b.data, b->p->d_out, to->rank, to->grad_b, b->accumulate & ML_ACCUMULATE_B);
 }
 
 static ml_matrix take_matrix(blocks *b, int64_t rows, int64_t width) {
@@ -230,11 +230,7 @@ ml_status ml_bf16_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_tokens 
   if (hidden.data && !is_dense(hidden, p->seq, b.T, b.R)) return ML_ERR_VALUE;
   if (grad_w.data) ml_reserve(&need, b.T, p->n_experts, sizeof(float));
   if (grad_x.data) ml_reserve(&need, b.block, p->d_in, sizeof(float));
-  if (p->bf16_adapters) {
-    ml_reserve(&need, b.R, p->d_in, sizeof(float));
-    ml_reserve(&need, b.R, p->d_out, sizeof(float));
-    for (int64_t e = 0; e < 2 * p->n_experts; e++) ml_reserve(&need, 0, 1, 1);
-  }
+  if (p->bf16_adapters) reserve_adapters(&b, &need);
   status = allocate(&b, with_x, need);
   if (status != ML_OK) goto done;
   float *token_grads = grad_w.data ? ml_take(&b.workspace, b.T, p->n_experts, sizeof(float)) : NULL;

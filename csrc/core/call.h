@@ -15,6 +15,8 @@
 #ifndef MOELORA_CALL_H
 #define MOELORA_CALL_H
 
+#include <string.h>
+
 #include "compiler.h"
 #include "elementwise.h"
 #include "regimes.h"
@@ -73,6 +75,13 @@ typedef struct {
 
 static inline char *at(const call *c, const void *data, int64_t elements) {
   return (char *)(uintptr_t)data + elements * c->size;
+}
+
+/* `source` [depth, cols] as a panel, whose last columns are zeros up to a whole vector. */
+static inline void pack_panel(const call *c, char *panel, int64_t depth, int64_t cols, ml_matrix source) {
+  int64_t width = round_up(cols, c->products->lanes);
+  if (width > cols) memset(panel, 0, (size_t)(depth * width * c->size));
+  c->products->pack(panel, width, depth, cols, source.data, source.row, source.col);
 }
 
 /* ---- call.c ---- */
@@ -136,9 +145,8 @@ typedef void epilogue(const void *context, int64_t first, int64_t last);
 /* R is given apart: while the budget is drawn up, a factor has no offsets yet. */
 void ml_reserve_projection(const call *c, budget *b, int64_t R, int64_t d, bool masked);
 
-/* out [T, R] = (add: +=) x M^T, x masked where mask is not NULL; then `then` on all tokens. */
-void ml_project(call *c, factor m, rows x, rows out, bool add, const ml_mask *mask, epilogue *then,
-                const void *context);
+/* out [T, R] = x M^T, x masked where mask is not NULL; then `then` on all tokens. */
+void ml_project(call *c, factor m, rows x, rows out, const ml_mask *mask, epilogue *then, const void *context);
 
 /* The same for M_A, with dropout: each expert's columns from its own x. */
 void ml_project_masked(call *c, factor m, rows x, rows out, epilogue *then, const void *context);
@@ -172,7 +180,7 @@ ml_status ml_bf16_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_tokens 
 
 /* ---- base.c: out [T, n] += left [T, k] right ---- */
 
-void ml_reserve_base(const call *c, budget *b, int64_t n, int64_t k);
+void ml_reserve_base(const call *c, budget *b, int64_t n);
 void ml_add_base(call *c, rows left, int64_t k, ml_matrix right, int64_t n, rows out);
 
 #endif

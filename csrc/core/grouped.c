@@ -228,9 +228,8 @@ static void spread_task(void *context, int64_t task, int thread) {
     for (int64_t e = 0; e < s->m.n_parts; e++) {
       if (g->first[e] == g->first[e + 1]) continue;
       ml_matrix part = s->m.parts[e];
-      char *panel = at(c, packed, (d0 - first) * c->R + c->offsets[e] * width);
-      if (width > cols) memset(panel, 0, (size_t)(rank_of(g, e) * width * c->size));
-      k->pack(panel, width, rank_of(g, e), cols, at(c, part.data, d0 * part.col), part.row, part.col);
+      pack_panel(c, at(c, packed, (d0 - first) * c->R + c->offsets[e] * width), rank_of(g, e), cols,
+                 (ml_matrix){at(c, part.data, d0 * part.col), part.row, part.col});
     }
   }
   for (int64_t t = t0; t < t1; t += ROW_BLOCK)

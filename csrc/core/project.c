@@ -1,4 +1,4 @@
-/* project: out [T, R] = x M^T, or added to what is there. */
+/* project: out [T, R] = x M^T. */
 #include <string.h>
 
 #include "call.h"
@@ -9,7 +9,6 @@ typedef struct {
   int64_t R;
   rows x;
   rows out;
-  bool add;
   const ml_mask *mask; /* of x; NULL: none */
   epilogue *then;      /* NULL: nothing */
   const void *context;
@@ -76,7 +75,7 @@ static void project_packed(void *context, int64_t task, int thread) {
       int64_t cols = min_(full, j->R - first), width = round_up(cols, c->products->lanes);
       void *out = at(c, j->out.data, t0 * j->out.row + first);
       c->products->product(tokens, cols, depth, x.data, x.row, 1, at(c, j->packed, first * j->m.d + k0 * width), width,
-                           out, j->out.row, k0 || j->add ? out : NULL, j->out.row);
+                           out, j->out.row, k0 ? out : NULL, j->out.row);
     }
   }
   if (j->then) j->then(j->context, t0, t0 + tokens);
@@ -103,11 +102,10 @@ static void project_sums(void *context, int64_t task, int thread) {
                           j->m.parts[task].col, at(c, j->out.data, first), j->out.row);
 }
 
-void ml_project(call *c, factor m, rows x, rows out, bool add, const ml_mask *mask, epilogue *then,
-                const void *context) {
+void ml_project(call *c, factor m, rows x, rows out, const ml_mask *mask, epilogue *then, const void *context) {
   int64_t R = m.offsets[m.n_parts], work = c->T * R * m.d;
   size_t used = c->used;
-  projection j = {.c = c, .m = m, .R = R, .x = x, .out = out, .add = add};
+  projection j = {.c = c, .m = m, .R = R, .x = x, .out = out};
   j.mask = mask;
   j.then = then;
   j.context = context;
@@ -118,10 +116,10 @@ void ml_project(call *c, factor m, rows x, rows out, bool add, const ml_mask *ma
       for (int64_t r = m.offsets[e]; r < m.offsets[e + 1]; r++)
         j.factor_row[r] = at(c, m.parts[e].data, (r - m.offsets[e]) * m.parts[e].row);
   }
-  if (!add && !mask && c->T < c->regime->short_sums && ml_has_dense_columns(m)) {
+  if (!mask && c->T < c->regime->short_sums && ml_has_dense_columns(m)) {
     ml_parallel_for(ml_threads_for(c, work), m.n_parts, project_sums, &j);
     if (then) then(context, 0, c->T);
-  } else if (!add && !mask && c->T < c->regime->dots && j.factor_row) {
+  } else if (!mask && c->T < c->regime->dots && j.factor_row) {
     ml_parallel_for(ml_threads_for(c, work), ceil_div(R, DOT_ROWS), project_dots, &j);
     if (then) then(context, 0, c->T);
   } else {
@@ -138,7 +136,7 @@ void ml_project_masked(call *c, factor m, rows x, rows out, epilogue *then, cons
   for (int64_t e = 0; e < m.n_parts; e++) {
     int64_t offsets[2] = {0, m.offsets[e + 1] - m.offsets[e]};
     ml_mask mask = ml_mask_of(c->p, e);
-    ml_project(c, (factor){m.d, 1, offsets, &m.parts[e]}, x, (rows){at(c, out.data, m.offsets[e]), out.row}, false,
+    ml_project(c, (factor){m.d, 1, offsets, &m.parts[e]}, x, (rows){at(c, out.data, m.offsets[e]), out.row},
                mask.threshold ? &mask : NULL, e + 1 == m.n_parts ? then : NULL, context);
   }
 }

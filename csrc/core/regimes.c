@@ -43,18 +43,17 @@ ml_status ml_set_base(const char *name) {
 
 const char *ml_get_base(void) { return base_names[atomic_load(&base_choice)]; }
 
-bool ml_base_is_faster(ml_dtype dtype, int64_t tokens, bool transposed) {
-  int choice = atomic_load_explicit(&base_choice, memory_order_relaxed);
-  if (choice != BY_SHAPE) return choice == OWN;
-  ml_isa isa = ml_active_kernels()->isa;
-  if (dtype != ML_F32 || tokens <= 0) return false;
-  const ml_regime *regime = ml_regime_of(isa, dtype);
-  return tokens < (transposed ? regime->base_in_place : regime->base_dots) || mkl_is_slow(isa);
-}
-
 ml_base_limits ml_base_rule(void) {
   ml_isa isa = ml_active_kernels()->isa;
   const ml_regime *regime = ml_regime_of(isa, ML_F32);
   if (mkl_is_slow(isa)) return (ml_base_limits){INT64_MAX, INT64_MAX};
   return (ml_base_limits){regime->base_dots, regime->base_in_place};
+}
+
+bool ml_base_is_faster(ml_dtype dtype, int64_t tokens, bool transposed) {
+  int choice = atomic_load_explicit(&base_choice, memory_order_relaxed);
+  if (choice != BY_SHAPE) return choice == OWN;
+  if (dtype != ML_F32 || tokens <= 0) return false;
+  ml_base_limits limits = ml_base_rule();
+  return tokens < (transposed ? limits.transposed : limits.product);
 }

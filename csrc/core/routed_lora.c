@@ -45,7 +45,7 @@ ml_status ml_routed_lora_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens
     ml_reserve_projection(&c, &need, c.R, p->d_in, c.drops);
     ml_reserve_spreading(&c, &need, p->d_out);
   }
-  if (p->weight.data) ml_reserve_base(&c, &need, p->d_out, p->d_in);
+  if (p->weight.data) ml_reserve_base(&c, &need, p->d_out);
   status = ml_allocate(&c, need);
   if (status != ML_OK || c.T == 0) goto done;
 
@@ -72,7 +72,7 @@ ml_status ml_routed_lora_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens
     if (c.drops)
       ml_project_masked(&c, ml_factor_a(&c), x, (rows){h, c.R}, weigh, &w);
     else
-      ml_project(&c, ml_factor_a(&c), x, (rows){h, c.R}, false, NULL, weigh, &w);
+      ml_project(&c, ml_factor_a(&c), x, (rows){h, c.R}, NULL, weigh, &w);
     ml_spread(&c, ml_factor_b(&c), w.weighted, out, init);
     if (own_hidden && hidden.data) ml_copy_tokens(&c, ml_dense(&c, h, c.R), hidden, c.R);
   }
@@ -141,7 +141,7 @@ ml_status ml_routed_lora_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_
   ml_reserve_rows(&c, &need, grad_y, p->d_out);
   if (any_a) ml_reserve_rows(&c, &need, p->x, p->d_in);
   if (grad_x.data) ml_reserve_rows(&c, &need, grad_x, p->d_in);
-  if (grad_x.data && p->weight.data) ml_reserve_base(&c, &need, p->d_in, p->d_out);
+  if (grad_x.data && p->weight.data) ml_reserve_base(&c, &need, p->d_in);
   if (c.grouped) {
     ml_reserve_grouping(&c, &need);
     if (need_p) ml_reserve(&need, c.T, ml_kept_width(&c), c.size);
@@ -182,7 +182,7 @@ ml_status ml_routed_lora_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_
     if (any_b) w.weighted = ml_take(&c, c.T, c.R, c.size);
     if (grad_w.data) w.token_grads = ml_take(&c, c.T, p->n_experts, c.size);
     if (need_p && c.T)
-      ml_project(&c, ml_factor_b(&c), g, (rows){w.p, c.R}, false, NULL, weigh_gradients, &w);
+      ml_project(&c, ml_factor_b(&c), g, (rows){w.p, c.R}, NULL, weigh_gradients, &w);
     else
       weigh_gradients(&w, 0, c.T);
     if (grad_w.data)

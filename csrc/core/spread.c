@@ -110,8 +110,7 @@ static void spread_in_place(void *context, int64_t task, int thread) {
     const char *panel = at(c, s->m.parts[e].data, d0);
     if (cols < width) {
       char *packed = at(c, s->packed, thread * c->R * k->panel_width);
-      memset(packed, 0, (size_t)(rank * width * c->size));
-      k->pack(packed, width, rank, cols, panel, panel_row, 1);
+      pack_panel(c, packed, rank, cols, (ml_matrix){(void *)(uintptr_t)panel, panel_row, 1});
       panel = packed;
       panel_row = width;
     }

@@ -23,15 +23,6 @@ def each_isa() -> Iterator[str]:
         runtime.set_isa(before)
 
 
-@pytest.fixture(params=runtime._core.isa_available())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Compute with each instruction set that this CPU has."""
-    before = runtime.get_isa()
-    runtime.set_isa(request.param)
-    yield request.param
-    runtime.set_isa(before)
-
-
 @pytest.fixture(params=["twin", *runtime._core.isa_available()])
 def module(request: pytest.FixtureRequest) -> Iterator[Any]:
     """The twin, and the kernels with each instruction set."""

@@ -1,22 +1,10 @@
 """A mixture to test with, and the loop over its experts that says what is right."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-
-from moelora import runtime
-
-
-@pytest.fixture(params=runtime._core.isa_available())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Compute with each instruction set that this CPU has."""
-    before = runtime.get_isa()
-    runtime.set_isa(request.param)
-    yield request.param
-    runtime.set_isa(before)
 
 
 class Mixture(NamedTuple):
