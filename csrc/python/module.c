@@ -944,13 +944,27 @@ static PyObject *isa_available(PyObject *module, PyObject *unused) {
   return result;
 }
 
-static PyObject *set_isa(PyObject *module, PyObject *obj) {
-  if (obj != Py_None && !PyUnicode_Check(obj)) {
-    raise_for(PyExc_TypeError, ARG("name"), "must be a str or None, got %s", Py_TYPE(obj)->tp_name);
-    return NULL;
+/* A str that C can hold, or None: NULL. */
+static bool read_name(PyObject *obj, const char **name) {
+  *name = NULL;
+  if (obj == Py_None) {
+    return true;
   }
-  const char *name = obj == Py_None ? NULL : PyUnicode_AsUTF8(obj);
-  if (obj != Py_None && name == NULL) {
+  if (!PyUnicode_Check(obj)) {
+    return raise_for(PyExc_TypeError, ARG("name"), "must be a str or None, got %s", Py_TYPE(obj)->tp_name);
+  }
+  Py_ssize_t length;
+  *name = PyUnicode_AsUTF8AndSize(obj, &length);
+  if (*name != NULL && strlen(*name) == (size_t)length) {
+    return true;
+  }
+  PyErr_Clear(); /* characters that UTF-8 has not */
+  return raise_for(PyExc_ValueError, ARG("name"), "must be a name, got %R", obj);
+}
+
+static PyObject *set_isa(PyObject *module, PyObject *obj) {
+  const char *name;
+  if (!read_name(obj, &name)) {
     return NULL;
   }
   if (ml_set_isa(name) == ML_OK) {
@@ -971,12 +985,8 @@ static PyObject *get_isa(PyObject *module, PyObject *unused) {
 
 static PyObject *set_base_product(PyObject *module, PyObject *obj) {
   (void)module;
-  if (obj != Py_None && !PyUnicode_Check(obj)) {
-    raise_for(PyExc_TypeError, ARG("name"), "must be a str or None, got %s", Py_TYPE(obj)->tp_name);
-    return NULL;
-  }
-  const char *name = obj == Py_None ? NULL : PyUnicode_AsUTF8(obj);
-  if (obj != Py_None && name == NULL) {
+  const char *name;
+  if (!read_name(obj, &name)) {
     return NULL;
   }
   if (ml_set_base(name) == ML_OK) {

@@ -115,6 +115,15 @@ def test_an_unknown_instruction_set_is_refused():
         runtime.set_isa("sse9")
     with pytest.raises(TypeError, match="name must be a str or None, got int"):
         runtime.set_isa(9)
+
+
+@pytest.mark.parametrize("name", ["own\0x", "avx2\0", "\0", "\ud800"])
+@pytest.mark.parametrize("setting", ["isa", "base_product"])
+def test_names_that_c_would_read_otherwise_are_refused(setting, name):
+    before = getattr(runtime, f"get_{setting}")()
+    with pytest.raises(ValueError, match="name must be a name, got '"):
+        getattr(runtime, f"set_{setting}")(name)
+    assert getattr(runtime, f"get_{setting}")() == before
     assert runtime.get_isa() == before
 
 
