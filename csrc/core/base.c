@@ -91,6 +91,13 @@ static bool takes_rows_in_place(const call *c, ml_matrix right, int64_t n) {
   return c->T < c->regime->base_in_place && right.col == 1 && n % c->products->lanes == 0;
 }
 
+/* Of a slice with one row or column BLAS makes a product with a vector, whose bits depend on where the arrays are. */
+static bool takes_blas(const base_product *g) {
+  int64_t T = g->c->T;
+  return g->n % BASE_COLUMNS != 1 && T % BASE_TOKENS != 1 &&
+         ml_blas_takes(T, g->n, g->k, g->left.row, g->right, g->out.row);
+}
+
 static int64_t packed_tasks(const call *c, int64_t n) {
   return ceil_div(n, PACKED_PANELS * c->products->panel_width) * ceil_div(c->T, PACKED_TOKENS);
 }
@@ -112,7 +119,7 @@ void ml_add_base(call *c, rows left, int64_t k, ml_matrix right, int64_t n, rows
     ml_parallel_for(n_threads, ceil_div(n, DOT_COLUMNS), base_by_dots, &g);
   } else if (takes_rows_in_place(c, right, n)) {
     ml_parallel_for(n_threads, ceil_div(n, IN_PLACE_COLUMNS), base_in_place, &g);
-  } else if (ml_blas_takes(c->T, n, k, left.row, right, out.row)) {
+  } else if (takes_blas(&g)) {
     ml_parallel_for(n_threads, ceil_div(n, BASE_COLUMNS) * ceil_div(c->T, BASE_TOKENS), base_by_blas, &g);
   } else {
     int64_t tasks = packed_tasks(c, n);
