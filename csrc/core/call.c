@@ -184,12 +184,12 @@ bool ml_is_dense_hidden(const call *c, ml_tokens v) {
 
 bool ml_has_dense_rows(factor m) {
   for (int64_t e = 0; e < m.n_parts; e++)
-    if (m.parts[e].col != 1 && m.d > 1) return false;
+    if (m.parts[e].data && m.parts[e].col != 1 && m.d > 1) return false;
   return true;
 }
 
 bool ml_has_dense_columns(factor m) {
   for (int64_t e = 0; e < m.n_parts; e++)
-    if (m.parts[e].row != 1) return false;
+    if (m.parts[e].data && m.parts[e].row != 1) return false;
   return true;
 }

@@ -160,7 +160,8 @@ void ml_spread(call *c, factor m, const char *h, rows out, rows init);
 void ml_reserve_masked_spreading(const call *c, budget *b, int64_t d);
 void ml_spread_masked(call *c, factor m, const char *h, rows out, rows init);
 
-/* ---- collect.c: for the experts that want it, those whose part of grads has data; h [T, R] dense ---- */
+/* ---- collect.c: for the experts that want it, those whose part of grads has data; h [T, R] dense, with
+ * a vector's room behind it ---- */
 
 void ml_reserve_collection(const call *c, budget *b, int64_t d);
 void ml_collect(call *c, factor grads, const char *h, rows x, bool add);

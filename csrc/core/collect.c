@@ -3,7 +3,10 @@
 
 #include "call.h"
 
-enum { MASKED_TOKENS = 128 /* of a masked panel of x */ };
+enum {
+  TURNED_ROWS = 48,   /* of the transpose, in a task: whole tiles of every instruction set */
+  MASKED_TOKENS = 128 /* of a masked panel of x */
+};
 
 typedef struct {
   const call *c;
@@ -11,16 +14,25 @@ typedef struct {
   const char *h; /* [T, R] dense */
   rows x;
   bool add;
-  char *scratch; /* per thread: a packed panel of x [DEPTH_BLOCK, panel_width], sums [R, panel_width] */
+  int64_t width; /* columns of x in a task */
+  char *scratch; /* per thread: a packed panel of x [depth, width], sums [R, width] or [width, whole vectors of R] */
 } collection;
 
-static int64_t collect_scratch(const call *c) { return (DEPTH_BLOCK + c->R) * c->products->panel_width; }
+/* Tokens of a packed panel of x. */
+static int64_t collect_depth(const call *c) { return min_(DEPTH_BLOCK, c->T); }
+
+static int64_t collect_scratch(const call *c, int64_t width) {
+  return (collect_depth(c) + round_up(c->R, c->products->lanes)) * width;
+}
 
 void ml_reserve_collection(const call *c, budget *b, int64_t d) {
-  budget phase = {0};
-  ml_reserve(&phase, collect_scratch(c), ml_thread_bound(c->p->n_threads, ceil_div(d, c->products->panel_width)),
-             c->size);
-  ml_reserve_phase(b, phase);
+  const int64_t widths[] = {c->products->panel_width, TURNED_ROWS};
+  for (int i = 0; i < 2; i++) {
+    budget phase = {0};
+    ml_reserve(&phase, collect_scratch(c, widths[i]), ml_thread_bound(c->p->n_threads, ceil_div(d, widths[i])),
+               c->size);
+    ml_reserve_phase(b, phase);
+  }
 }
 
 void ml_store_grads(const call *c, const char *sums, int64_t width, int64_t rank, int64_t cols, ml_matrix to,
@@ -47,9 +59,10 @@ static void collect_task(void *context, int64_t task, int thread) {
   const collection *g = context;
   const call *c = g->c;
   const ml_products *k = c->products;
-  int64_t full = k->panel_width, d0 = task * full, cols = min_(full, g->grads.d - d0), width = round_up(cols, k->lanes);
-  char *panel = at(c, g->scratch, thread * collect_scratch(c)), *sums = at(c, panel, DEPTH_BLOCK * full);
-  if (width > cols) memset(panel, 0, (size_t)(DEPTH_BLOCK * width * c->size));
+  int64_t d0 = task * g->width, cols = min_(g->width, g->grads.d - d0), width = round_up(cols, k->lanes);
+  char *panel = at(c, g->scratch, thread * collect_scratch(c, g->width));
+  char *sums = at(c, panel, collect_depth(c) * g->width);
+  if (width > cols) memset(panel, 0, (size_t)(collect_depth(c) * width * c->size));
   for (int64_t t0 = 0; t0 < c->T; t0 += DEPTH_BLOCK) {
     int64_t tokens = min_(DEPTH_BLOCK, c->T - t0);
     k->pack(panel, width, tokens, cols, at(c, g->x.data, t0 * g->x.row + d0), g->x.row, 1);
@@ -66,12 +79,81 @@ static void collect_task(void *context, int64_t task, int thread) {
   finish_collection(g, sums, width, d0, cols);
 }
 
+/* Gradients with dense rows, as those of A, of a few tokens: x's own rows are a panel, but for its last columns, and sums
+ * are made where they belong. */
+static void collect_in_place(void *context, int64_t task, int thread) {
+  const collection *g = context;
+  const call *c = g->c;
+  const ml_products *k = c->products;
+  int64_t d0 = task * g->width, cols = min_(g->width, g->grads.d - d0), panel_row = g->x.row;
+  const char *panel = at(c, g->x.data, d0);
+  if (cols % k->lanes) {
+    char *packed = at(c, g->scratch, thread * collect_scratch(c, g->width));
+    pack_panel(c, packed, c->T, cols, (ml_matrix){(void *)(uintptr_t)panel, panel_row, 1});
+    panel = packed;
+    panel_row = round_up(cols, k->lanes);
+  }
+  for (int64_t e = 0; e < g->grads.n_parts; e++) {
+    ml_matrix to = g->grads.parts[e];
+    if (!to.data) continue;
+    int64_t r0 = g->grads.offsets[e], rank = g->grads.offsets[e + 1] - r0;
+    char *out = at(c, to.data, d0);
+    k->product(rank, cols, c->T, at(c, g->h, r0), 1, c->R, panel, panel_row, out, to.row, g->add ? out : NULL, to.row);
+  }
+}
+
+/* Gradients with dense columns, as those of B transposed: the transpose x^T h, with h's own rows as panels, whose last
+ * vector may end beyond h. */
+static void collect_turned(void *context, int64_t task, int thread) {
+  const collection *g = context;
+  const call *c = g->c;
+  const ml_products *k = c->products;
+  const factor *grads = &g->grads;
+  int64_t d0 = task * g->width, cols = min_(g->width, grads->d - d0);
+  char *packed = at(c, g->scratch, thread * collect_scratch(c, g->width));
+  char *sums = at(c, packed, collect_depth(c) * g->width);
+  for (int64_t e = 0; e < grads->n_parts; e++) {
+    int64_t first = e; /* neighbours that are wanted go into one product */
+    while (e < grads->n_parts && grads->parts[e].data) e++;
+    int64_t r0 = grads->offsets[first], width = round_up(grads->offsets[e] - r0, k->lanes);
+    for (int64_t t0 = 0; t0 < c->T && width > 0; t0 += DEPTH_BLOCK) {
+      int64_t tokens = min_(DEPTH_BLOCK, c->T - t0);
+      rows x = {at(c, g->x.data, t0 * g->x.row + d0), g->x.row};
+      if (c->T >= c->regime->turned_in_place) {
+        k->pack(packed, g->width, tokens, cols, x.data, x.row, 1);
+        x = (rows){packed, g->width};
+      }
+      for (int64_t j = 0; j < width; j += k->panel_width) {
+        char *out = at(c, sums, j);
+        k->product(cols, min_(k->panel_width, width - j), tokens, x.data, 1, x.row, at(c, g->h, t0 * c->R + r0 + j),
+                   c->R, out, width, t0 ? out : NULL, width);
+      }
+    }
+    for (int64_t i = first; i < e; i++) {
+      int64_t rank = grads->offsets[i + 1] - grads->offsets[i], row = grads->parts[i].col;
+      const char *from = at(c, sums, grads->offsets[i] - r0);
+      char *to = at(c, grads->parts[i].data, d0 * row);
+      if (g->add)
+        c->elementwise->copy(cols, rank, from, width, 1, to, row, 1, true);
+      else
+        k->pack(to, row, cols, rank, from, width, 1); /* a copy of narrow rows */
+    }
+  }
+}
+
 void ml_collect(call *c, factor grads, const char *h, rows x, bool add) {
   size_t used = c->used;
-  collection g = {.c = c, .grads = grads, .h = h, .x = x, .add = add};
-  int64_t tasks = ceil_div(grads.d, c->products->panel_width);
-  g.scratch = ml_take(c, collect_scratch(c), ml_thread_bound(c->p->n_threads, tasks), c->size);
-  ml_parallel_for(ml_threads_for(c, c->T * c->R * grads.d), tasks, collect_task, &g);
+  collection g = {.c = c, .grads = grads, .h = h, .x = x, .add = add, .width = c->products->panel_width};
+  ml_task *task = collect_task;
+  if (c->T > 0 && c->T < c->regime->collect_in_place && ml_has_dense_rows(grads)) {
+    task = collect_in_place;
+  } else if (c->T > 0 && ml_has_dense_columns(grads)) {
+    task = collect_turned;
+    g.width = TURNED_ROWS;
+  }
+  int64_t tasks = ceil_div(grads.d, g.width);
+  g.scratch = ml_take(c, collect_scratch(c, g.width), ml_thread_bound(c->p->n_threads, tasks), c->size);
+  ml_parallel_for(ml_threads_for(c, c->T * c->R * grads.d), tasks, task, &g);
   c->used = used;
 }
 

@@ -8,11 +8,11 @@
 #include "compiler.h"
 
 static const ml_regime regimes[ML_ISAS][2] = {
-    /*                           dots short_sums spread_rows spread_lanes in_place base_dots base_in_place */
-    [ML_PORTABLE] = {[ML_F32] = {48, 9, 9, 0, 9, 48, 17}, [ML_F64] = {48, 9, 9, 0, 9, 48, 17}},
-    [ML_AVX2] = {[ML_F32] = {64, 9, 13, 0, 9, 48, 17}, [ML_F64] = {48, 9, 9, 0, 9, 48, 17}},
-    [ML_AVX512] = {[ML_F32] = {96, 9, 9, 48, 9, 96, 17}, [ML_F64] = {48, 9, 9, 48, 9, 48, 17}},
-    [ML_NEON] = {[ML_F32] = {48, 9, 9, 0, 9, 48, 17}, [ML_F64] = {48, 9, 9, 0, 9, 48, 17}},
+    /* dots short_sums spread_rows spread_lanes in_place collect_in_place turned_in_place base_dots base_in_place */
+    [ML_PORTABLE] = {[ML_F32] = {48, 9, 9, 0, 9, 25, 33, 48, 17}, [ML_F64] = {48, 9, 9, 0, 9, 25, 33, 48, 17}},
+    [ML_AVX2] = {[ML_F32] = {64, 9, 13, 0, 9, 25, 33, 48, 17}, [ML_F64] = {48, 9, 9, 0, 9, 25, 33, 48, 17}},
+    [ML_AVX512] = {[ML_F32] = {96, 17, 9, 48, 9, 25, 129, 96, 17}, [ML_F64] = {48, 9, 9, 48, 9, 25, 129, 48, 17}},
+    [ML_NEON] = {[ML_F32] = {48, 9, 9, 0, 9, 25, 33, 48, 17}, [ML_F64] = {48, 9, 9, 0, 9, 25, 33, 48, 17}},
 };
 
 const ml_regime *ml_regime_of(ml_isa isa, ml_dtype dtype) { return &regimes[isa][dtype]; }

@@ -6,13 +6,15 @@
 
 /* Each field: the kernel is taken for fewer tokens than that, and panels are packed from there on. */
 typedef struct {
-  int64_t dots;          /* H = x A^T, rows of A in place */
-  int64_t short_sums;    /* P = g B, columns of B in place */
-  int64_t spread_rows;   /* Y = Hs B^T, lanes over the ranks ... */
-  int64_t spread_lanes;  /* ... else lanes over the tokens */
-  int64_t in_place;      /* dX = Q A, rows of A as panels */
-  int64_t base_dots;     /* x W^T, rows of W in place */
-  int64_t base_in_place; /* g W, rows of W as panels */
+  int64_t dots;             /* H = x A^T, rows of A in place */
+  int64_t short_sums;       /* P = g B, columns of B in place */
+  int64_t spread_rows;      /* Y = Hs B^T, lanes over the ranks ... */
+  int64_t spread_lanes;     /* ... else lanes over the tokens */
+  int64_t in_place;         /* dX = Q A, rows of A as panels */
+  int64_t collect_in_place; /* dA = Q^T x, rows of x as panels, sums made in place */
+  int64_t turned_in_place;  /* dB = g^T Hs, columns of g in place */
+  int64_t base_dots;        /* x W^T, rows of W in place */
+  int64_t base_in_place;    /* g W, rows of W as panels */
 } ml_regime;
 
 const ml_regime *ml_regime_of(ml_isa isa, ml_dtype dtype);

@@ -151,6 +151,7 @@ ml_status ml_routed_lora_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_
     if (own_hidden) ml_reserve(&need, c.T, c.R, c.size);
     if (need_p) ml_reserve(&need, c.T, c.R, c.size);
     if (any_b) ml_reserve(&need, c.T, c.R, c.size);
+    ml_reserve(&need, 1, c.products->lanes, c.size); /* where vectors end that begin in P or the weighted H */
     if (grad_w.data) ml_reserve(&need, c.T, p->n_experts, c.size);
     if (need_p) ml_reserve_projection(&c, &need, c.R, p->d_out, false);
     if (grad_x.data && c.drops)
@@ -180,6 +181,7 @@ ml_status ml_routed_lora_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_
     }
     if (need_p) w.p = ml_take(&c, c.T, c.R, c.size);
     if (any_b) w.weighted = ml_take(&c, c.T, c.R, c.size);
+    ml_take(&c, 1, c.products->lanes, c.size);
     if (grad_w.data) w.token_grads = ml_take(&c, c.T, p->n_experts, c.size);
     if (need_p && c.T)
       ml_project(&c, ml_factor_b(&c), g, (rows){w.p, c.R}, NULL, weigh_gradients, &w);

@@ -491,38 +491,140 @@ static void NAME(spread_lanes)(int64_t tokens, int64_t first, int64_t n, int64_t
 #undef ML_SPREAD
 }
 
-/* ---- short_sums ---- */
+/* ---- short_sums: lanes over the columns, a few tokens for each row ---- */
 
-/* Four chains of sums at a time, and two rows: enough to hide the latency of an addition. */
-ML_INLINE void NAME(short_sums_quads)(const int quads, int64_t depth, const REAL *x, const REAL *rows,
-                                      int64_t row_stride, REAL *out) {
-  NAME(lanes_4) even[4] = {{0}}, odd[4] = {{0}};
-  int64_t k = 0;
-  for (; k + 2 <= depth; k += 2) ML_UNROLL for (int i = 0; i < quads; i++) {
-      even[i] += x[k] * *(const NAME(lanes_4) *)(rows + k * row_stride + 4 * i);
-      odd[i] += x[k + 1] * *(const NAME(lanes_4) *)(rows + (k + 1) * row_stride + 4 * i);
-    }
-  if (k < depth) ML_UNROLL for (int i = 0; i < quads; i++)
-      even[i] += x[k] * *(const NAME(lanes_4) *)(rows + k * row_stride + 4 * i);
-  ML_UNROLL for (int i = 0; i < quads; i++) *(NAME(lanes_4) *)(out + 4 * i) = even[i] + odd[i];
+/* Sums that run side by side hide the latency of an addition. As many for any number of tokens, so that a token's sums do
+ * not depend on those beside it. */
+enum { NAME(chains) = REGISTERS > 16 ? 4 : 2 };
+
+ML_INLINE NAME(vector) NAME(sum_chains)(const NAME(vector) sum[NAME(chains)]) {
+#if REGISTERS > 16
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+#else
+  return sum[0] + sum[1];
+#endif
 }
 
-static void NAME(short_sums)(int64_t tokens, int64_t n, int64_t depth, const void *x_, int64_t x_row,
-                             const void *rows_, int64_t row_stride, void *out_, int64_t out_row) {
-  const REAL *rows = rows_;
-  for (int64_t t = 0; t < tokens; t++) {
-    const REAL *x = (const REAL *)x_ + t * x_row;
-    REAL *out = (REAL *)out_ + t * out_row;
-    int64_t j = 0;
-    for (; n - j >= 16; j += 16) NAME(short_sums_quads)(4, depth, x, rows + j, row_stride, out + j);
-    for (; n - j >= 8; j += 8) NAME(short_sums_quads)(2, depth, x, rows + j, row_stride, out + j);
-    for (; n - j >= 4; j += 4) NAME(short_sums_quads)(1, depth, x, rows + j, row_stride, out + j);
-    for (; j < n; j++) {
-      REAL total = 0;
-      for (int64_t k = 0; k < depth; k++) total += x[k] * rows[k * row_stride + j];
-      out[j] = total;
+/* The columns of one or two vectors, or the first n < lanes. */
+ML_INLINE void NAME(sum_columns)(const int tokens, const int vectors, const bool whole, int64_t n, int64_t depth,
+                                 const REAL *x, int64_t x_row, const REAL *rows, int64_t row_stride, REAL *out,
+                                 int64_t out_row) {
+  NAME(vector) sum[4][2][NAME(chains)];
+  ML_UNROLL for (int t = 0; t < tokens; t++) ML_UNROLL for (int v = 0; v < vectors; v++)
+      ML_UNROLL for (int i = 0; i < NAME(chains); i++) sum[t][v][i] = (NAME(vector)){0};
+  for (int64_t k = 0; k < depth; k += NAME(chains)) ML_UNROLL for (int i = 0; i < NAME(chains); i++) {
+      if (k + i == depth) break;
+      ML_UNROLL for (int v = 0; v < vectors; v++) {
+        const REAL *place = rows + (k + i) * row_stride + v * LANES;
+        NAME(vector) row = whole ? NAME(load)(place) : NAME(load_some)(place, n);
+        ML_UNROLL for (int t = 0; t < tokens; t++) sum[t][v][i] += x[t * x_row + k + i] * row;
+      }
     }
+  ML_UNROLL for (int t = 0; t < tokens; t++, out += out_row) ML_UNROLL for (int v = 0; v < vectors; v++) {
+      NAME(vector) total = NAME(sum_chains)(sum[t][v]);
+      if (whole)
+        NAME(store)(out + v * LANES, total);
+      else
+        for (int64_t j = 0; j < n; j++) out[j] = total[j];
+    }
+}
+
+#if LANES > 4
+/* Rows of n columns without gaps, LANES / n of them in a vector: lane j of the i-th vector has row (i * LANES + j) / n. */
+#define ML_ROW(n, i, j) ((i) * LANES + (j)) / (n)
+#define ML_ROWS_4(n, i, j) ML_ROW(n, i, j), ML_ROW(n, i, (j) + 1), ML_ROW(n, i, (j) + 2), ML_ROW(n, i, (j) + 3)
+#if LANES == 8
+#define ML_ROWS(n, i) ML_ROWS_4(n, i, 0), ML_ROWS_4(n, i, 4)
+#else
+#define ML_ROWS(n, i) ML_ROWS_4(n, i, 0), ML_ROWS_4(n, i, 4), ML_ROWS_4(n, i, 8), ML_ROWS_4(n, i, 12)
+#endif
+#define ML_ADD_VECTOR(n, i)                                                         \
+  do {                                                                              \
+    NAME(vector) row = NAME(load)(rows + k * (n) + (i) * LANES);                      \
+    ML_UNROLL for (int t = 0; t < tokens; t++) sum[t][(i) % NAME(chains)] +=          \
+        __builtin_shufflevector(v[t], v[t], ML_ROWS(n, i)) * row;                   \
+  } while (0)
+
+ML_INLINE void NAME(sum_dense)(const int tokens, const int n, int64_t depth, const REAL *x, int64_t x_row,
+                               const REAL *rows, REAL *out, int64_t out_row) {
+  NAME(vector) sum[4][NAME(chains)], v[4];
+  ML_UNROLL for (int t = 0; t < tokens; t++) ML_UNROLL for (int i = 0; i < NAME(chains); i++)
+      sum[t][i] = (NAME(vector)){0};
+  int64_t k = 0;
+  for (; k + LANES <= depth; k += LANES) {
+    ML_UNROLL for (int t = 0; t < tokens; t++) v[t] = NAME(load)(x + t * x_row + k);
+    if (n == 4) {
+      ML_ADD_VECTOR(4, 0);
+      ML_ADD_VECTOR(4, 1);
+      ML_ADD_VECTOR(4, 2);
+      ML_ADD_VECTOR(4, 3);
+    }
+#if LANES == 16
+    if (n == 8) {
+      ML_ADD_VECTOR(8, 0);
+      ML_ADD_VECTOR(8, 1);
+      ML_ADD_VECTOR(8, 2);
+      ML_ADD_VECTOR(8, 3);
+      ML_ADD_VECTOR(8, 4);
+      ML_ADD_VECTOR(8, 5);
+      ML_ADD_VECTOR(8, 6);
+      ML_ADD_VECTOR(8, 7);
+    }
+#endif
   }
+  for (; k < depth; k++) {
+    NAME(vector) row = NAME(load_some)(rows + k * n, n);
+    ML_UNROLL for (int t = 0; t < tokens; t++) sum[t][0] += x[t * x_row + k] * row;
+  }
+  ML_UNROLL for (int t = 0; t < tokens; t++, out += out_row) {
+    REAL lane[LANES];
+    NAME(store)(lane, NAME(sum_chains)(sum[t]));
+    for (int half = LANES / 2; half >= n; half /= 2)
+      for (int j = 0; j < half; j++) lane[j] += lane[half + j];
+    for (int j = 0; j < n; j++) out[j] = lane[j];
+  }
+}
+#undef ML_ADD_VECTOR
+#undef ML_ROWS
+#undef ML_ROWS_4
+#undef ML_ROW
+#endif
+
+ML_INLINE void NAME(sum_rows)(const int tokens, int64_t n, int64_t depth, const REAL *x, int64_t x_row,
+                              const REAL *rows, int64_t row_stride, REAL *out, int64_t out_row) {
+#if LANES > 4
+  if (n == 4 && row_stride == 4) {
+    NAME(sum_dense)(tokens, 4, depth, x, x_row, rows, out, out_row);
+    return;
+  }
+#endif
+#if LANES > 8
+  if (n == 8 && row_stride == 8) {
+    NAME(sum_dense)(tokens, 8, depth, x, x_row, rows, out, out_row);
+    return;
+  }
+#endif
+  const int wide = tokens > 2 ? 1 : 2; /* enough chains, and no more than there are registers for */
+  for (; n >= wide * LANES; n -= wide * LANES, rows += wide * LANES, out += wide * LANES)
+    NAME(sum_columns)(tokens, wide, true, n, depth, x, x_row, rows, row_stride, out, out_row);
+  for (; n >= LANES; n -= LANES, rows += LANES, out += LANES)
+    NAME(sum_columns)(tokens, 1, true, n, depth, x, x_row, rows, row_stride, out, out_row);
+  if (n > 0) NAME(sum_columns)(tokens, 1, false, n, depth, x, x_row, rows, row_stride, out, out_row);
+}
+
+static void NAME(short_sums)(int64_t tokens, int64_t n, int64_t depth, const void *x, int64_t x_row, const void *rows,
+                             int64_t row_stride, void *out, int64_t out_row) {
+  int64_t t = 0;
+#define ML_TOKENS(m)                                                                                        \
+  for (; tokens - t >= (m); t += (m))                                                                       \
+    NAME(sum_rows)((m), n, depth, (const REAL *)x + t * x_row, x_row, rows, row_stride,                     \
+                   (REAL *)out + t * out_row, out_row);
+#if LANES > 4 /* else a broadcast costs as much as a row */
+  ML_TOKENS(4)
+#endif
+  ML_TOKENS(2)
+  ML_TOKENS(1)
+#undef ML_TOKENS
 }
 
 #include "dropout.h"
