@@ -443,15 +443,14 @@ done:
  * until anybody else runs. Then everything is read.
  */
 
-/* A tensor with `width` numbers for each token; NULL with an exception. */
-static PyObject *new_rows(const tensor_call *c, int64_t width) {
+/* A tensor of the core's dtype, its rows without gaps; NULL with an exception. */
+static PyObject *new_dense(const tensor_call *c, int axes, const int64_t *sizes) {
   int64_t stride = 1;
-  PyObject *shape = PyTuple_New(c->axes), *strides = PyTuple_New(c->axes), *tensor = NULL;
-  for (int i = c->axes - 1; shape != NULL && strides != NULL && i >= 0; i--) {
-    int64_t size = i == c->axes - 1 ? width : c->shape[i];
-    PyTuple_SET_ITEM(shape, i, PyLong_FromLongLong(size));
+  PyObject *shape = PyTuple_New(axes), *strides = PyTuple_New(axes), *tensor = NULL;
+  for (int i = axes - 1; shape != NULL && strides != NULL && i >= 0; i--) {
+    PyTuple_SET_ITEM(shape, i, PyLong_FromLongLong(sizes[i]));
     PyTuple_SET_ITEM(strides, i, PyLong_FromLongLong(stride));
-    stride = ML_MUL_OVERFLOWS(stride, size, &stride) ? INT64_MAX : stride; /* torch refuses that */
+    stride = ML_MUL_OVERFLOWS(stride, sizes[i], &stride) ? INT64_MAX : stride; /* torch refuses that */
   }
   if (!PyErr_Occurred()) {
     PyObject *dtype = c->core.dtype == ML_F64 ? c->torch->float64 : c->torch->float32;
@@ -460,6 +459,24 @@ static PyObject *new_rows(const tensor_call *c, int64_t width) {
   Py_XDECREF(strides);
   Py_XDECREF(shape);
   return tensor;
+}
+
+/* A tensor with `width` numbers for each token; NULL with an exception. */
+static PyObject *new_rows(const tensor_call *c, int64_t width) {
+  int64_t sizes[3];
+  memcpy(sizes, c->shape, sizeof sizes);
+  sizes[c->axes - 1] = width;
+  return new_dense(c, c->axes, sizes);
+}
+
+/* A tensor for the gradient of another one, which autograd wants to have the same strides; NULL with an exception. */
+static PyObject *new_like(const tensor_call *c, PyObject *like) {
+  dl_tensor view;
+  if (view_of(c->torch, like, &view) && is_of_core(c, &view) && view.ndim == 2 && view.strides[1] == 1 &&
+      view.strides[0] == view.shape[1]) {
+    return new_dense(c, 2, view.shape);
+  }
+  return PyObject_CallOneArg(c->torch->empty_like, like); /* takes longer */
 }
 
 /* The frozen weight [d_out, d_in]; None leaves the core without it. */
@@ -595,7 +612,7 @@ static PyObject *new_grads(const tensor_call *c, PyObject *const *saved, PyObjec
       grad = Py_NewRef(grad_y);
     } else {
       PyObject *like = saved[i == NODE_ROUTING_WEIGHTS ? SAVED_ROUTING_WEIGHTS : i - N_NODE + N_SAVED];
-      grad = PyObject_CallOneArg(c->torch->empty_like, like);
+      grad = new_like(c, like);
     }
     if (grad == NULL) {
       Py_CLEAR(grads);
