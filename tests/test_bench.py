@@ -94,9 +94,16 @@ def test_top_k_peers_compute_the_same_and_so_do_their_gradients(k, dtype):
             torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-def test_route_peers_compute_the_same():
-    peers = topk.route_peers(9, 6, 2)
-    torch.testing.assert_close(peers["moelora"].forward(), peers["torch"].forward())
+@pytest.mark.parametrize("k", [2, None])
+def test_route_peers_compute_the_same_and_so_do_their_gradients(k):
+    peers = topk.route_peers(9, 6, k)
+    assert set(peers) == {"moelora", "torch"} | ({"softmax"} if k is None else set())
+    found = {}
+    for name, peer in peers.items():
+        weights = peer.forward()
+        found[name] = [weights.detach(), *torch.autograd.grad(weights.square().sum(), peer.inputs)]
+    for results in found.values():
+        torch.testing.assert_close(results, found["moelora"])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

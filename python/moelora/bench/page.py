@@ -228,7 +228,7 @@ def _median_table(rows: Sequence[Row], where: dict[str, str], places: Sequence[s
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for row in here:
         cells.setdefault(tuple(row[name] for name in places), {})[row["peer"]] = _short(row["us_median"])
-    return _table([*places, *peers], ([*cell, *(of[peer] for peer in peers)] for cell, of in cells.items()))
+    return _table([*places, *peers], ([*cell, *(of.get(peer, "") for peer in peers)] for cell, of in cells.items()))
 
 
 def _over(row: Row) -> float:

@@ -6,10 +6,11 @@
     topk_loop    torch: for each expert, gather its tokens, two products, scale, add at their places
     stacked      torch, A and B concatenated beforehand, all experts for all tokens, weights zero outside the top k
 
-`route` rows turn logits [T, N] into such weights:
+`route` rows turn logits [T, N] into such weights, or with k = "all" into those of all experts:
 
     moelora      `route(..., top_k=)`, which counts tokens and sums probabilities besides
-    torch        softmax, topk, renormalise, scatter
+    torch        softmax, topk, renormalise, scatter; of all experts what gives the same: softmax, its sums, counts
+    softmax      softmax alone, where k = "all"
 """
 
 import itertools
@@ -28,6 +29,7 @@ from moelora.nn import route, routed_lora
 from moelora.report.timing import quartiles
 
 PASSES = ("forward", "forward+backward")
+ROUTE_TOKENS = (1, 16, 256)  # of `route`, besides the grid's
 
 
 class Grid(NamedTuple):
@@ -76,20 +78,29 @@ def mixture_peers(cell: Cell, k: int) -> dict[str, Peer]:
     }
 
 
-def route_peers(T: int, n: int, k: int) -> dict[str, Peer]:
-    """Ways to make weights of logits, on the same numbers, float32."""
+def route_peers(T: int, n: int, k: int | None) -> dict[str, Peer]:
+    """Ways to make weights of logits, on the same numbers, float32; those of all experts where k is None."""
     torch.manual_seed(0)
     logits = torch.randn(T, n, requires_grad=True)
+    ours = Peer(lambda: route(logits, top_k=k).weights, [logits], [])
+    if k is None:
+
+        def with_sums() -> tuple[Tensor, Tensor, Tensor]:
+            weights = logits.softmax(-1)
+            return weights, torch.full((n,), T), weights.sum(0)
+
+        return {
+            "moelora": ours,
+            "torch": Peer(lambda: with_sums()[0], [logits], []),
+            "softmax": Peer(lambda: logits.softmax(-1), [logits], []),
+        }
 
     def by_torch() -> Tensor:
         values, indices = logits.softmax(-1).topk(k, -1)
         values = values / values.sum(-1, keepdim=True)
         return torch.zeros_like(logits).scatter(-1, indices, values)
 
-    return {
-        "moelora": Peer(lambda: route(logits, top_k=k).weights, [logits], []),
-        "torch": Peer(by_torch, [logits], []),
-    }
+    return {"moelora": ours, "torch": Peer(by_torch, [logits], [])}
 
 
 def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
@@ -98,10 +109,11 @@ def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
         if k < n:
             about = {"what": "mixture", "T": T, "d": d, "N": n, "r": r, "k": k, "dtype": name_of(dtype)}
             yield from _rows(mixture_peers(Cell(T, d, n, r, dtype), k), rounds, about)
-    for T, n, k in itertools.product(grid.tokens, dict.fromkeys(n for n, _ in grid.mixtures), grid.top_k):
-        if k < n:
-            about = {"what": "route", "T": T, "d": "", "N": n, "r": "", "k": k, "dtype": "float32"}
-            yield from _rows(route_peers(T, n, k), rounds, about)
+    experts = dict.fromkeys(n for n, _ in grid.mixtures)
+    for T, n, kept in itertools.product(dict.fromkeys((*ROUTE_TOKENS, *grid.tokens)), experts, (None, *grid.top_k)):
+        if kept is None or kept < n:
+            about = {"what": "route", "T": T, "d": "", "N": n, "r": "", "k": kept or "all", "dtype": "float32"}
+            yield from _rows(route_peers(T, n, kept), rounds, about)
 
 
 def _rows(of: dict[str, Peer], rounds: int, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
