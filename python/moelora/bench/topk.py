@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moelora.bench.layers import SCALING, Cell, stacked
-from moelora.bench.peak import name_of
+from moelora.bench.layers import DTYPES, SCALING, Cell, adapters, stacked
 from moelora.bench.record import columns
 from moelora.bench.work import Peer, timed
 from moelora.nn import route, routed_lora
@@ -39,21 +38,19 @@ class Grid(NamedTuple):
     widths: Sequence[int]
     mixtures: Sequence[tuple[int, int]]
     top_k: Sequence[int]
-    dtypes: Sequence[torch.dtype]
+    dtypes: Sequence[str]
 
 
 def mixture_peers(cell: Cell, k: int) -> dict[str, Peer]:
     """Ways to add the mixture of each token's k best experts, on the same numbers."""
-    T, d, n, r, dtype = cell
+    T, d, n, r, _ = cell
+    dtype, _ = DTYPES[cell.dtype]
     torch.manual_seed(0)
 
-    def leaf(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape) * scale).to(dtype).requires_grad_()
-
-    x, base = leaf(T, d), torch.randn(T, d).to(dtype)
+    x, base = torch.randn(T, d).to(dtype).requires_grad_(), torch.randn(T, d).to(dtype)
     # Distinct numbers: half precision would have ties, which each way breaks as it likes.
     w = (torch.rand(T, n).argsort(-1) + 1).div(n).to(dtype).requires_grad_()
-    A, B = [leaf(r, d, scale=0.02) for _ in range(n)], [leaf(d, r, scale=0.02) for _ in range(n)]
+    A, B = adapters(cell)
     stacked_A = torch.cat(A).detach().requires_grad_()
     stacked_B_t = torch.cat(B, 1).t().detach().contiguous().requires_grad_()
 
@@ -107,7 +104,7 @@ def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
     """Rows of ``topk.csv``."""
     for dtype, d, T, (n, r), k in itertools.product(grid.dtypes, grid.widths, grid.tokens, grid.mixtures, grid.top_k):
         if k < n:
-            about = {"what": "mixture", "T": T, "d": d, "N": n, "r": r, "k": k, "dtype": name_of(dtype)}
+            about = {"what": "mixture", "T": T, "d": d, "N": n, "r": r, "k": k, "dtype": dtype}
             yield from _rows(mixture_peers(Cell(T, d, n, r, dtype), k), rounds, about)
     experts = dict.fromkeys(n for n, _ in grid.mixtures)
     for T, n, kept in itertools.product(dict.fromkeys((*ROUTE_TOKENS, *grid.tokens)), experts, (None, *grid.top_k)):
