@@ -184,8 +184,7 @@ def test_a_bfloat16_base_has_float32_adapters_whichever_way_it_runs():
     ids = torch.randint(256, (2, 5))
     peers = models.peers(base, 3, 2, ids, torch.rand(2, 5, 3).softmax(-1))
     for name in models.HALF:
-        trained = {p.dtype for p in peers[name].model.parameters() if p.requires_grad}
-        assert trained == (set() if name == "base" else {torch.float32}), name
+        assert {p.dtype for p in peers[name].model.parameters() if p.requires_grad} == {torch.float32}
         assert peers[name].model.get_input_embeddings().weight.dtype is torch.bfloat16
         torch.testing.assert_close(peers[name].compute(None), peers["base"].compute(None), rtol=0.05, atol=0.05)
 

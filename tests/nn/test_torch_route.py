@@ -275,15 +275,16 @@ def test_results_of_the_core_own_their_memory():
 
 @pytest.mark.parametrize("tensor_type", [torch.Tensor, Subclass])
 @pytest.mark.parametrize("pick", ["weights", "prob_sums"])
-def test_double_backward_is_a_clear_error(tensor_type, pick):
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_double_backward_is_a_clear_error(tensor_type, pick, top_k):
     logits = random_logits(2, 3).requires_grad_()
-    routing = route(logits.as_subclass(tensor_type), top_k=2)
+    routing = route(logits.as_subclass(tensor_type), top_k=top_k)
     (grad,) = torch.autograd.grad(getattr(routing, pick).square().sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         grad.sum().backward()
     # Also where the gradient from above is a constant and only the logits are left to differentiate by.
     (grad,) = torch.autograd.grad(
-        getattr(route(logits.as_subclass(tensor_type), top_k=2), pick)[..., 0].sum(), logits, create_graph=True
+        getattr(route(logits.as_subclass(tensor_type), top_k=top_k), pick)[..., 0].sum(), logits, create_graph=True
     )
     with pytest.raises(RuntimeError, match="double backward"):
         grad.sum().backward()

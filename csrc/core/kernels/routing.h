@@ -153,10 +153,10 @@ ML_INLINE NAME(vector) NAME(power)(NAME(vector) d, NAME(rate) rate) {
 #else
 #define ML_PARTNERS(s) 0 ^ s, 1 ^ s
 #endif
-#define ML_MEET(step)                                                                \
-  do {                                                                               \
-    NAME(vector) other = __builtin_shufflevector(v, v, ML_PARTNERS(step));                                          \
-    v = sum ? v + other : NAME(choose)((NAME(bits))(v > other), v, other);           \
+#define ML_MEET(step)                                                      \
+  do {                                                                     \
+    NAME(vector) other = __builtin_shufflevector(v, v, ML_PARTNERS(step)); \
+    v = sum ? v + other : NAME(choose)((NAME(bits))(v > other), v, other); \
   } while (0)
 
 /* Of wide blocks the sum, or the largest, of all lanes, in all lanes. */
