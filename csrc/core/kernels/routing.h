@@ -69,7 +69,7 @@ ML_INLINE NAME(blocks) NAME(blocks_of)(const bool wide, int64_t n) {
  * once where probabilities are given. Lanes look for the largest logits faster than a heap does, which is how that is
  * done in wide blocks. */
 ML_INLINE bool NAME(is_wide)(const ml_route_params *p, bool selects) {
-  const int64_t n = p->n_experts, wide = (n % LANES ? 16 : p->probs.data ? 1 : 2) * LANES;
+  const int64_t n = p->n_experts, wide = (n % LANES ? 16 : p->probs.data ? 1 : 4) * LANES;
   return n >= LANES && (p->n_tokens * 4 <= LANES || (!selects && n >= wide));
 }
 

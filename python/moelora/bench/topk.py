@@ -11,6 +11,8 @@
     moelora      `route(..., top_k=)`, which counts tokens and sums probabilities besides
     torch        softmax, topk, renormalise, scatter; of all experts what gives the same: softmax, its sums, counts
     softmax      softmax alone, where k = "all"
+
+Gradients are those of the weights, and where k = "all" also of the sums, which softmax alone does not have.
 """
 
 import itertools
@@ -79,16 +81,20 @@ def route_peers(T: int, n: int, k: int | None) -> dict[str, Peer]:
     """Ways to make weights of logits, on the same numbers, float32; those of all experts where k is None."""
     torch.manual_seed(0)
     logits = torch.randn(T, n, requires_grad=True)
-    ours = Peer(lambda: route(logits, top_k=k).weights, [logits], [])
     if k is None:
 
-        def with_sums() -> tuple[Tensor, Tensor, Tensor]:
+        def ours() -> tuple[Tensor, Tensor]:
+            routing = route(logits)
+            return routing.weights, routing.prob_sums
+
+        def with_sums() -> tuple[Tensor, Tensor]:
             weights = logits.softmax(-1)
-            return weights, torch.full((n,), T), weights.sum(0)
+            torch.full((n,), T)  # the counts
+            return weights, weights.sum(0)
 
         return {
-            "moelora": ours,
-            "torch": Peer(lambda: with_sums()[0], [logits], []),
+            "moelora": Peer(ours, [logits], []),
+            "torch": Peer(with_sums, [logits], []),
             "softmax": Peer(lambda: logits.softmax(-1), [logits], []),
         }
 
@@ -97,7 +103,10 @@ def route_peers(T: int, n: int, k: int | None) -> dict[str, Peer]:
         values = values / values.sum(-1, keepdim=True)
         return torch.zeros_like(logits).scatter(-1, indices, values)
 
-    return {"moelora": ours, "torch": Peer(by_torch, [logits], [])}
+    return {
+        "moelora": Peer(lambda: route(logits, top_k=k).weights, [logits], []),
+        "torch": Peer(by_torch, [logits], []),
+    }
 
 
 def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
