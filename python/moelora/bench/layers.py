@@ -184,7 +184,7 @@ def _reached(peaks: Sequence[Mapping[str, Any]], dtype: str) -> dict[str, str]:
     computed = name_of(DTYPES[dtype][1])
     products = [float(row["best"]) for row in peaks if row["unit"] == "GF/s" and row["dtype"] == computed]
     memory = [float(row["best"]) for row in peaks if row["unit"] == "GB/s"]
-    return {"peak_gflops": f"{max(products):.1f}", "peak_gb_per_s": f"{max(memory):.1f}"}
+    return {"peak_gflops": f"{max(products):.4g}", "peak_gb_per_s": f"{max(memory):.4g}"}
 
 
 def _cell(cell: Cell, names: Sequence[str] | None, rounds: int, about: Mapping[str, str]) -> Iterator[dict[str, Any]]:
