@@ -304,6 +304,19 @@ typedef struct {
   char *scratch; /* per thread: panels of x [COLLECT_PAIRS, panel_width], of sums [widest rank, panel_width] */
 } collection;
 
+/* Zeros into columns first .. last - 1 of the gradient of an expert without pairs. */
+static void clear_grads(const call *c, int64_t rank, int64_t first, int64_t last, ml_matrix to) {
+  if (to.row == 1 && to.col == rank) { /* all of them side by side */
+    memset(at(c, to.data, first * rank), 0, (size_t)((last - first) * rank * c->size));
+  } else if (to.col == 1) {
+    for (int64_t r = 0; r < rank; r++)
+      memset(at(c, to.data, r * to.row + first), 0, (size_t)((last - first) * c->size));
+  } else {
+    to.data = at(c, to.data, first * to.col);
+    ml_store_grads(c, NULL, 0, rank, last - first, to, false);
+  }
+}
+
 static void collect_task(void *context, int64_t task, int thread) {
   const collection *g = context;
   const grouping *all = g->g;
@@ -317,6 +330,10 @@ static void collect_task(void *context, int64_t task, int thread) {
   for (int64_t e = 0; e < g->grads.n_parts; e++) {
     if (!g->grads.parts[e].data) continue;
     int64_t rank = rank_of(all, e);
+    if (all->first[e] == all->first[e + 1]) {
+      if (!g->add) clear_grads(c, rank, first, last, g->grads.parts[e]);
+      continue;
+    }
     send_for(c, rank, first, last, g->grads.parts[e]);
     for (int64_t i = all->first[e]; i < all->first[e + 1]; i += COLLECT_PAIRS) {
       int64_t n = min_(COLLECT_PAIRS, all->first[e + 1] - i);
@@ -340,8 +357,7 @@ static void collect_task(void *context, int64_t task, int thread) {
       int64_t cols = min_(full, last - first - d0), width = round_up(cols, k->lanes);
       ml_matrix to = g->grads.parts[e];
       to.data = at(c, to.data, (first + d0) * to.col);
-      ml_store_grads(c, all->first[e] < all->first[e + 1] ? at(c, sums, d0 * rank) : NULL, width, rank, cols, to,
-                     g->add);
+      ml_store_grads(c, at(c, sums, d0 * rank), width, rank, cols, to, g->add);
     }
   }
 }
