@@ -77,6 +77,7 @@ ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out) {
   if (status != ML_OK) return status;
   const ml_kernels *kernels = ml_active_kernels();
   c->products = kernels->products[p->dtype];
+  c->routing = kernels->routing[p->dtype];
   c->regime = ml_regime_of(kernels->isa, p->dtype);
   c->elementwise = &ml_elementwise_table[p->dtype];
   c->size = (int64_t)c->elementwise->size;

@@ -50,6 +50,7 @@ typedef struct {
 typedef struct {
   const ml_routed_lora *p;
   const ml_products *products;
+  const ml_routing *routing;
   const ml_regime *regime;
   const ml_elementwise *elementwise;
   int64_t T, R;

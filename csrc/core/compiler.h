@@ -17,6 +17,9 @@
 /* Brings what is at p, if it is memory at all, into the second level of the cache. */
 #define ML_PREFETCH(p) __builtin_prefetch((p), 0, 2)
 
+/* The same for the first level, of what is read or written next. */
+#define ML_PREFETCH_NEAR(p) __builtin_prefetch((p), 0, 3)
+
 /* Hides where the pointer p comes from. */
 #define ML_OPAQUE(p) __asm__("" : "+r"(p))
 

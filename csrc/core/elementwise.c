@@ -4,8 +4,6 @@
 
 #include "compiler.h"
 
-enum { PICK_BLOCK = 16 }; /* weights that are compared at a time */
-
 #define REAL float
 #define NAME(op) ml_##op##_f32
 #include "elementwise_typed.h"
@@ -26,6 +24,7 @@ enum { PICK_BLOCK = 16 }; /* weights that are compared at a time */
    .weigh = ml_weigh_##dtype,                       \
    .weight_grads = ml_weight_grads_##dtype,         \
    .pick = ml_pick_##dtype,                         \
+   .order_picks = ml_order_picks_##dtype,           \
    .clear = ml_clear_##dtype,                       \
    .put_rows = ml_put_rows_##dtype,                 \
    .take_rows = ml_take_rows_##dtype,               \

@@ -30,9 +30,13 @@ typedef struct {
   void (*weight_grads)(int64_t first, int64_t last, int64_t n_experts, const int64_t *offsets, const ml_expert *experts,
                        const uint8_t *keep, const void *p, const void *h, void *grads);
 
-  /* The top_k experts of each token, ascending, and scaling * weight: chosen, factors [T, top_k]. */
-  void (*pick)(int64_t first, int64_t last, int64_t seq, int64_t n_experts, ml_tokens weights, const ml_expert *experts,
-               int64_t top_k, int32_t *chosen, void *factors);
+  /* The top_k experts of each token, and their weights: chosen, largest [T, top_k], falling. NaN counts as in factors. */
+  void (*pick)(int64_t first, int64_t last, int64_t seq, int64_t n_experts, ml_tokens weights, int64_t top_k,
+               int64_t *chosen, void *largest);
+
+  /* The same experts in ascending order, and scaling * weight. */
+  void (*order_picks)(int64_t first, int64_t last, int64_t seq, ml_tokens weights, const ml_expert *experts,
+                      int64_t top_k, int64_t *chosen, void *factors);
 
   /* to[t, j] = 0     first <= t < last, j < width */
   void (*clear)(int64_t first, int64_t last, int64_t seq, int64_t width, ml_tokens to);
@@ -46,7 +50,7 @@ typedef struct {
                      void *grads);
 
   /* to[t, chosen[t, i]] += grads[t, i]     first <= t < last, i < top_k */
-  void (*place)(int64_t first, int64_t last, int64_t seq, int64_t top_k, const int32_t *chosen, const void *grads,
+  void (*place)(int64_t first, int64_t last, int64_t seq, int64_t top_k, const int64_t *chosen, const void *grads,
                 ml_tokens to);
 
   /* to [B, seq, N] = (add: +=) grads [T, N]; along an axis where `to` has stride zero the tokens are summed, in order */

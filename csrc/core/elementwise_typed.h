@@ -80,37 +80,34 @@ static inline bool NAME(is_larger)(REAL v, REAL smallest) {
   return v > smallest || (ML_ISNAN(v) && !ML_ISNAN(smallest));
 }
 
-/* Whether any of PICK_BLOCK weights may be larger: most blocks hold none, and the compiler compares vectors. */
-static inline bool NAME(any_larger)(const REAL *w, REAL smallest) {
-  int any = 0;
-  for (int i = 0; i < PICK_BLOCK; i++) any |= !(w[i] <= smallest);
-  return any != 0;
-}
-
-static void NAME(pick)(int64_t first, int64_t last, int64_t seq, int64_t n_experts, ml_tokens weights,
-                       const ml_expert *experts, int64_t top_k, int32_t *chosen, void *factors_) {
+static void NAME(pick)(int64_t first, int64_t last, int64_t seq, int64_t n_experts, ml_tokens weights, int64_t top_k,
+                       int64_t *chosen, void *largest) {
   for (int64_t t = first; t < last; t++) {
     const REAL *w = NAME(token)(weights, seq, t);
-    int32_t *best = chosen + t * top_k;
-    REAL *factors = (REAL *)factors_ + t * top_k; /* the weights for now, falling */
-    int64_t n = 0;
+    int64_t *best = chosen + t * top_k, n = 0;
+    REAL *kept = (REAL *)largest + t * top_k;
     for (int64_t e = 0; e < n_experts; e++) {
-      while (n == top_k && weights.col == 1 && n_experts - e >= PICK_BLOCK && !NAME(any_larger)(w + e, factors[n - 1]))
-        e += PICK_BLOCK;
-      if (e == n_experts) break;
       REAL v = w[e * weights.col];
-      if (n == top_k && !NAME(is_larger)(v, factors[n - 1])) continue;
+      if (n == top_k && !NAME(is_larger)(v, kept[n - 1])) continue;
       int64_t i = n < top_k ? n++ : n - 1;
-      for (; i > 0 && NAME(is_larger)(v, factors[i - 1]); i--) {
-        factors[i] = factors[i - 1];
+      for (; i > 0 && NAME(is_larger)(v, kept[i - 1]); i--) {
+        kept[i] = kept[i - 1];
         best[i] = best[i - 1];
       }
-      factors[i] = v;
-      best[i] = (int32_t)e;
+      kept[i] = v;
+      best[i] = e;
     }
-    for (int64_t j = 1; j < top_k; j++) { /* by expert */
-      int32_t e = best[j];
-      int64_t i = j;
+  }
+}
+
+static void NAME(order_picks)(int64_t first, int64_t last, int64_t seq, ml_tokens weights, const ml_expert *experts,
+                              int64_t top_k, int64_t *chosen, void *factors_) {
+  for (int64_t t = first; t < last; t++) {
+    const REAL *w = NAME(token)(weights, seq, t);
+    int64_t *best = chosen + t * top_k;
+    REAL *factors = (REAL *)factors_ + t * top_k;
+    for (int64_t j = 1; j < top_k; j++) {
+      int64_t e = best[j], i = j;
       for (; i > 0 && best[i - 1] > e; i--) best[i] = best[i - 1];
       best[i] = e;
     }
@@ -162,7 +159,7 @@ static void NAME(pair_grads)(int64_t n, int64_t rank, double scaling, const void
   }
 }
 
-static void NAME(place)(int64_t first, int64_t last, int64_t seq, int64_t top_k, const int32_t *chosen,
+static void NAME(place)(int64_t first, int64_t last, int64_t seq, int64_t top_k, const int64_t *chosen,
                         const void *grads_, ml_tokens to) {
   const REAL *grads = grads_;
   for (int64_t t = first; t < last; t++) {

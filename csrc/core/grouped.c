@@ -4,13 +4,14 @@
 #include "grouped.h"
 
 enum {
-  BLOCK_PAIRS = 64,       /* of one expert, in one task */
+  BLOCK_PAIRS = 128,      /* of one expert, in one task */
   BLOCK_COLUMNS = 512,    /* of a sum in one go: rows of a few tokens and experts stay in the cache */
   SPREAD_TOKENS = 2048,   /* that share a packing of M */
   SPREAD_BYTES = 1 << 20, /* of packed panels, which stay in the second level of the cache */
-  PACK_COLUMNS = 256,
+  COLLECT_PAIRS = 64,     /* whose rows of x are brought together at a time */
   PICK_TOKENS = 64,
-  FEW_PAIRS = 8 /* up to here, B is read in place */
+  FULL_LANES = 4, /* from so many tokens on, each is looked at in a lane of its own */
+  FEW_PAIRS = 8   /* up to here, B is read in place */
 };
 
 /* ---- grouping ---- */
@@ -31,10 +32,15 @@ int64_t ml_kept_width(const call *c) {
 
 static int64_t most_blocks(const call *c) { return c->T * c->p->top_k / BLOCK_PAIRS + c->p->n_experts; }
 
-/* From half of the work on that top_k saves. Measured on an Intel Xeon (Emerald Rapids), float32, d 768 and 2048, r 8 and
- * 16, T 1 .. 2048, k 2: grouping takes .66 to 1.12 of the time of computing everything with N = 4, .51 to .97 with N = 8.
- * Where dropout gives each expert an x of its own, everything is computed. */
-bool ml_is_grouped(const call *c) { return c->p->top_k > 0 && c->T > 0 && !c->drops && c->R / 2 >= ml_kept_width(c); }
+/* From half of the work on that top_k saves; what grouping costs apart from that takes more to pay for the fewer tokens
+ * there are. Measured on an Intel Xeon (Emerald Rapids), AVX-512, float32, d 768 and 2048, r 8, k 2, T 1 .. 2048: as fast
+ * as computing everything, forward and backward, at T = 128 with N = 4, at 24 with N = 8, at 3 with N = 16 and always
+ * with more. Where dropout gives each expert an x of its own, everything is computed. */
+bool ml_is_grouped(const call *c) {
+  if (c->p->top_k == 0 || c->drops) return false;
+  int64_t saved = min_(c->R / ml_kept_width(c), 16);
+  return saved >= 2 && (c->T >= 128 || c->T * saved * saved * saved >= 2048);
+}
 
 /* Panels of a task: runs of 1 KB of a row where that leaves at least 8 tasks. */
 static int64_t panels_of(const call *c, int64_t d) {
@@ -53,7 +59,7 @@ static int64_t spread_scratch(const call *c, int64_t d) {
 }
 
 static int64_t collect_scratch(const call *c, int64_t d) {
-  return (BLOCK_PAIRS + widest_rank(c)) * panels_of(c, d) * c->products->panel_width;
+  return (COLLECT_PAIRS + widest_rank(c)) * panels_of(c, d) * c->products->panel_width;
 }
 
 static int64_t spread_tasks(const call *c, int64_t d) {
@@ -64,6 +70,12 @@ static int64_t collect_tasks(const call *c, int64_t d) {
   return ceil_div(d, panels_of(c, d) * c->products->panel_width);
 }
 
+static int64_t project_scratch(const call *c) { return widest_rank(c) * BLOCK_COLUMNS; }
+
+static int64_t pick_tasks(const call *c) { return ceil_div(c->T, PICK_TOKENS); }
+
+static int64_t pick_scratch(const call *c) { return c->p->n_experts * c->routing->scratch; }
+
 static void reserve_phase(const call *c, budget *b, int64_t elements, int64_t tasks) {
   budget phase = {0};
   ml_reserve(&phase, elements, ml_thread_bound(c->p->n_threads, tasks), c->size);
@@ -71,19 +83,21 @@ static void reserve_phase(const call *c, budget *b, int64_t elements, int64_t ta
 }
 
 void ml_reserve_grouping(const call *c, budget *b) {
-  int64_t N = c->p->n_experts, k = c->p->top_k, d = c->p->d_in > c->p->d_out ? c->p->d_in : c->p->d_out;
-  budget packed = {0};
-  ml_reserve(b, c->T, k, sizeof(int32_t));
+  int64_t N = c->p->n_experts, k = c->p->top_k;
+  ml_reserve(b, c->T, k, sizeof(int64_t));
   ml_reserve(b, c->T, k, c->size);
   ml_reserve(b, N + 1, 1, sizeof(int64_t));
   ml_reserve(b, N + 1, 1, sizeof(int64_t));
   ml_reserve(b, c->T, k, sizeof(int64_t));
   ml_reserve(b, c->T, k, sizeof(int64_t));
   ml_reserve(b, c->T, k, sizeof(int64_t));
-  ml_reserve(&packed, c->R, d, c->size);
-  ml_reserve_phase(b, packed);
+  ml_reserve(b, c->T, 1, sizeof(int64_t));
   if (b->overflow) return;
   ml_reserve(b, most_blocks(c), 1, sizeof(pair_block));
+  budget picking = {0};
+  ml_reserve(&picking, pick_scratch(c), ml_thread_bound(c->p->n_threads, pick_tasks(c)), 1);
+  ml_reserve_phase(b, picking);
+  reserve_phase(c, b, project_scratch(c), most_blocks(c));
   const int64_t widths[] = {c->p->d_in, c->p->d_out};
   for (int i = 0; i < 2; i++) {
     reserve_phase(c, b, spread_scratch(c, widths[i]), spread_tasks(c, widths[i]));
@@ -94,18 +108,50 @@ void ml_reserve_grouping(const call *c, budget *b) {
 typedef struct {
   grouping *g;
   bool clear;
+  char *scratch; /* per thread */
 } picking;
 
+/* The weights of all tokens as a matrix; false: batch and sequence do not have one stride. */
+static bool as_matrix(const ml_routed_lora *p, ml_matrix *weights) {
+  ml_tokens w = p->routing_weights;
+  *weights = (ml_matrix){w.data, p->seq > 1 ? w.seq : w.batch, w.col};
+  return p->batch <= 1 || p->seq <= 1 || w.batch == p->seq * w.seq;
+}
+
 static void pick_task(void *context, int64_t task, int thread) {
-  (void)thread;
   const picking *j = context;
   const grouping *g = j->g;
   const call *c = g->c;
   const ml_routed_lora *p = c->p;
   int64_t first = task * PICK_TOKENS, last = min_(first + PICK_TOKENS, c->T);
-  c->elementwise->pick(first, last, p->seq, p->n_experts, p->routing_weights, p->experts, p->top_k, g->chosen,
-                       g->factors);
+  ml_matrix weights;
+  bool found = last - first >= FULL_LANES && as_matrix(p, &weights);
+  if (found) {
+    weights.data = at(c, weights.data, first * weights.row);
+    found = c->routing->pick(last - first, p->n_experts, weights, p->top_k, g->chosen + first * p->top_k,
+                             j->scratch + thread * pick_scratch(c));
+  }
+  if (!found)
+    c->elementwise->pick(first, last, p->seq, p->n_experts, p->routing_weights, p->top_k, g->chosen, g->factors);
+  c->elementwise->order_picks(first, last, p->seq, p->routing_weights, p->experts, p->top_k, g->chosen, g->factors);
   if (j->clear) c->elementwise->clear(first, last, p->seq, c->R, g->hidden);
+}
+
+/* Within each run of SPREAD_TOKENS tokens by their first expert, whose panels then stay in the first level of the cache. */
+static void order_tokens(grouping *g) {
+  int64_t T = g->c->T, N = g->c->p->n_experts, k = g->c->p->top_k;
+  int64_t *next = g->start; /* for the time being */
+  for (int64_t t0 = 0; t0 < T; t0 += SPREAD_TOKENS) {
+    int64_t t1 = min_(t0 + SPREAD_TOKENS, T), before = t0;
+    memset(next, 0, (size_t)N * sizeof *next);
+    for (int64_t t = t0; t < t1; t++) next[g->chosen[t * k]]++;
+    for (int64_t e = 0; e < N; e++) {
+      int64_t n = next[e];
+      next[e] = before;
+      before += n;
+    }
+    for (int64_t t = t0; t < t1; t++) g->order[next[g->chosen[t * k]]++] = t;
+  }
 }
 
 void ml_group(call *c, grouping *g, ml_tokens hidden, bool write) {
@@ -118,9 +164,13 @@ void ml_group(call *c, grouping *g, ml_tokens hidden, bool write) {
   g->pair = ml_take(c, T, k, sizeof *g->pair);
   g->token = ml_take(c, T, k, sizeof *g->token);
   g->element = ml_take(c, T, k, sizeof *g->element);
+  g->order = ml_take(c, T, 1, sizeof *g->order);
   g->blocks = ml_take(c, most_blocks(c), 1, sizeof *g->blocks);
-  picking j = {g, write && hidden.data};
-  ml_parallel_for(ml_threads_for(c, T * (N + (j.clear ? c->R : 0))), ceil_div(T, PICK_TOKENS), pick_task, &j);
+  size_t used = c->used;
+  picking j = {.g = g, .clear = write && hidden.data};
+  j.scratch = ml_take(c, pick_scratch(c), ml_thread_bound(c->p->n_threads, pick_tasks(c)), 1);
+  ml_parallel_for(ml_threads_for(c, T * (N + (j.clear ? c->R : 0))), pick_tasks(c), pick_task, &j);
+  c->used = used;
 
   memset(g->first, 0, (size_t)(N + 1) * sizeof *g->first);
   for (int64_t i = 0; i < T * k; i++) g->first[g->chosen[i] + 1]++;
@@ -131,6 +181,7 @@ void ml_group(call *c, grouping *g, ml_tokens hidden, bool write) {
       g->pair[place] = i;
       g->token[place] = t;
     }
+  order_tokens(g);
   memmove(g->first + 1, g->first, (size_t)N * sizeof *g->first);
   g->first[0] = g->start[0] = 0;
   for (int64_t e = 0; e < N; e++) {
@@ -157,38 +208,31 @@ typedef struct {
   factor m;
   rows x;
   char *out;
-  char *packed; /* [R, d], where M's rows are not dense */
+  char *packed; /* per thread [widest rank, BLOCK_COLUMNS], where M's rows are not dense */
   void (*then)(const void *context, const pair_block *b);
   const void *context;
 } projection;
 
-static int64_t pack_tasks(int64_t d) { return ceil_div(d, PACK_COLUMNS); }
-
-static void pack_task(void *context, int64_t task, int thread) {
-  (void)thread;
-  const projection *j = context;
-  const call *c = j->g->c;
-  int64_t e = task / pack_tasks(j->m.d), d0 = task % pack_tasks(j->m.d) * PACK_COLUMNS;
-  ml_matrix part = j->m.parts[e];
-  if (j->g->first[e] < j->g->first[e + 1])
-    c->products->pack(at(c, j->packed, c->offsets[e] * j->m.d + d0), j->m.d, rank_of(j->g, e),
-                      min_(PACK_COLUMNS, j->m.d - d0), at(c, part.data, d0 * part.col), part.row, part.col);
-}
-
 static void project_task(void *context, int64_t task, int thread) {
-  (void)thread;
   const projection *j = context;
   const grouping *g = j->g;
   const call *c = g->c;
   const pair_block *b = &g->blocks[task];
   int64_t rank = rank_of(g, b->expert), n = b->last - b->first;
   ml_matrix part = j->m.parts[b->expert];
-  if (j->packed) part = (ml_matrix){at(c, j->packed, c->offsets[b->expert] * j->m.d), j->m.d, 1};
+  char *out = row_of(g, j->out, b->expert, b->first);
   const void *x[BLOCK_PAIRS];
-  for (int64_t i = 0; i < n; i++) x[i] = at(c, j->x.data, g->token[b->first + i] * j->x.row);
-  for (int64_t k = 0; k < j->m.d; k += BLOCK_COLUMNS)
-    c->products->grouped_dots(n, rank, min_(BLOCK_COLUMNS, j->m.d - k), x, k, part.data, part.row,
-                              row_of(g, j->out, b->expert, b->first), rank, k > 0);
+  for (int64_t d0 = 0; d0 < j->m.d; d0 += BLOCK_COLUMNS) {
+    int64_t depth = min_(BLOCK_COLUMNS, j->m.d - d0);
+    ml_matrix rows = {at(c, part.data, d0 * part.col), part.row, part.col};
+    if (j->packed) {
+      char *packed = at(c, j->packed, thread * project_scratch(c));
+      c->products->pack(packed, BLOCK_COLUMNS, rank, depth, rows.data, rows.row, rows.col);
+      rows = (ml_matrix){packed, BLOCK_COLUMNS, 1};
+    }
+    for (int64_t i = 0; i < n; i++) x[i] = at(c, j->x.data, g->token[b->first + i] * j->x.row + d0);
+    c->products->grouped_dots(n, rank, depth, x, rows.data, rows.row, out, rank, d0 > 0);
+  }
   j->then(j->context, b);
 }
 
@@ -196,12 +240,20 @@ static void project(call *c, const grouping *g, factor m, rows x, char *out,
                     void (*then)(const void *context, const pair_block *b), const void *context) {
   size_t used = c->used;
   projection j = {.g = g, .m = m, .x = x, .out = out, .then = then, .context = context};
-  if (!ml_has_dense_rows(m)) {
-    j.packed = ml_take(c, c->R, m.d, c->size);
-    ml_parallel_for(ml_threads_for(c, work_of(g, m.d)), m.n_parts * pack_tasks(m.d), pack_task, &j);
-  }
+  if (!ml_has_dense_rows(m))
+    j.packed = ml_take(c, project_scratch(c), ml_thread_bound(c->p->n_threads, g->n_blocks), c->size);
   ml_parallel_for(ml_threads_for(c, work_of(g, m.d)), g->n_blocks, project_task, &j);
   c->used = used;
+}
+
+/* Columns first .. last - 1 of a part of M, on their way from memory. */
+static void send_for(const call *c, int64_t rank, int64_t first, int64_t last, ml_matrix m) {
+  const int64_t line = 64 / c->size;
+  if (m.row == 1 && m.col == rank) /* all of them side by side */
+    for (int64_t i = first * rank; i < last * rank; i += line) ML_PREFETCH(at(c, m.data, i));
+  else if (m.col == 1)
+    for (int64_t r = 0; r < rank; r++)
+      for (int64_t i = first; i < last; i += line) ML_PREFETCH(at(c, m.data, r * m.row + i));
 }
 
 /* ---- spread: out = init + h M_e over the pairs of each token ---- */
@@ -223,22 +275,18 @@ static void spread_task(void *context, int64_t task, int thread) {
   int64_t first = task % strips * strip, last = min_(first + strip, s->m.d);
   int64_t t0 = task / strips * SPREAD_TOKENS, t1 = min_(t0 + SPREAD_TOKENS, c->T);
   char *packed = at(c, s->packed, thread * spread_scratch(c, s->m.d));
-  for (int64_t d0 = first; d0 < last; d0 += k->panel_width) {
-    int64_t cols = min_(k->panel_width, last - d0), width = round_up(cols, k->lanes);
-    for (int64_t e = 0; e < s->m.n_parts; e++) {
-      if (g->first[e] == g->first[e + 1]) continue;
-      ml_matrix part = s->m.parts[e];
+  for (int64_t e = 0; e < s->m.n_parts; e++) {
+    if (e + 1 < s->m.n_parts) send_for(c, rank_of(g, e + 1), first, last, s->m.parts[e + 1]);
+    if (g->first[e] == g->first[e + 1]) continue;
+    ml_matrix part = s->m.parts[e];
+    for (int64_t d0 = first; d0 < last; d0 += k->panel_width) {
+      int64_t cols = min_(k->panel_width, last - d0), width = round_up(cols, k->lanes);
       pack_panel(c, at(c, packed, (d0 - first) * c->R + c->offsets[e] * width), rank_of(g, e), cols,
                  (ml_matrix){at(c, part.data, d0 * part.col), part.row, part.col});
     }
   }
-  for (int64_t t = t0; t < t1; t += ROW_BLOCK)
-    for (int64_t d0 = first; d0 < last; d0 += k->panel_width) {
-      int64_t cols = min_(k->panel_width, last - d0), width = round_up(cols, k->lanes);
-      k->grouped_sums(min_(ROW_BLOCK, t1 - t), top_k, cols, s->h, g->element + t * top_k, g->chosen + t * top_k,
-                      at(c, packed, (d0 - first) * c->R), c->offsets, width, at(c, s->out.data, t * s->out.row + d0),
-                      s->out.row, s->init.data ? at(c, s->init.data, t * s->init.row + d0) : NULL, s->init.row);
-    }
+  k->grouped_sums(t1 - t0, g->order + t0, top_k, last - first, s->h, g->element, g->chosen, packed, c->R, c->offsets,
+                  at(c, s->out.data, first), s->out.row, s->init.data ? at(c, s->init.data, first) : NULL, s->init.row);
 }
 
 void ml_spread_grouped(call *c, const grouping *g, factor m, const char *h, rows out, rows init) {
@@ -258,8 +306,21 @@ typedef struct {
   const char *h;
   rows x;
   bool add;
-  char *scratch; /* per thread: panels of x [BLOCK_PAIRS, panel_width], of sums [widest rank, panel_width] */
+  char *scratch; /* per thread: panels of x [COLLECT_PAIRS, panel_width], of sums [widest rank, panel_width] */
 } collection;
+
+/* Zeros into columns first .. last - 1 of the gradient of an expert without pairs. */
+static void clear_grads(const call *c, int64_t rank, int64_t first, int64_t last, ml_matrix to) {
+  if (to.row == 1 && to.col == rank) { /* all of them side by side */
+    memset(at(c, to.data, first * rank), 0, (size_t)((last - first) * rank * c->size));
+  } else if (to.col == 1) {
+    for (int64_t r = 0; r < rank; r++)
+      memset(at(c, to.data, r * to.row + first), 0, (size_t)((last - first) * c->size));
+  } else {
+    to.data = at(c, to.data, first * to.col);
+    ml_store_grads(c, NULL, 0, rank, last - first, to, false);
+  }
+}
 
 static void collect_task(void *context, int64_t task, int thread) {
   const collection *g = context;
@@ -268,35 +329,40 @@ static void collect_task(void *context, int64_t task, int thread) {
   const ml_products *k = c->products;
   int64_t full = k->panel_width, strip = panels_of(c, g->grads.d) * full;
   int64_t first = task * strip, last = min_(first + strip, g->grads.d), n_pairs = all->first[g->grads.n_parts];
-  char *panels = at(c, g->scratch, thread * collect_scratch(c, g->grads.d)), *sums = at(c, panels, BLOCK_PAIRS * strip);
-  memset(panels, 0, (size_t)(BLOCK_PAIRS * strip * c->size)); /* what pads the last columns to whole vectors */
+  char *panels = at(c, g->scratch, thread * collect_scratch(c, g->grads.d)),
+       *sums = at(c, panels, COLLECT_PAIRS * strip);
+  memset(panels, 0, (size_t)(COLLECT_PAIRS * strip * c->size)); /* what pads the last columns to whole vectors */
   for (int64_t e = 0; e < g->grads.n_parts; e++) {
     if (!g->grads.parts[e].data) continue;
     int64_t rank = rank_of(all, e);
-    for (int64_t i = all->first[e]; i < all->first[e + 1]; i += BLOCK_PAIRS) {
-      int64_t n = min_(BLOCK_PAIRS, all->first[e + 1] - i);
+    if (all->first[e] == all->first[e + 1]) {
+      if (!g->add) clear_grads(c, rank, first, last, g->grads.parts[e]);
+      continue;
+    }
+    send_for(c, rank, first, last, g->grads.parts[e]);
+    for (int64_t i = all->first[e]; i < all->first[e + 1]; i += COLLECT_PAIRS) {
+      int64_t n = min_(COLLECT_PAIRS, all->first[e + 1] - i);
       for (int64_t t = 0; t < n; t++) {
         const char *x = at(c, g->x.data, all->token[i + t] * g->x.row + first);
-        const char *ahead = at(c, g->x.data, all->token[min_(i + t + BLOCK_PAIRS, n_pairs - 1)] * g->x.row + first);
+        const char *ahead = at(c, g->x.data, all->token[min_(i + t + COLLECT_PAIRS, n_pairs - 1)] * g->x.row + first);
         for (int64_t b = 0; b < (last - first) * c->size; b += 64) ML_PREFETCH(ahead + b);
         for (int64_t d0 = 0; d0 < last - first; d0 += full) {
           int64_t cols = min_(full, last - first - d0), width = round_up(cols, k->lanes);
-          memcpy(at(c, panels, d0 * BLOCK_PAIRS + t * width), at(c, x, d0), (size_t)(cols * c->size));
+          memcpy(at(c, panels, d0 * COLLECT_PAIRS + t * width), at(c, x, d0), (size_t)(cols * c->size));
         }
       }
       for (int64_t d0 = 0; d0 < last - first; d0 += full) {
         int64_t cols = min_(full, last - first - d0), width = round_up(cols, k->lanes);
         char *out = at(c, sums, d0 * rank);
-        k->product(rank, cols, n, row_of(all, g->h, e, i), 1, rank, at(c, panels, d0 * BLOCK_PAIRS), width, out, width,
-                   i > all->first[e] ? out : NULL, width);
+        k->product(rank, cols, n, row_of(all, g->h, e, i), 1, rank, at(c, panels, d0 * COLLECT_PAIRS), width, out,
+                   width, i > all->first[e] ? out : NULL, width);
       }
     }
     for (int64_t d0 = 0; d0 < last - first; d0 += full) {
       int64_t cols = min_(full, last - first - d0), width = round_up(cols, k->lanes);
       ml_matrix to = g->grads.parts[e];
       to.data = at(c, to.data, (first + d0) * to.col);
-      ml_store_grads(c, all->first[e] < all->first[e + 1] ? at(c, sums, d0 * rank) : NULL, width, rank, cols, to,
-                     g->add);
+      ml_store_grads(c, at(c, sums, d0 * rank), width, rank, cols, to, g->add);
     }
   }
 }

@@ -17,13 +17,14 @@ typedef struct {
 
 typedef struct {
   const call *c;
-  int32_t *chosen;  /* [T, top_k]: experts, ascending */
+  int64_t *chosen;  /* [T, top_k]: experts, ascending */
   char *factors;    /* [T, top_k]: s w */
   int64_t *first;   /* [N + 1]: pairs of expert e stand at first[e] .. first[e + 1] - 1 */
   int64_t *start;   /* [N + 1]: their elements of H, P and Q at start[e] .. start[e + 1] - 1 */
   int64_t *pair;    /* [T * top_k]: which pair stands there */
   int64_t *token;   /* [T * top_k]: and its token */
   int64_t *element; /* [T, top_k]: where the elements of each pair start */
+  int64_t *order;   /* [T]: tokens as spread takes them */
   pair_block *blocks;
   int64_t n_blocks;
   ml_tokens hidden; /* forward: H as the caller wants it; data == NULL: not at all. backward: H */

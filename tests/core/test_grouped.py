@@ -32,14 +32,27 @@ def test_keeping_all_experts_is_the_dense_mixture(make_mixture, n_experts):
 @pytest.mark.parametrize("per", ["call", "sequence", "token"])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_every_layout_and_weight_shape_gives_what_the_twin_gives(make_mixture, layout, per, top_k, dtype):
-    ranks = (2, 3, 1, 2, 3, 1, 2, 3, 2, 1, 3, 3)
+    ranks = (2, 3, 1, 2, 3, 1, 2, 3, 2, 1, 3, 3) * 2
     check(make_mixture((3, 7), 17, 13, ranks, per=per, top_k=top_k, dtype=dtype).map(layout))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8, 65, 130, 2100])
 @pytest.mark.parametrize("d_in, d_out", [(1, 1), (33, 70), (600, 9), (9, 1100)])
 def test_blocks_and_strips_end_anywhere(make_mixture, tokens, d_in, d_out, dtype):
-    check(make_mixture((tokens,), d_in, d_out, (2, 1, 3, 1, 2, 1, 1, 3, 2), top_k=2, dtype=dtype, base=True))
+    check(make_mixture((tokens,), d_in, d_out, (2, 1, 3, 1, 2, 1, 1, 3, 2) * 6, top_k=2, dtype=dtype, base=True))
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 5, 15, 16, 17, 63, 64, 65, 79, 81])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 8, 9])
+def test_every_token_gets_its_experts_wherever_it_stands(make_mixture, isa, tokens, top_k, dtype):
+    m = make_mixture((tokens,), 3, 2, (1,) * 150, top_k=top_k, dtype=dtype)
+    m.routing_weights[...] = np.round(2 * m.routing_weights) / 2  # many ties
+    m.routing_weights[tokens // 2, [3, 140]] = np.nan
+    m.routing_weights[tokens // 2, 7] = np.inf
+    _, hidden = m.forward()
+    worth = np.nan_to_num(m.routing_weights, nan=np.inf, posinf=1e30)
+    expected = np.sort(np.argsort(-worth, axis=-1, kind="stable")[:, :top_k], axis=-1)
+    assert [list(np.flatnonzero(row)) for row in hidden] == expected.tolist()
 
 
 def test_an_expert_that_all_tokens_pick_and_many_that_none_does(make_mixture, dtype):

@@ -32,25 +32,25 @@ ML_INLINE void NAME(grouped_tile)(const int tokens, const int n, const bool ahea
   }
 }
 
-static void NAME(grouped_dots)(int64_t tokens, int64_t n, int64_t depth, const void *const *x, int64_t first,
-                               const void *rows_, int64_t row, void *out_, int64_t out_row, bool add) {
+static void NAME(grouped_dots)(int64_t tokens, int64_t n, int64_t depth, const void *const *x, const void *rows_,
+                               int64_t row, void *out_, int64_t out_row, bool add) {
   REAL *out = out_;
   int64_t t = 0;
 #define ML_TOKENS(m)                                                                                               \
   for (; tokens - t >= (m); t += (m)) {                                                                            \
     const REAL *v[4], *next[4], *a[4];                                                                             \
-    ML_UNROLL for (int i = 0; i < (m); i++) v[i] = (const REAL *)x[t + i] + first;                                 \
-    ML_UNROLL for (int i = 0; i < 4; i++) next[i] = (const REAL *)x[t + (m) + i < tokens ? t + (m) + i : t] + first; \
+    ML_UNROLL for (int i = 0; i < (m); i++) v[i] = x[t + i];                                                       \
+    ML_UNROLL for (int i = 0; i < 4; i++) next[i] = x[t + (m) + i < tokens ? t + (m) + i : t];             \
     int64_t j = 0;                                                                                                 \
     for (; n - j >= 4; j += 4) {                                                                                   \
-      ML_UNROLL for (int i = 0; i < 4; i++) a[i] = (const REAL *)rows_ + (j + i) * row + first;                    \
+      ML_UNROLL for (int i = 0; i < 4; i++) a[i] = (const REAL *)rows_ + (j + i) * row;                            \
       if (j == 0)                                                                                                  \
         NAME(grouped_tile)((m), 4, true, depth, v, next, a, out + t * out_row + j, out_row, add);                  \
       else                                                                                                         \
         NAME(grouped_tile)((m), 4, false, depth, v, next, a, out + t * out_row + j, out_row, add);                 \
     }                                                                                                              \
     for (; j < n; j++) {                                                                                           \
-      a[0] = (const REAL *)rows_ + j * row + first;                                                                \
+      a[0] = (const REAL *)rows_ + j * row;                                                                        \
       NAME(grouped_tile)((m), 1, false, depth, v, next, a, out + t * out_row + j, out_row, add);                   \
     }                                                                                                              \
   }
@@ -61,7 +61,7 @@ static void NAME(grouped_dots)(int64_t tokens, int64_t n, int64_t depth, const v
 
 /* One token: its experts one after the other, `vectors` of columns at a time. */
 ML_INLINE void NAME(sum_pairs)(const int vectors, int64_t k, int64_t cols, const REAL *h, const int64_t *element,
-                               const int32_t *expert, const REAL *panels, const int64_t *offsets, int64_t width,
+                               const int64_t *expert, const REAL *panels, const int64_t *offsets, int64_t width,
                                REAL *out, const REAL *init) {
   NAME(vector) sum[TILE_VECTORS];
   ML_UNROLL for (int j = 0; j < vectors; j++) sum[j] = (NAME(vector)){0};
@@ -74,10 +74,9 @@ ML_INLINE void NAME(sum_pairs)(const int vectors, int64_t k, int64_t cols, const
     }
   }
   if (cols == vectors * LANES) {
-    ML_UNROLL for (int j = 0; j < vectors; j++) {
-      REAL *o = out + j * LANES;
-      NAME(store)(o, init ? NAME(load)(init + j * LANES) + sum[j] : sum[j]);
-    }
+    /* All that is read first: see tile. */
+    if (init) ML_UNROLL for (int j = 0; j < vectors; j++) sum[j] += NAME(load)(init + j * LANES);
+    ML_UNROLL for (int j = 0; j < vectors; j++) NAME(store)(out + j * LANES, sum[j]);
     return;
   }
   REAL whole[TILE_VECTORS * LANES];
@@ -85,22 +84,35 @@ ML_INLINE void NAME(sum_pairs)(const int vectors, int64_t k, int64_t cols, const
   NAME(finish_ragged)(1, cols, whole, 0, out, 0, init, 0);
 }
 
-static void NAME(grouped_sums)(int64_t tokens, int64_t k, int64_t cols, const void *h, const int64_t *element,
-                               const int32_t *expert, const void *panels, const int64_t *offsets, int64_t width,
-                               void *out, int64_t out_row, const void *init, int64_t init_row) {
-  switch ((cols + LANES - 1) / LANES) {
-#define ML_VECTORS(vectors)                                                                                   \
-  case vectors:                                                                                               \
-    for (int64_t t = 0; t < tokens; t++)                                                                      \
-      NAME(sum_pairs)(vectors, k, cols, h, element + t * k, expert + t * k, panels, offsets, width,           \
-                      (REAL *)out + t * out_row, init ? (const REAL *)init + t * init_row : NULL);            \
+static void NAME(grouped_sums)(int64_t tokens, const int64_t *token, int64_t k, int64_t cols, const void *h, const int64_t *element_,
+                               const int64_t *expert_, const void *panels, int64_t R, const int64_t *offsets,
+                               void *out_, int64_t out_row, const void *init_, int64_t init_row) {
+  enum { FULL = TILE_VECTORS * LANES, AHEAD = 1 };
+  for (int64_t i = 0; i < tokens; i++) {
+    int64_t t = token[i], ahead = token[i + AHEAD < tokens ? i + AHEAD : i] - t;
+    const int64_t *element = element_ + t * k;
+    const int64_t *expert = expert_ + t * k;
+    REAL *out = (REAL *)out_ + t * out_row;
+    const REAL *init = init_ ? (const REAL *)init_ + t * init_row : NULL, *panel = panels;
+    for (int64_t j = 0; j < cols; j += FULL, panel += R * FULL) {
+      int64_t n = cols - j < FULL ? cols - j : FULL, vectors = (n + LANES - 1) / LANES;
+      for (int64_t i = j; i < j + n; i += 64 / (int64_t)sizeof(REAL)) {
+        ML_PREFETCH_NEAR(out + ahead * out_row + i);
+        if (init) ML_PREFETCH_NEAR(init + ahead * init_row + i);
+      }
+      switch (vectors) {
+#define ML_VECTORS(vectors)                                                                                        \
+  case vectors:                                                                                                    \
+    NAME(sum_pairs)(vectors, k, n, h, element, expert, panel, offsets, vectors * LANES, out + j, init ? init + j : NULL); \
     break
-    ML_VECTORS(1);
-    ML_VECTORS(2);
+        ML_VECTORS(1);
+        ML_VECTORS(2);
 #if TILE_VECTORS > 2
-    ML_VECTORS(3);
-    ML_VECTORS(4);
+        ML_VECTORS(3);
+        ML_VECTORS(4);
 #endif
 #undef ML_VECTORS
+      }
+    }
   }
 }

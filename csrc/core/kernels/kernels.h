@@ -70,17 +70,17 @@ typedef struct {
   void (*keep)(const ml_mask *mask, int64_t token, int64_t column, int64_t rows, int64_t cols, const void *in,
                int64_t in_row, void *out, int64_t out_row, const void *init, int64_t init_row);
 
-  /* For tokens that stand apart, few or many; elements x[t][first ..] and rows[j*row + first ..], the rows in place:
+  /* For tokens that stand apart, few or many, the rows in place:
    * out[t, j] = (add: +=) <x[t], row j> over depth     t < tokens, j < n */
-  void (*grouped_dots)(int64_t tokens, int64_t n, int64_t depth, const void *const *x, int64_t first, const void *rows,
-                       int64_t row, void *out, int64_t out_row, bool add);
+  void (*grouped_dots)(int64_t tokens, int64_t n, int64_t depth, const void *const *x, const void *rows, int64_t row,
+                       void *out, int64_t out_row, bool add);
 
-  /* out[t, j] = init[t, j] + sum over i < k, r < rank of h[element[t, i] + r] panels[offsets[expert[t, i]] + r, j]
+  /* out[t, j] = init[t, j] + sum over i < k, r < rank of h[element[t, i] + r] M[offsets[expert[t, i]] + r, j]
    *
-   *   t < tokens, j < cols; panels of all experts one after the other, each as pack wrote it; init as in product */
-  void (*grouped_sums)(int64_t tokens, int64_t k, int64_t cols, const void *h, const int64_t *element,
-                       const int32_t *expert, const void *panels, const int64_t *offsets, int64_t width, void *out,
-                       int64_t out_row, const void *init, int64_t init_row);
+   *   t < tokens, j < cols; M [R, cols] in panels one after the other, as wide as they can be; init as in product */
+  void (*grouped_sums)(int64_t tokens, const int64_t *token, int64_t k, int64_t cols, const void *h,
+                       const int64_t *element, const int64_t *expert, const void *panels, int64_t R,
+                       const int64_t *offsets, void *out, int64_t out_row, const void *init, int64_t init_row);
 } ml_products;
 
 /* Routing of the tokens first <= t < end; route.c shares them out, and has checked everything. */
@@ -90,6 +90,10 @@ typedef struct {
   /* Writes the tokens' weights and indices, and adds to counts [N] and sums [N] what they are worth. */
   void (*route)(const ml_route_params *p, int64_t first, int64_t end, void *weights, int64_t *indices, int64_t *counts,
                 double *sums, void *scratch);
+
+  /* indices [tokens, k]: of each row of weights [tokens, n_experts] the k largest, falling, ties to the lower index. false:
+   * some row has a NaN, and nothing is written. */
+  bool (*pick)(int64_t tokens, int64_t n_experts, ml_matrix weights, int64_t k, int64_t *indices, void *scratch);
 
   /* Writes the tokens' grad_logits; grad_sums [N] may be NULL. */
   void (*route_backward)(const ml_route_params *p, int64_t first, int64_t end, void *grad_logits,

@@ -352,6 +352,24 @@ static void NAME(route)(const ml_route_params *p, int64_t first, int64_t end, vo
     NAME(route_blocks)(false, p, first, end, weights, indices, counts, sums, scratch);
 }
 
+static bool NAME(pick)(int64_t tokens, int64_t n_experts, ml_matrix weights, int64_t k, int64_t *indices,
+                       void *scratch) {
+  const NAME(blocks) b = NAME(blocks_of)(false, n_experts);
+  for (int64_t start = 0; start < tokens; start += b.tokens) {
+    int64_t n = tokens - start < b.tokens ? tokens - start : b.tokens;
+    NAME(load_block)(false, b, scratch, weights, start, n, 0);
+    NAME(bits) unordered = {0};
+    for (int64_t j = 0; j < b.vectors; j++) {
+      NAME(vector) v = NAME(load)((const REAL *)scratch + j * LANES);
+      unordered |= (NAME(bits))(v != v);
+    }
+    for (int64_t t = 0; t < n; t++)
+      if (unordered[t]) return false;
+    NAME(top)(false, b, scratch, k, n, indices + start * k);
+  }
+  return true;
+}
+
 /* ---- backward ---- */
 
 /* One token's gradient by p, from that by w: through the choice of k, and the division by their sum. */
@@ -445,5 +463,6 @@ static void NAME(route_backward)(const ml_route_params *p, int64_t first, int64_
 static const ml_routing NAME(routing) = {
     .scratch = 2 * VECTOR_BYTES,
     .route = NAME(route),
+    .pick = NAME(pick),
     .route_backward = NAME(route_backward),
 };
