@@ -21,8 +21,8 @@ void ml_reserve(budget *b, int64_t rows_, int64_t cols, int64_t size) {
 }
 
 void ml_reserve_phase(budget *b, budget phase) {
+  b->overflow |= phase.overflow || ML_ADD_OVERFLOWS(phase.bytes, phase.phase, &phase.bytes);
   if (phase.bytes > b->phase) b->phase = phase.bytes;
-  b->overflow |= phase.overflow;
 }
 
 void *ml_take(call *c, int64_t rows_, int64_t cols, int64_t size) {
@@ -99,7 +99,7 @@ void ml_reserve_common(const call *c, budget *b) {
   if (c->p->top_k) ml_reserve(b, c->T, N, 1);
 }
 
-ml_status ml_allocate_bytes(call *c, budget b) {
+ml_status ml_allocate(call *c, budget b) {
   if (b.overflow || ML_ADD_OVERFLOWS(b.bytes, b.phase, &b.bytes) ||
       ML_ADD_OVERFLOWS(b.bytes, (size_t)ALIGNMENT, &b.bytes))
     return ML_ERR_OVERFLOW;
@@ -112,10 +112,8 @@ ml_status ml_allocate_bytes(call *c, budget b) {
 /* Of a part of M: any will do for a single row, so its column is dense, whether the expert takes part or not. */
 static int64_t row_stride(const ml_expert *expert, int64_t stride) { return expert->rank > 1 ? stride : 1; }
 
-ml_status ml_allocate(call *c, budget b) {
+void ml_take_common(call *c) {
   const ml_routed_lora *p = c->p;
-  ml_status status = ml_allocate_bytes(c, b);
-  if (status != ML_OK) return status;
   c->offsets = ml_take(c, p->n_experts + 1, 1, sizeof *c->offsets);
   c->a = ml_take(c, p->n_experts, 1, sizeof *c->a);
   c->b = ml_take(c, p->n_experts, 1, sizeof *c->b);
@@ -130,7 +128,6 @@ ml_status ml_allocate(call *c, budget b) {
     c->a[e] = (ml_matrix){expert->a.data, row_stride(expert, expert->a.row), expert->a.col};
     c->b[e] = (ml_matrix){expert->b.data, row_stride(expert, expert->b.col), expert->b.row};
   }
-  return ML_OK;
 }
 
 factor ml_factor_a(const call *c) { return (factor){c->p->d_in, c->p->n_experts, c->offsets, c->a}; }

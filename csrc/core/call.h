@@ -107,10 +107,10 @@ ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out);
 /* What every call needs of the workspace, whatever is asked. */
 void ml_reserve_common(const call *c, budget *b);
 
-/* Allocates the workspace, and nothing else. */
-ml_status ml_allocate_bytes(call *c, budget b);
+/* Takes it, and fills in what stands there for the whole call. */
+void ml_take_common(call *c);
 
-/* Allocates the workspace and fills in what stands in it for the whole call. */
+/* Allocates the workspace. */
 ml_status ml_allocate(call *c, budget b);
 
 factor ml_factor_a(const call *c);
@@ -171,6 +171,36 @@ void ml_store_grads(const call *c, const char *sums, int64_t width, int64_t rank
 /* The same for the experts that dropout gives an x of their own. */
 void ml_reserve_masked_collection(const call *c, budget *b, int64_t d);
 void ml_collect_masked(call *c, factor grads, const char *h, rows x, bool add);
+
+/* ---- routed_lora.c: forward and backward with dtype ML_F32 or ML_F64, in two steps ---- */
+
+typedef struct {
+  call c;
+  budget need; /* of c.workspace */
+  ml_tokens y, hidden, base;
+  const void *bias;
+  int64_t bias_stride;
+  bool own_hidden; /* H is computed in the workspace */
+} forward;
+
+typedef struct {
+  call c;
+  budget need;
+  ml_tokens grad_y, hidden, grad_x, grad_w;
+  unsigned accumulate;
+  bool any_a, any_b, need_h, need_p; /* gradients of any A or B, H, P are needed */
+  bool own_hidden;                   /* H is copied into the workspace */
+} backward;
+
+/* Checks the arguments of ml_routed_lora_forward and finds out what it needs; all that can fail but for memory. */
+ml_status ml_begin_forward(forward *f, const ml_routed_lora *p, ml_tokens y, ml_tokens hidden, ml_tokens base,
+                           const void *bias, int64_t bias_stride);
+ml_status ml_begin_backward(backward *b, const ml_routed_lora *p, ml_tokens grad_y, ml_tokens hidden, ml_tokens grad_x,
+                            ml_tokens grad_w, unsigned accumulate);
+
+/* Then it runs, in c.workspace from c.used on. */
+void ml_run_forward(forward *f);
+void ml_run_backward(backward *b);
 
 /* ---- bf16.c: forward and backward with dtype ML_BF16, on those with ML_F32 ---- */
 
