@@ -52,6 +52,7 @@ ml_base_limits ml_base_rule(void) {
 
 bool ml_base_is_faster(ml_dtype dtype, int64_t tokens, bool transposed) {
   int choice = atomic_load_explicit(&base_choice, memory_order_relaxed);
+  if (dtype == ML_BF16) return false; /* the core has no such product */
   if (choice != BY_SHAPE) return choice == OWN;
   if (dtype != ML_F32 || tokens <= 0) return false;
   ml_base_limits limits = ml_base_rule();
