@@ -1,5 +1,5 @@
-/* Arrays in bfloat16: widened a block of tokens at a time, computed in float32, rounded once when they are stored. What
- * is widened stays in the cache for the products that read it. */
+/* Arrays in bfloat16. Tokens are widened a block at a time, computed with in float32, and rounded once when they are
+ * stored; what is widened stays in the cache for the products that read it. A and B are widened by the kernels. */
 #include <stdlib.h>
 
 #include "call.h"
@@ -77,17 +77,9 @@ static void narrow_tokens(const ml_routed_lora *p, const float *wide, int64_t fi
                                      .width = width});
 }
 
-static ml_tokens as_tokens(ml_matrix m) { return (ml_tokens){m.data, 0, m.row, m.col}; }
-
-/* Matrices: on this thread alone, one expert being a task. */
-
-static void widen_matrix(ml_matrix narrow, int64_t rows, int64_t width, float *wide) {
-  convert(1, (conversion){
-                 .narrow = as_tokens(narrow), .wide = wide, .seq = rows, .rows = rows, .width = width, .widen = true});
-}
-
+/* On this thread alone, one expert being a task. */
 static void narrow_matrix(const float *wide, int64_t rows, int64_t width, ml_matrix narrow, bool add) {
-  ml_tokens to = as_tokens(narrow);
+  ml_tokens to = {narrow.data, 0, narrow.row, narrow.col};
   convert(1, (conversion){.narrow = to,
                           .init = add ? to : (ml_tokens){0},
                           .wide = (float *)(uintptr_t)wide,
@@ -110,8 +102,8 @@ typedef struct {
   unsigned accumulate; /* of the call */
 } blocks;
 
-/* All A and B, or their gradients, in float32. */
-static void reserve_adapters(const blocks *b, budget *need) {
+/* The gradients of all A and B in float32. */
+static void reserve_grads(const blocks *b, budget *need) {
   ml_reserve(need, b->R, b->p->d_in, sizeof(float));
   ml_reserve(need, b->R, b->p->d_out, sizeof(float));
   for (int64_t e = 0; e < 2 * b->p->n_experts; e++) ml_reserve(need, 0, 1, 1); /* each is aligned */
@@ -127,17 +119,7 @@ static ml_status begin(blocks *b, const ml_routed_lora *p, ml_tokens hidden, boo
   ml_reserve(need, b->T, p->n_experts, sizeof(float));
   ml_reserve(need, b->block, p->d_out, sizeof(float));
   if (with_x) ml_reserve(need, b->block, p->d_in, sizeof(float));
-  if (p->bf16_adapters) reserve_adapters(b, need);
   return ML_OK;
-}
-
-/* Copies of all A and B in float32, one expert a task. */
-static void widen_adapters(void *context, int64_t e, int thread) {
-  (void)thread;
-  const blocks *b = context;
-  const ml_expert *from = &b->p->experts[e], *to = &b->experts[e];
-  widen_matrix(from->a, from->rank, b->p->d_in, to->a.data);
-  widen_matrix(from->b, b->p->d_out, from->rank, to->b.data);
 }
 
 /* The gradients of all A and B, from float32. */
@@ -176,15 +158,7 @@ static ml_status allocate(blocks *b, bool with_x, budget need) {
   b->weights = ml_take(&b->own, b->T, N, sizeof(float));
   b->y = ml_take(&b->own, b->block, p->d_out, sizeof(float));
   if (with_x) b->x = ml_take(&b->own, b->block, p->d_in, sizeof(float));
-  for (int64_t e = 0; e < N; e++) {
-    ml_expert *expert = &b->experts[e];
-    *expert = p->experts[e];
-    if (!p->bf16_adapters) continue;
-    expert->a = take_matrix(b, expert->rank, p->d_in);
-    expert->b = take_matrix(b, p->d_out, expert->rank);
-  }
-  if (p->bf16_adapters)
-    ml_parallel_for(b->R * (p->d_in + p->d_out) < TASK_ELEMENTS ? 1 : p->n_threads, N, widen_adapters, b);
+  memcpy(b->experts, p->experts, (size_t)N * sizeof *b->experts);
   widen_weights(b);
   b->wide = *p;
   b->wide.dtype = ML_F32;
@@ -307,7 +281,7 @@ ml_status ml_bf16_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_tokens 
     ml_reserve(&need, b.T, p->n_experts, sizeof(float));
     ml_reserve(&need, weight_rows(p, grad_w), p->n_experts, sizeof(float));
   }
-  if (p->bf16_adapters) reserve_adapters(&b, &need);
+  if (p->bf16_adapters) reserve_grads(&b, &need);
   status = allocate(&b, any_a, need);
   if (status != ML_OK) goto done;
   wide_grads to = {.hidden = hidden};

@@ -56,6 +56,7 @@ static uint64_t unused_experts(const call *c) {
 ml_status ml_check(const ml_routed_lora *p, int64_t *T, int64_t *R) {
   *R = 0;
   if (p->dtype != ML_F32 && p->dtype != ML_F64 && p->dtype != ML_BF16) return ML_ERR_DTYPE;
+  if (p->dtype == ML_F64 && p->bf16_adapters) return ML_ERR_DTYPE;
   if (p->batch < 0 || p->seq < 0 || p->d_in <= 0 || p->d_out <= 0 || p->n_experts <= 0) return ML_ERR_SHAPE;
   if (p->top_k < 0 || p->top_k > p->n_experts) return ML_ERR_TOP_K;
   if (!p->experts) return ML_ERR_NULL;
@@ -77,9 +78,12 @@ ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out) {
   if (status != ML_OK) return status;
   const ml_kernels *kernels = ml_active_kernels();
   c->products = kernels->products[p->dtype];
-  c->regime = ml_regime_of(kernels->isa, p->dtype);
+  ml_dtype of_factors = p->bf16_adapters ? ML_BF16 : p->dtype;
+  c->readers = kernels->products[of_factors];
+  c->regime = ml_regime_of(kernels->isa, of_factors);
   c->elementwise = &ml_elementwise_table[p->dtype];
   c->size = (int64_t)c->elementwise->size;
+  c->factor_size = p->bf16_adapters ? (int64_t)sizeof(uint16_t) : c->size;
   for (int64_t e = 0; e < p->n_experts; e++) c->drops |= ml_mask_of(p, e).threshold > 0;
   c->grouped = ml_is_grouped(c);
   if (leave_out && !c->grouped && c->T > 0 && c->T < LEFT_OUT_TOKENS) {

@@ -50,18 +50,20 @@ typedef struct {
 typedef struct {
   const ml_routed_lora *p;
   const ml_products *products;
+  const ml_products *readers; /* the same for A and B, which may be bfloat16 */
   const ml_regime *regime;
   const ml_elementwise *elementwise;
   int64_t T, R;
-  uint64_t unused;  /* bit e: expert e, which no token uses, takes part with rank 0 */
-  bool grouped;     /* whether top_k's experts alone are computed: see grouped.h */
-  bool drops;       /* whether any expert has dropout */
-  int64_t size;     /* bytes of an element */
-  int64_t *offsets; /* [N + 1] */
-  ml_matrix *a;     /* [N] parts of M_A */
-  ml_matrix *b;     /* [N] parts of M_B */
-  char *factors;    /* [T, N], not where grouped */
-  uint8_t *keep;    /* [T, N], with top_k, not where grouped */
+  uint64_t unused;     /* bit e: expert e, which no token uses, takes part with rank 0 */
+  bool grouped;        /* whether top_k's experts alone are computed: see grouped.h */
+  bool drops;          /* whether any expert has dropout */
+  int64_t size;        /* bytes of an element */
+  int64_t factor_size; /* of one of A and B */
+  int64_t *offsets;    /* [N + 1] */
+  ml_matrix *a;        /* [N] parts of M_A */
+  ml_matrix *b;        /* [N] parts of M_B */
+  char *factors;       /* [T, N], not where grouped */
+  uint8_t *keep;       /* [T, N], with top_k, not where grouped */
   char *workspace;
   size_t used; /* of the workspace, while it is handed out */
 } call;
@@ -77,11 +79,16 @@ static inline char *at(const call *c, const void *data, int64_t elements) {
   return (char *)(uintptr_t)data + elements * c->size;
 }
 
+static inline char *at_factor(const call *c, const void *data, int64_t elements) {
+  return (char *)(uintptr_t)data + elements * c->factor_size;
+}
+
 /* `source` [depth, cols] as a panel, whose last columns are zeros up to a whole vector. */
-static inline void pack_panel(const call *c, char *panel, int64_t depth, int64_t cols, ml_matrix source) {
+static inline void pack_panel(const call *c, const ml_products *by, char *panel, int64_t depth, int64_t cols,
+                              ml_matrix source) {
   int64_t width = round_up(cols, c->products->lanes);
   if (width > cols) memset(panel, 0, (size_t)(depth * width * c->size));
-  c->products->pack(panel, width, depth, cols, source.data, source.row, source.col);
+  by->pack(panel, width, depth, cols, source.data, source.row, source.col);
 }
 
 /* ---- call.c ---- */

@@ -157,7 +157,7 @@ typedef struct {
   factor m;
   rows x;
   char *out;
-  char *packed; /* [R, d], where M's rows are not dense */
+  char *packed; /* [R, d], where M's rows are not dense, or not of the dtype */
   void (*then)(const void *context, const pair_block *b);
   const void *context;
 } projection;
@@ -171,8 +171,8 @@ static void pack_task(void *context, int64_t task, int thread) {
   int64_t e = task / pack_tasks(j->m.d), d0 = task % pack_tasks(j->m.d) * PACK_COLUMNS;
   ml_matrix part = j->m.parts[e];
   if (j->g->first[e] < j->g->first[e + 1])
-    c->products->pack(at(c, j->packed, c->offsets[e] * j->m.d + d0), j->m.d, rank_of(j->g, e),
-                      min_(PACK_COLUMNS, j->m.d - d0), at(c, part.data, d0 * part.col), part.row, part.col);
+    c->readers->pack(at(c, j->packed, c->offsets[e] * j->m.d + d0), j->m.d, rank_of(j->g, e),
+                     min_(PACK_COLUMNS, j->m.d - d0), at_factor(c, part.data, d0 * part.col), part.row, part.col);
 }
 
 static void project_task(void *context, int64_t task, int thread) {
@@ -196,7 +196,7 @@ static void project(call *c, const grouping *g, factor m, rows x, char *out,
                     void (*then)(const void *context, const pair_block *b), const void *context) {
   size_t used = c->used;
   projection j = {.g = g, .m = m, .x = x, .out = out, .then = then, .context = context};
-  if (!ml_has_dense_rows(m)) {
+  if (c->p->bf16_adapters || !ml_has_dense_rows(m)) {
     j.packed = ml_take(c, c->R, m.d, c->size);
     ml_parallel_for(ml_threads_for(c, work_of(g, m.d)), m.n_parts * pack_tasks(m.d), pack_task, &j);
   }
@@ -228,8 +228,8 @@ static void spread_task(void *context, int64_t task, int thread) {
     for (int64_t e = 0; e < s->m.n_parts; e++) {
       if (g->first[e] == g->first[e + 1]) continue;
       ml_matrix part = s->m.parts[e];
-      pack_panel(c, at(c, packed, (d0 - first) * c->R + c->offsets[e] * width), rank_of(g, e), cols,
-                 (ml_matrix){at(c, part.data, d0 * part.col), part.row, part.col});
+      pack_panel(c, c->readers, at(c, packed, (d0 - first) * c->R + c->offsets[e] * width), rank_of(g, e), cols,
+                 (ml_matrix){at_factor(c, part.data, d0 * part.col), part.row, part.col});
     }
   }
   for (int64_t t = t0; t < t1; t += ROW_BLOCK)

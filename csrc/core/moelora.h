@@ -60,7 +60,8 @@ typedef struct {
 /* What forward and backward have in common. */
 typedef struct {
   ml_dtype dtype; /* of every array, but for ML_BF16 */
-  bool bf16_adapters, bf16_weights;
+  bool bf16_adapters,
+      bf16_weights; /* with ML_BF16; inside the core, A and B of a call with ML_F32 may be bfloat16 too */
   int64_t batch, seq, d_in, d_out;
   int64_t n_experts;
   const ml_expert *experts;  /* [n_experts] */

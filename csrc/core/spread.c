@@ -55,8 +55,8 @@ static void pack_spread(const spreading *s, int64_t first, int64_t last, char *p
     if (width > cols) memset(panel, 0, (size_t)(c->R * width * c->size));
     for (int64_t e = 0; e < s->m.n_parts; e++) {
       ml_matrix part = s->m.parts[e];
-      k->pack(at(c, panel, s->m.offsets[e] * width), width, s->m.offsets[e + 1] - s->m.offsets[e], cols,
-              at(c, part.data, d0 * part.col), part.row, part.col);
+      c->readers->pack(at(c, panel, s->m.offsets[e] * width), width, s->m.offsets[e + 1] - s->m.offsets[e], cols,
+                       at_factor(c, part.data, d0 * part.col), part.row, part.col);
     }
   }
 }
@@ -95,7 +95,7 @@ static void spread_from_rows(void *context, int64_t task, int thread) {
     c->products->spread_lanes(c->T, d0, cols, s->m.n_parts, s->blocks, s->turned, round_up(c->T, c->products->lanes),
                               out, s->out.row, init, s->init.row);
   else
-    c->products->spread_rows(c->T, d0, cols, s->m.n_parts, s->blocks, s->h, c->R, out, s->out.row, init, s->init.row);
+    c->readers->spread_rows(c->T, d0, cols, s->m.n_parts, s->blocks, s->h, c->R, out, s->out.row, init, s->init.row);
 }
 
 /* A's own rows are a panel already, but for its last columns: a panel has whole vectors. */
@@ -110,7 +110,7 @@ static void spread_in_place(void *context, int64_t task, int thread) {
     const char *panel = at(c, s->m.parts[e].data, d0);
     if (cols < width) {
       char *packed = at(c, s->packed, thread * c->R * k->panel_width);
-      pack_panel(c, packed, rank, cols, (ml_matrix){(void *)(uintptr_t)panel, panel_row, 1});
+      pack_panel(c, c->products, packed, rank, cols, (ml_matrix){(void *)(uintptr_t)panel, panel_row, 1});
       panel = packed;
       panel_row = width;
     }

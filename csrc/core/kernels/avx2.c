@@ -39,7 +39,7 @@ const ml_kernels ml_kernels_avx2 = {
     .isa = ML_AVX2,
     .name = "avx2",
     .supported = supported,
-    .products = {[ML_F32] = &ml_table_f32_avx2, [ML_F64] = &ml_table_f64_avx2},
+    .products = {[ML_F32] = &ml_table_f32_avx2, [ML_F64] = &ml_table_f64_avx2, [ML_BF16] = &ml_table_bf16_f32_avx2},
     .bf16 = &ml_bf16_table_avx2,
     .routing = {[ML_F32] = &ml_routing_f32_avx2, [ML_F64] = &ml_routing_f64_avx2},
 };
