@@ -20,6 +20,7 @@ static const int32_t lane_masks[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 #define REAL_BYTES 4
 #define LOAD_SOME(p, n) \
   ((NAME(vector))_mm256_maskload_ps(p, _mm256_loadu_si256((const __m256i *)(lane_masks + 8 - (n)))))
+#define CONVERT(v, to) ((to)_mm256_cvtepu16_epi32((__m128i)(v)))
 #define NAME(op) ml_##op##_f32_avx2
 #include "products.h"
 

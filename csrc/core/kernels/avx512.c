@@ -16,6 +16,7 @@
 #define REAL float
 #define REAL_BYTES 4
 #define LOAD_SOME(p, n) ((NAME(vector))_mm512_maskz_loadu_ps((__mmask16)((1u << (n)) - 1), p))
+#define CONVERT(v, to) ((to)_mm512_cvtepu16_epi32((__m256i)(v)))
 #define LOAD_SOME_NARROW(p, n) _mm256_maskz_loadu_epi16((__mmask16)((1u << (n)) - 1), p)
 #define NAME(op) ml_##op##_f32_avx512
 #include "products.h"

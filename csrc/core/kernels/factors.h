@@ -6,9 +6,8 @@
  */
 #if NARROW
 #define READ_ONE(p) NAME(widen_one)(p)
-#define READ_LANES(w, p) \
-  ((NAME(lanes_##w))(__builtin_convertvector(*(const NAME(narrow_##w) *)(p), NAME(wide_bits_##w)) << 16))
-#define READ(p) NAME(widen)(*(const NAME(narrow) *)(p))
+#define READ_LANES(w, p) NAME(widen_##w)(p)
+#define READ(p) NAME(widen)(p)
 #define READ_SOME(p, n) NAME(widen_some)(p, n)
 #else
 #define READ_ONE(p) (*(p))

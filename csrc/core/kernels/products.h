@@ -9,6 +9,7 @@
  *   TILE_ROWS        rows of a register tile, at most 6
  *   TILE_VECTORS     vectors in a row of a tile, at most 4
  *   LOAD_SOME(p, n)  the first n < lanes elements at p, and zeros; optional, as is LOAD_SOME_NARROW for uint16_t
+ *   CONVERT(v, to)   a vector of uint16_t to one of uint32_t, the type `to`; optional: gcc 12 makes four instructions of one
  *   MULTIPLY_LOW     see dropout.h
  *
  * TILE_ROWS * TILE_VECTORS accumulators, TILE_VECTORS panel vectors and a broadcast must fit in the registers.
@@ -224,19 +225,27 @@ ML_INLINE void NAME(put_4)(int64_t n, const NAME(lanes_4) * sums, REAL *out, con
 #include "factors.h"
 
 #if REAL_BYTES == 4
-#define ML_NARROW(w)                                                                                       \
-  typedef uint16_t NAME(narrow_##w) __attribute__((vector_size(2 * (w)), aligned(2), may_alias));          \
-  typedef uint32_t NAME(wide_bits_##w) __attribute__((vector_size(4 * (w))));
-ML_NARROW(4)
-#if LANES > 4
-ML_NARROW(8)
+#define ML_WIDEN(w, convert)                                                                      \
+  typedef uint16_t NAME(narrow_##w) __attribute__((vector_size(2 * (w)), aligned(2), may_alias)); \
+  typedef uint32_t NAME(wide_bits_##w) __attribute__((vector_size(4 * (w))));                     \
+  ML_INLINE NAME(lanes_##w) NAME(widen_##w)(const uint16_t *from) {                               \
+    return (NAME(lanes_##w))(convert(*(const NAME(narrow_##w) *)from, NAME(wide_bits_##w)) << 16);  \
+  }
+#ifndef CONVERT
+#define CONVERT __builtin_convertvector
 #endif
-#if LANES > 8
-ML_NARROW(16)
+#if LANES == 4
+ML_WIDEN(4, CONVERT)
+#else
+ML_WIDEN(4, __builtin_convertvector)
 #endif
-#undef ML_NARROW
-typedef uint16_t NAME(narrow) __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
-typedef uint32_t NAME(wide_bits) __attribute__((vector_size(VECTOR_BYTES)));
+#if LANES == 8
+ML_WIDEN(8, CONVERT)
+#elif LANES == 16
+ML_WIDEN(8, __builtin_convertvector)
+ML_WIDEN(16, CONVERT)
+#endif
+#undef ML_WIDEN
 
 ML_INLINE REAL NAME(widen_one)(const uint16_t *from) {
   uint32_t bits = (uint32_t)*from << 16;
@@ -244,17 +253,23 @@ ML_INLINE REAL NAME(widen_one)(const uint16_t *from) {
   __builtin_memcpy(&to, &bits, sizeof to);
   return to;
 }
-ML_INLINE NAME(vector) NAME(widen)(NAME(narrow) v) {
-  return (NAME(vector))(__builtin_convertvector(v, NAME(wide_bits)) << 16);
+ML_INLINE NAME(vector) NAME(widen)(const uint16_t *from) {
+#if LANES == 4
+  return NAME(widen_4)(from);
+#elif LANES == 8
+  return NAME(widen_8)(from);
+#else
+  return NAME(widen_16)(from);
+#endif
 }
 /* The first n < lanes elements, and zeros. */
 ML_INLINE NAME(vector) NAME(widen_some)(const uint16_t *from, int64_t n) {
 #ifdef LOAD_SOME_NARROW
-  return NAME(widen)((NAME(narrow))LOAD_SOME_NARROW(from, n));
+  return (NAME(vector))(CONVERT(LOAD_SOME_NARROW(from, n), NAME(wide_bits_16)) << 16);
 #else
   uint16_t lane[LANES] = {0};
   for (int64_t i = 0; i < n; i++) lane[i] = from[i];
-  return NAME(widen)(*(const NAME(narrow) *)lane);
+  return NAME(widen)(lane);
 #endif
 }
 
@@ -380,4 +395,5 @@ static const ml_products NAME(table_bf16) = {
 #undef LANES
 #undef LOAD_SOME
 #undef LOAD_SOME_NARROW
+#undef CONVERT
 #undef NAME
