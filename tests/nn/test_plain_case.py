@@ -17,21 +17,6 @@ def torchs_base():
     moelora.set_base_product(None)
 
 
-@pytest.fixture
-def taken(monkeypatch):
-    """How often the core was entered with plain tensors."""
-    count = {"forward_tensors": 0, "backward_tensors": 0, "forward_raw": 0, "backward_raw": 0}
-    core = autograd._core
-
-    class Counting:
-        def __getattr__(self, name):
-            count[name] += 1
-            return getattr(core, name)
-
-    monkeypatch.setattr(autograd, "_core", Counting())
-    return count
-
-
 class Refusing:
     """The core when no backward is plain."""
 
