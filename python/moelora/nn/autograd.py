@@ -124,9 +124,10 @@ def routed_lora(
     Returns
     -------
     Tensor [..., d_out]
-        In x's dtype. On CPU float32 adapters compute in float32 whatever x's dtype; elsewhere they are rounded to x's
-        dtype unless `moelora.nn.autograd.ROUND_ADAPTERS` is False. Inside `torch.autocast` a float32, bfloat16 or
-        float16 x, base_output, weight and bias are first cast to autocast's dtype.
+        In x's dtype. On CPU the mixture of a bfloat16 or float16 x is computed in float32, added to the base, and
+        rounded once, whatever the adapters' dtype; elsewhere float32 adapters are rounded to x's dtype unless
+        `moelora.nn.autograd.ROUND_ADAPTERS` is False. Inside `torch.autocast` a float32, bfloat16 or float16 x,
+        base_output, weight and bias are first cast to autocast's dtype.
 
     Raises
     ------
