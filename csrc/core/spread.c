@@ -43,9 +43,9 @@ void ml_reserve_spreading(const call *c, budget *b, int64_t d) {
   ml_reserve(&phase, c->R * c->products->panel_width * spread_group(c, d),
              ml_thread_bound(c->p->n_threads, spread_tasks(c, d)), c->size);
   if (takes_rows(c)) {
-    int n_threads = widens(c) ? ml_thread_bound(c->p->n_threads, ceil_div(d, IN_PLACE_COLUMNS)) : 1;
-    ml_reserve(&phase, c->p->n_experts, n_threads, sizeof(ml_block));
-    if (widens(c)) ml_reserve(&phase, c->R * IN_PLACE_COLUMNS, n_threads, c->size);
+    int n_scratch = widens(c) ? ml_thread_bound(c->p->n_threads, ceil_div(d, IN_PLACE_COLUMNS)) : 1;
+    ml_reserve(&phase, c->p->n_experts, n_scratch, sizeof(ml_block));
+    if (widens(c)) ml_reserve(&phase, c->R * IN_PLACE_COLUMNS, n_scratch, c->size);
     ml_reserve(&phase, c->R, round_up(c->T, c->products->lanes), c->size);
   }
   ml_reserve_phase(b, phase);
@@ -98,10 +98,14 @@ static const ml_block *widen_rows(const spreading *s, int64_t d0, int64_t cols, 
   char *to = at(c, s->widened, thread * c->R * IN_PLACE_COLUMNS);
   for (int64_t e = 0; e < s->m.n_parts; e++) {
     int64_t rank = s->m.offsets[e + 1] - s->m.offsets[e], stride = s->m.parts[e].col;
-    int64_t rows = stride == rank ? 1 : cols, width = stride == rank ? cols * rank : rank; /* dense rows are one */
-    c->readers->pack(to, width, rows, width, at_factor(c, s->m.parts[e].data, d0 * stride), stride, 1);
+    const char *from = at_factor(c, s->m.parts[e].data, d0 * stride);
+    int64_t n = cols * rank, lanes = c->products->lanes;
+    if (stride == rank && n % lanes == 0) /* without gaps: vector after vector */
+      c->readers->pack(to, lanes, n / lanes, lanes, from, lanes, 1);
+    else
+      c->readers->pack(to, rank, cols, rank, from, stride, 1);
     blocks[e] = (ml_block){to, rank, rank};
-    to = at(c, to, cols * rank);
+    to = at(c, to, n);
   }
   return blocks;
 }
@@ -151,9 +155,9 @@ void ml_spread(call *c, factor m, const char *h, rows out, rows init) {
   int n_threads = ml_threads_for(c, c->T * c->R * m.d);
   if (takes_rows(c) && ml_has_dense_columns(m)) {
     int64_t tasks_in_place = ceil_div(m.d, IN_PLACE_COLUMNS);
-    int blocks_of = widens(c) ? ml_thread_bound(c->p->n_threads, tasks_in_place) : 1;
-    s.blocks = ml_take(c, m.n_parts, blocks_of, sizeof *s.blocks);
-    if (widens(c)) s.widened = ml_take(c, c->R * IN_PLACE_COLUMNS, blocks_of, c->size);
+    int n_scratch = widens(c) ? ml_thread_bound(c->p->n_threads, tasks_in_place) : 1;
+    s.blocks = ml_take(c, m.n_parts, n_scratch, sizeof *s.blocks);
+    if (widens(c)) s.widened = ml_take(c, c->R * IN_PLACE_COLUMNS, n_scratch, c->size);
     for (int64_t e = 0; e < m.n_parts && !widens(c); e++)
       s.blocks[e] = (ml_block){m.parts[e].data, m.parts[e].col, m.offsets[e + 1] - m.offsets[e]};
     if (c->T >= c->regime->spread_rows) {
