@@ -11,18 +11,19 @@ import pytest
 import torch
 
 import moelora
-from moelora.bench import goals, host, layers, models, topk
+from moelora.bench import goals, host, layers, models, neighbours, topk
 from moelora.bench.goals import GOALS, Goal, as_text, judge, load
 from moelora.bench.layers import Cell
 from moelora.bench.page import BLOCKS, render
 from moelora.bench.small import build
+from moelora.bench.work import Peer, timed
 from moelora.cli import main
 from moelora.demo.baselines import n_passes
 from moelora.report.timing import interleave, kept_bytes
 from moelora.validate.reference import looped
 
 ROOT = Path(__file__).parents[1]
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = ("float32", "bfloat16")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,11 +54,11 @@ def results(measured):
 # What is compared
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 13, 3, 2), (7, 24, 1, 5), (17, 8, 4, 9)], ids=str)
 def test_peers_of_a_layer_compute_the_same(shape, dtype):
     peers = layers.peers(Cell(*shape, dtype))
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.05, "atol": 0.05}
     found = {}
     for name in ("loop", "moelora", "stacked", "stacked_medium", "stacked_compiled"):
         if name in peers:
@@ -68,8 +69,19 @@ def test_peers_of_a_layer_compute_the_same(shape, dtype):
             torch.testing.assert_close(ours, theirs, **tolerance)
 
 
+def test_peers_with_float32_adapters_of_a_bfloat16_layer_compute_in_float32():
+    peers = layers.peers(Cell(7, 24, 3, 5, "bfloat16+float32"), layers.FORCED)
+    found = {}
+    for name, peer in peers.items():
+        assert {x.dtype for x in peer.parameters} == {torch.float32}
+        y = peer.forward()
+        assert y.dtype is torch.bfloat16
+        found[name] = [y.detach(), *torch.autograd.grad(y.float().sum(), peer.inputs)]
+    torch.testing.assert_close(found["moelora"], found["stacked"], rtol=0.01, atol=0.01)
+
+
 def test_whole_layers_are_the_base_and_a_mixture():
-    peers = layers.peers(Cell(5, 12, 3, 2, torch.float32))
+    peers = layers.peers(Cell(5, 12, 3, 2, "float32"))
     x, w = peers["moelora_weight"].inputs
     *adapters, weight = peers["moelora_weight"].parameters
     delta = sum(w[:, e, None] * layers.SCALING * (x @ adapters[e].t() @ adapters[3 + e].t()) for e in range(3))
@@ -79,11 +91,11 @@ def test_whole_layers_are_the_base_and_a_mixture():
     assert y.shape == (5, 12) and not torch.allclose(y, x @ weight.t())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_top_k_peers_compute_the_same_and_so_do_their_gradients(k, dtype):
     peers = topk.mixture_peers(Cell(11, 16, 5, 3, dtype), k)
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.1}
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {"rtol": 0.05, "atol": 0.1}
     x, w = peers["moelora"].inputs
     found = {}
     for name, peer in peers.items():
@@ -94,9 +106,66 @@ def test_top_k_peers_compute_the_same_and_so_do_their_gradients(k, dtype):
             torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-def test_route_peers_compute_the_same():
-    peers = topk.route_peers(9, 6, 2)
-    torch.testing.assert_close(peers["moelora"].forward(), peers["torch"].forward())
+@pytest.mark.parametrize("k", [2, None])
+def test_route_peers_compute_the_same_and_so_do_their_gradients(k):
+    peers = topk.route_peers(9, 6, k)
+    found = {}
+    for name in ("moelora", "torch"):
+        outputs = peers[name].forward()
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        assert len(outputs) == (2 if k is None else 1)
+        total = sum(output.square().sum() for output in outputs)
+        found[name] = [*outputs, *torch.autograd.grad(total, peers[name].inputs)]
+    torch.testing.assert_close(found["moelora"], found["torch"])
+    if k is None:
+        torch.testing.assert_close(peers["softmax"].forward(), found["torch"][0])
+
+
+def test_a_peer_with_several_outputs_has_gradients_through_all_of_them():
+    a, b = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+    seen = []
+    a.register_hook(lambda grad: seen.append("a"))
+    b.register_hook(lambda grad: seen.append("b"))
+    seconds = timed({"both": Peer(lambda: (a * 2, b * 3), [a, b], [])}, "forward+backward", 1)
+    assert len(seconds["both"]) == 1 and set(seen) == {"a", "b"}
+    assert a.grad is None and b.grad is None
+
+
+def test_a_layer_between_two_others_and_its_parts_compute_the_same():
+    calls = neighbours.between(Cell(5, 12, 3, 2, "float32"))
+    torch.testing.assert_close(calls["moelora"](), calls["stacked"]())
+    torch.testing.assert_close(calls["moelora alone"](), calls["stacked alone"]())
+
+
+def test_siblings_with_everything_in_common_have_the_same_gradients():
+    ways = neighbours.siblings(Cell(5, 16, 3, 2, "float32"), "qkv")
+    apart, leaves = ways["separate"]()
+    (together,), same_leaves = ways["shared"]()
+    assert [y.shape for y in apart] == [together.shape] * 3
+    grad = torch.randn_like(together)
+    got = torch.autograd.grad(together, same_leaves, grad)
+    want = torch.autograd.grad(apart, leaves, [grad] * 3)
+    torch.testing.assert_close(got[0], want[0])
+    torch.testing.assert_close(got[1].view(5, 3, 3).sum(1), want[1])
+    torch.testing.assert_close(got[2:], want[2:])
+
+
+def test_parts_are_added_up_and_shares_are_of_the_step_of_a_layer(results):
+    rows = results["neighbours"]
+    assert {row["what"] for row in rows} == {"between", "qkv", "gate_up"}
+    assert {row["peer"] for row in rows if row["what"] == "between"} == {
+        "moelora",
+        "moelora_parts",
+        "stacked",
+        "stacked_parts",
+    }
+    (step,) = (float(row["us_median"]) for row in rows if row["peer"] == "step")
+    saved = 0.0
+    for row in rows:
+        if row["pass"] == "forward+backward" and row["peer"] in ("separate", "shared"):
+            saved += float(row["us_median"]) * (1 if row["peer"] == "separate" else -1)
+    made = render("<!-- bench: siblings -->\n<!-- bench: end -->", results, "page")
+    assert f"| {100 * saved / step:.1f} % |" in made
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -124,9 +193,19 @@ def test_peers_of_a_model_with_the_same_experts_give_the_same_logits(name):
         torch.testing.assert_close(logits, given[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_bfloat16_base_has_float32_adapters_whichever_way_it_runs():
+    base = build("llama", smoke=True).bfloat16()
+    ids = torch.randint(256, (2, 5))
+    peers = models.peers(base, 3, 2, ids, torch.rand(2, 5, 3).softmax(-1))
+    for name in models.HALF:
+        assert {p.dtype for p in peers[name].model.parameters() if p.requires_grad} == {torch.float32}
+        assert peers[name].model.get_input_embeddings().weight.dtype is torch.bfloat16
+        torch.testing.assert_close(peers[name].compute(None), peers["base"].compute(None), rtol=0.05, atol=0.05)
+
+
 def test_a_layer_keeps_x_h_and_w():
     T, d, n, r = 7, 24, 3, 2
-    peers = layers.peers(Cell(T, d, n, r, torch.float32))
+    peers = layers.peers(Cell(T, d, n, r, "float32"))
     assert kept_bytes(peers["moelora"].forward, peers["moelora"].parameters) == 4 * T * (d + n * r + n)
     assert kept_bytes(peers["base"].forward, peers["base"].parameters) == 0
     assert kept_bytes(peers["loop"].forward, peers["loop"].parameters) > 4 * n * T * d
@@ -190,6 +269,7 @@ def test_layers_have_all_peers_for_the_first_mixture_and_fewer_for_others_and_fo
     assert peers(**hot, N="2") == whole | few
     assert peers(**hot, N="3") == few
     assert peers(**hot | {"dtype": "bfloat16"}, N="3") == few - {"stacked_medium"}
+    assert peers(**hot | {"dtype": "bfloat16+float32"}, N="2") == {"moelora", "stacked"}
     assert peers(weights="cold") == peers(forced="yes") | {"moelora", "stacked"} == {"moelora", "stacked"}
     assert {row["T"] for row in results["layers"] if row["weights"] == "cold"} == {"1"}
 
@@ -202,13 +282,15 @@ def test_the_instruction_set_is_put_back_and_each_row_names_its_own(results):
 
 
 def test_the_peak_is_the_fastest_product_of_the_run(results):
-    for dtype in ("float32", "bfloat16"):
-        products = [float(row["best"]) for row in results["peak"] if (row["dtype"], row["unit"]) == (dtype, "GF/s")]
-        assert {row["peak_gflops"] for row in results["layers"] if row["dtype"] == dtype} == {f"{max(products):.1f}"}
+    for dtype, computed in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16+float32", "float32")):
+        products = [float(row["best"]) for row in results["peak"] if (row["dtype"], row["unit"]) == (computed, "GF/s")]
+        assert {row["peak_gflops"] for row in results["layers"] if row["dtype"] == dtype} == {f"{max(products):.4g}"}
 
 
 def test_models_have_every_way_with_memory_and_dropout_rows(results):
-    of = {(row["peer"], row["p"], row["what"]): row for row in results["models"]}
+    of = {(row["peer"], row["p"], row["what"]): row for row in results["models"] if row["dtype"] == "float32"}
+    half = {(row["peer"], row["what"]) for row in results["models"] if row["dtype"] == "bfloat16"}
+    assert half == {(peer, what) for peer in models.HALF for what in ("forward", "train step")}
     ways = {"base", "one_lora", "stacked", "loop", "two_pass", "n_passes", "moelora", "moelora_router"}
     for what in ("forward", "train step"):
         assert {peer for peer, p, of_what in of if (p, of_what) == ("0.0", what)} - {"stacked_compiled"} == ways
@@ -330,7 +412,7 @@ def test_other_quantities():
 
 def test_models_are_compared_in_milliseconds_and_by_dropout():
     def row(peer, p, median):
-        cell = {"model": "llama", "B": "2", "S": "256", "N": "4", "r": "16", "what": "train step"}
+        cell = {"model": "llama", "B": "2", "S": "256", "N": "4", "r": "16", "dtype": "float32", "what": "train step"}
         return {**cell, "peer": peer, "p": p, "ms_median": median}
 
     rows = [row("moelora", "0.0", "100"), row("moelora", "0.1", "140"), row("loop", "0.1", "200")]
@@ -378,7 +460,8 @@ def test_plots_are_drawn_from_the_csv_files_alone(measured, tmp_path):
         shutil.copy(file, tmp_path)
     assert main(["bench", "plot", str(tmp_path)]) == 0
     drawn = {path.stem for path in tmp_path.glob("*.png")}
-    of_layers = {f"{kind}_{dtype}" for kind in ("tokens", "roofline") for dtype in ("float32", "bfloat16")}
+    dtypes = ("float32", "bfloat16", "bfloat16+float32")
+    of_layers = {f"{kind}_{dtype}" for kind in ("tokens", "roofline") for dtype in dtypes}
     assert drawn == of_layers | {"experts_float32", "top_k_float32"}
     assert {path.name for path in measured.glob("*.png")} == {f"{name}.png" for name in drawn}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
@@ -459,7 +542,7 @@ def test_the_page_of_the_documentation_is_what_the_committed_files_make():
         ("all --widths 4", "unrecognized arguments: --widths 4"),
         ("topk --top 2", "unrecognized arguments: --top 2"),
         ("plot nowhere", "argument DIR: nowhere is not a folder"),
-        ("goals .", "argument DIR: . has none of peak.csv, layers.csv, topk.csv, models.csv, host.csv"),
+        ("goals .", "argument DIR: . has none of peak.csv, layers.csv, topk.csv, neighbours.csv, models.csv, host.csv"),
         ("plot .", "argument DIR: . has none of"),
         ("page . page.md", "argument PAGE: page.md is not a file"),
         ("page . plain.md", "argument PAGE: plain.md: has no block between <!-- bench: NAME --> and"),

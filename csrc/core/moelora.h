@@ -136,6 +136,7 @@ typedef struct {
   ml_dtype dtype;
   int64_t n_tokens, n_experts, top_k;
   ml_matrix logits;
+  ml_matrix probs; /* see ml_route_backward */
   const uint8_t *mask;
   int64_t mask_stride;
   double temperature;
@@ -146,7 +147,9 @@ typedef struct {
 ml_status ml_route(const ml_route_params *p, void *weights, int64_t *indices, int64_t *counts, void *prob_sums);
 
 /* grad_logits [T, N] out, contiguous; from grad_weights [T, N] and, where not NULL, grad_prob_sums [N] (contiguous).
- * indices [T, k] as ml_route gave them (NULL: dense); p->top_k is their k. The mask concerns grad_prob_sums alone. */
+ * indices [T, k] as ml_route gave them (NULL: dense); p->top_k is their k. The mask concerns grad_prob_sums alone.
+ * p->probs [T, N] are the weights that ml_route gave without top_k, and take the place of the logits, which are not read
+ * then; data == NULL: they are computed again, as always with top_k. */
 ml_status ml_route_backward(const ml_route_params *p, void *grad_logits, ml_matrix grad_weights, const int64_t *indices,
                             const void *grad_prob_sums);
 

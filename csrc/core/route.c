@@ -59,7 +59,8 @@ static int64_t end_token(const plan *cut, const ml_route_params *p, int64_t task
   return end < p->n_tokens ? end : p->n_tokens;
 }
 
-static ml_status check(const ml_route_params *p, const int64_t *indices) {
+/* rows: the logits, or what takes their place. */
+static ml_status check(const ml_route_params *p, ml_matrix rows, const int64_t *indices) {
   int64_t logits;
   if (p->dtype != ML_F32 && p->dtype != ML_F64) return ML_ERR_DTYPE;
   if (p->n_tokens < 0 || p->n_experts < 1) return ML_ERR_SHAPE;
@@ -67,7 +68,7 @@ static ml_status check(const ml_route_params *p, const int64_t *indices) {
   if (!(p->temperature > 0 && p->temperature <= DBL_MAX)) return ML_ERR_VALUE;
   if (ML_MUL_OVERFLOWS(p->n_tokens, p->n_experts, &logits)) return ML_ERR_OVERFLOW;
   if (logits > PTRDIFF_MAX / 8 || p->n_experts > PTRDIFF_MAX / (512 * MAX_TASKS)) return ML_ERR_OVERFLOW;
-  if (p->n_tokens > 0 && (!p->logits.data || (p->top_k > 0 && !indices))) return ML_ERR_NULL;
+  if (p->n_tokens > 0 && (!rows.data || (p->top_k > 0 && !indices))) return ML_ERR_NULL;
   return ML_OK;
 }
 
@@ -93,7 +94,7 @@ static void forward_tokens(void *context, int64_t task, int thread) {
 
 ml_status ml_route(const ml_route_params *p, void *weights, int64_t *indices, int64_t *counts, void *prob_sums) {
   if (!p || !counts || !prob_sums || (p->n_tokens > 0 && !weights)) return ML_ERR_NULL;
-  ml_status status = check(p, indices);
+  ml_status status = check(p, p->logits, indices);
   if (status != ML_OK) return status;
 
   forward_job job = {.p = p, .cut = make_plan(p), .weights = weights, .indices = indices};
@@ -145,8 +146,9 @@ static void backward_tokens(void *context, int64_t task, int thread) {
 ml_status ml_route_backward(const ml_route_params *p, void *grad_logits, ml_matrix grad_weights, const int64_t *indices,
                             const void *grad_prob_sums) {
   if (!p || (p->n_tokens > 0 && (!grad_logits || !grad_weights.data))) return ML_ERR_NULL;
-  ml_status status = check(p, indices);
+  ml_status status = check(p, p->probs.data ? p->probs : p->logits, indices);
   if (status != ML_OK) return status;
+  if (p->probs.data && p->top_k > 0) return ML_ERR_TOP_K;
   for (int64_t i = 0; i < p->n_tokens * p->top_k; i++)
     if (indices[i] < 0 || indices[i] >= p->n_experts) return ML_ERR_VALUE;
 

@@ -880,8 +880,8 @@ static bool read_indices(route_call *c, PyObject *obj, const int64_t **indices) 
   return c->core.top_k >= 1;
 }
 
-/* (grad_weights, grad_prob_sums, logits, mask, indices, temperature, renormalize, n_threads) -> grad_logits, or None
- * where this is not the plain case */
+/* (grad_weights, grad_prob_sums, kept, mask, indices, temperature, renormalize, n_threads) -> grad_logits, or None where
+ * this is not the plain case. kept are the logits, or without indices the weights. */
 PyObject *route_backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
   route_call c = {.torch = &state_of(module)->torch};
   if (!takes("route_backward_tensors", 8, n_args) || !read_n_threads(args[7], &c.core.n_threads)) {
@@ -894,6 +894,9 @@ PyObject *route_backward_tensors(PyObject *module, PyObject *const *args, Py_ssi
       !read_route(&c, args[2], args[3], args[5], args[6]) || !read_indices(&c, args[4], &indices) ||
       !read_matrix_like_logits(&c, args[0], &grad_weights)) {
     Py_RETURN_NONE;
+  }
+  if (indices == NULL) {
+    c.core.probs = c.core.logits;
   }
   int64_t n, stride;
   if (args[1] != Py_None &&

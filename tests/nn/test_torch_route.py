@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moelora import _core
+from moelora import _core, functional
 from moelora.nn import route
 from moelora.nn.route import _formula
 
@@ -215,6 +215,28 @@ def test_bits_do_not_depend_on_the_number_of_threads(top_k):
     assert all(one.equal(two) for one, two in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 35])
+def test_gradients_from_kept_weights_are_those_from_logits(isa, tokens, dtype):
+    for n in (1, 3, 8, 15, 16, 17, 32, 33, 64, 257):
+        logits = random_logits(tokens, n, dtype=dtype).requires_grad_()
+        mask = torch.rand(tokens) < 0.7
+        routing = route(logits, temperature=1.3, mask=mask)
+        grads = random_logits(tokens, n, dtype=dtype), random_logits(n, dtype=dtype)
+        for sums in (None, grads[1]):
+            outputs = [routing.weights] if sums is None else [routing.weights, routing.prob_sums]
+            (got,) = torch.autograd.grad(outputs, logits, grads[: len(outputs)], retain_graph=True)
+            want = functional.route_backward(
+                grads[0].numpy(),
+                logits.detach().numpy(),
+                None,
+                grad_prob_sums=None if sums is None else sums.numpy(),
+                temperature=1.3,
+                mask=mask.numpy(),
+            )
+            torch.testing.assert_close(got, torch.from_numpy(want), rtol=0, atol=50 * torch.finfo(dtype).eps)
+
+
 def test_results_can_be_changed_in_place_and_saved():
     for logits in (random_logits(2, 3), random_logits(2, 3).requires_grad_()):
         r = route(logits, top_k=1)
@@ -253,27 +275,38 @@ def test_results_of_the_core_own_their_memory():
 
 @pytest.mark.parametrize("tensor_type", [torch.Tensor, Subclass])
 @pytest.mark.parametrize("pick", ["weights", "prob_sums"])
-def test_double_backward_is_a_clear_error(tensor_type, pick):
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_double_backward_is_a_clear_error(tensor_type, pick, top_k):
     logits = random_logits(2, 3).requires_grad_()
-    routing = route(logits.as_subclass(tensor_type), top_k=2)
+    routing = route(logits.as_subclass(tensor_type), top_k=top_k)
     (grad,) = torch.autograd.grad(getattr(routing, pick).square().sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         grad.sum().backward()
     # Also where the gradient from above is a constant and only the logits are left to differentiate by.
     (grad,) = torch.autograd.grad(
-        getattr(route(logits.as_subclass(tensor_type), top_k=2), pick)[..., 0].sum(), logits, create_graph=True
+        getattr(route(logits.as_subclass(tensor_type), top_k=top_k), pick)[..., 0].sum(), logits, create_graph=True
     )
     with pytest.raises(RuntimeError, match="double backward"):
         grad.sum().backward()
 
 
-def test_logits_changed_before_the_backward_are_an_error():
+@pytest.mark.parametrize(("top_k", "kept"), [(2, "logits"), (None, "weights")])
+def test_what_is_kept_must_not_change_before_the_backward_and_nothing_else_matters(top_k, kept):
     logits = random_logits(2, 3).requires_grad_()
-    inner = logits * 1
-    weights = route(inner).weights
-    inner.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        weights.sum().backward()
+    for changed in ("logits", "weights"):
+        inner = logits * 1
+        weights = route(inner, top_k=top_k).weights
+        total = (weights * torch.arange(3.0, dtype=weights.dtype)).sum()
+        with torch.no_grad():
+            (inner if changed == "logits" else weights).mul_(2)
+        if changed == kept:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                total.backward()
+        else:
+            (grad,) = torch.autograd.grad(total, logits)
+            again = route(logits, top_k=top_k).weights
+            (want,) = torch.autograd.grad((again * torch.arange(3.0, dtype=weights.dtype)).sum(), logits)
+            assert grad.equal(want)
 
 
 def test_no_graph_is_kept_where_none_is_wanted():

@@ -65,10 +65,17 @@ ML_INLINE NAME(blocks) NAME(blocks_of)(const bool wide, int64_t n) {
 }
 
 /* Which kind is faster: wide blocks where tokens would leave most lanes of a narrow one empty, and where experts fill so
- * many vectors that transposing costs more than sums over lanes do. Lanes look for the largest logits faster than a heap
- * does, which is how that is done in wide blocks. */
+ * many vectors that transposing costs more than sums over lanes do, which is soon where they are whole vectors, and at
+ * once where probabilities are given. Lanes look for the largest logits faster than a heap does, which is how that is
+ * done in wide blocks. */
 ML_INLINE bool NAME(is_wide)(const ml_route_params *p, bool selects) {
-  return p->n_experts >= LANES && (p->n_tokens * 4 <= LANES || (!selects && p->n_experts >= 16 * LANES));
+  const int64_t n = p->n_experts, wide = (n % LANES ? 16 : p->probs.data ? 1 : 4) * LANES;
+  return n >= LANES && (p->n_tokens * 4 <= LANES || (!selects && n >= wide));
+}
+
+/* Whether rows of a matrix are wide blocks as they stand. */
+ML_INLINE bool NAME(are_blocks)(const bool wide, NAME(blocks) b, ml_matrix m) {
+  return wide && b.n % LANES == 0 && m.col == 1;
 }
 
 /* Rows of m into a block; `fill` where there is no expert, zeros where there is no token. */
@@ -81,10 +88,9 @@ ML_INLINE void NAME(load_block)(const bool wide, NAME(blocks) b, REAL *block, ml
     return;
   }
   for (int64_t j = b.n; j < b.vectors * LANES; j++) block[j] = fill;
-  if (m.col == 1)
-    memcpy(block, rows, (size_t)b.n * sizeof(REAL));
-  else
-    for (int64_t j = 0; j < b.n; j++) block[j] = rows[j * m.col];
+  int64_t j = 0;
+  for (; m.col == 1 && j + LANES <= b.n; j += LANES) NAME(store)(block + j, NAME(load)(rows + j));
+  for (; j < b.n; j++) block[j] = rows[j * m.col];
 }
 
 /* A block into dense rows. */
@@ -136,32 +142,56 @@ ML_INLINE NAME(vector) NAME(power)(NAME(vector) d, NAME(rate) rate) {
   return (NAME(vector))((NAME(bits))(sum * scale) & ~(NAME(bits))(whole < (REAL)(1 - bias)));
 }
 
+/* Each lane meets the one that is `step` lanes away. */
+#if LANES == 16
+#define ML_PARTNERS(s) \
+  0 ^ s, 1 ^ s, 2 ^ s, 3 ^ s, 4 ^ s, 5 ^ s, 6 ^ s, 7 ^ s, 8 ^ s, 9 ^ s, 10 ^ s, 11 ^ s, 12 ^ s, 13 ^ s, 14 ^ s, 15 ^ s
+#elif LANES == 8
+#define ML_PARTNERS(s) 0 ^ s, 1 ^ s, 2 ^ s, 3 ^ s, 4 ^ s, 5 ^ s, 6 ^ s, 7 ^ s
+#elif LANES == 4
+#define ML_PARTNERS(s) 0 ^ s, 1 ^ s, 2 ^ s, 3 ^ s
+#else
+#define ML_PARTNERS(s) 0 ^ s, 1 ^ s
+#endif
+#define ML_MEET(step)                                                      \
+  do {                                                                     \
+    NAME(vector) other = __builtin_shufflevector(v, v, ML_PARTNERS(step)); \
+    v = sum ? v + other : NAME(choose)((NAME(bits))(v > other), v, other); \
+  } while (0)
+
 /* Of wide blocks the sum, or the largest, of all lanes, in all lanes. */
 ML_INLINE NAME(vector) NAME(over_lanes)(const bool wide, const bool sum, NAME(vector) v) {
   if (!wide) return v;
-  REAL lane[LANES];
-  NAME(store)(lane, v);
-  ML_UNROLL for (int half = LANES / 2; half > 0; half /= 2) ML_UNROLL for (int i = 0; i < half; i++) {
-    REAL a = lane[i], b = lane[i + half];
-    lane[i] = sum ? a + b : a > b ? a : b;
-  }
-  return (NAME(vector)){0} + lane[0];
+#if LANES > 8
+  ML_MEET(8);
+#endif
+#if LANES > 4
+  ML_MEET(4);
+#endif
+#if LANES > 2
+  ML_MEET(2);
+#endif
+  ML_MEET(1);
+  return v;
 }
+#undef ML_MEET
+#undef ML_PARTNERS
 
-/* A block of logits becomes one of probabilities, given each token's largest logit. */
-ML_INLINE void NAME(softmax)(const bool wide, NAME(blocks) b, REAL *x, NAME(vector) largest, NAME(rate) rate) {
+/* A block of probabilities from one of logits, which may be the same, given each token's largest logit. */
+ML_INLINE void NAME(softmax)(const bool wide, NAME(blocks) b, REAL *prob, const REAL *x, NAME(vector) largest,
+                             NAME(rate) rate) {
   NAME(vector) total = {0};
   for (int64_t start = 0; start < b.vectors; start += ML_SUM_VECTORS) {
     NAME(vector) part = {0};
     for (int64_t j = start; j < b.vectors && j < start + ML_SUM_VECTORS; j++) {
       NAME(vector) e = NAME(power)(NAME(load)(x + j * LANES) - largest, rate);
-      NAME(store)(x + j * LANES, e);
+      NAME(store)(prob + j * LANES, e);
       part += e;
     }
     total += part;
   }
   const NAME(vector) inverse = 1 / NAME(over_lanes)(wide, true, total);
-  for (int64_t j = 0; j < b.vectors; j++) NAME(store)(x + j * LANES, inverse * NAME(load)(x + j * LANES));
+  for (int64_t j = 0; j < b.vectors; j++) NAME(store)(prob + j * LANES, inverse * NAME(load)(prob + j * LANES));
 }
 
 /* ---- top k ---- */
@@ -275,7 +305,8 @@ ML_INLINE void NAME(route_blocks)(const bool wide, const ml_route_params *p, int
   const int64_t n = p->n_experts, k = p->top_k;
   const NAME(blocks) b = NAME(blocks_of)(wide, n);
   const NAME(rate) rate = NAME(rate_of)(p->temperature);
-  REAL *x = scratch, *block_sums = x + b.vectors * LANES;
+  const bool in_place = k == 0 && NAME(are_blocks)(wide, b, p->logits);
+  REAL *block_sums = scratch + b.vectors * LANES;
   int64_t all = 0, unflushed = 0;
   memset(block_sums, 0, (size_t)b.vectors * VECTOR_BYTES);
 
@@ -285,13 +316,18 @@ ML_INLINE void NAME(route_blocks)(const bool wide, const ml_route_params *p, int
     REAL *rows = weights + start * n;
     NAME(integer) counted[LANES];
     const NAME(bits) counted_lanes = NAME(counted)(wide, p, start, tokens, counted);
-    NAME(load_block)(wide, b, x, p->logits, start, tokens, -(REAL)INFINITY);
-    NAME(softmax)(wide, b, x, NAME(top)(wide, b, x, k, tokens, kept), rate);
+    REAL *x = in_place ? rows : scratch;
+    const REAL *logits = (const REAL *)p->logits.data + start * p->logits.row;
+    if (!in_place) {
+      NAME(load_block)(wide, b, scratch, p->logits, start, tokens, -(REAL)INFINITY);
+      logits = scratch;
+    }
+    NAME(softmax)(wide, b, x, logits, NAME(top)(wide, b, logits, k, tokens, kept), rate);
     for (int64_t j = 0; j < b.vectors; j++) {
       NAME(vector) prob = (NAME(vector))(counted_lanes & (NAME(bits))NAME(load)(x + j * LANES));
       NAME(store)(block_sums + j * LANES, NAME(load)(block_sums + j * LANES) + prob);
     }
-    if (k == 0) NAME(store_block)(wide, b, rows, x, tokens);
+    if (k == 0 && !in_place) NAME(store_block)(wide, b, rows, x, tokens);
     for (int64_t t = 0; t < tokens; t++) {
       all -= counted[t];
       if (x[t] != x[t]) /* a bad row, all of it */
@@ -348,14 +384,23 @@ ML_INLINE void NAME(route_backward_blocks)(const bool wide, const ml_route_param
   const NAME(rate) rate = NAME(rate_of)(p->temperature);
   const double most = sizeof(REAL) == 4 ? (double)FLT_MAX : DBL_MAX, inverse = 1 / p->temperature;
   const REAL factor = (REAL)(inverse < most ? inverse : most);
-  REAL *prob = scratch, *grad = prob + b.vectors * LANES;
+  REAL *more = scratch + b.vectors * LANES;
+  const bool in_place = p->probs.data && NAME(are_blocks)(wide, b, p->probs);
 
   for (int64_t start = first; start < end; start += b.tokens) {
     int64_t tokens = end - start < b.tokens ? end - start : b.tokens;
     NAME(integer) counted[LANES];
     const NAME(bits) counted_lanes = NAME(counted)(wide, p, start, tokens, counted);
-    NAME(load_block)(wide, b, prob, p->logits, start, tokens, -(REAL)INFINITY);
-    NAME(softmax)(wide, b, prob, NAME(top)(wide, b, prob, 0, tokens, NULL), rate);
+    REAL *rows = grad_logits + start * n, *grad = in_place ? rows : more;
+    const REAL *prob = (const REAL *)p->probs.data + start * p->probs.row;
+    if (!p->probs.data) {
+      NAME(load_block)(wide, b, scratch, p->logits, start, tokens, -(REAL)INFINITY);
+      NAME(softmax)(wide, b, scratch, scratch, NAME(top)(wide, b, scratch, 0, tokens, NULL), rate);
+      prob = scratch;
+    } else if (!in_place) {
+      NAME(load_block)(wide, b, scratch, p->probs, start, tokens, 0);
+      prob = scratch;
+    }
     if (k == 0) {
       NAME(load_block)(wide, b, grad, grad_weights, start, tokens, 0);
     } else {
@@ -384,7 +429,7 @@ ML_INLINE void NAME(route_backward_blocks)(const bool wide, const ml_route_param
       NAME(vector) g = NAME(load)(grad + j * LANES) - mean;
       NAME(store)(grad + j * LANES, NAME(load)(prob + j * LANES) * g * factor);
     }
-    NAME(store_block)(wide, b, grad_logits + start * n, grad, tokens);
+    if (!in_place) NAME(store_block)(wide, b, rows, grad, tokens);
   }
 }
 

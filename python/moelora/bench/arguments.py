@@ -7,6 +7,7 @@ from typing import Any
 MEASURE = {
     "layers": "one layer: the mixture and the whole layer, forward and backward, and the machine's peak",
     "topk": "few experts of many: the mixture of each token's k best experts, and routing",
+    "neighbours": "a routed layer between two others, and what layers that read the same input could share",
     "models": "small language models: forward, train step, memory",
     "host": "what a call, a layer and a model cost on the host, on one thread",
 }
@@ -16,7 +17,7 @@ FULL: dict[str, dict[str, Any]] = {
         "tokens": [1, 4, 16, 64, 256, 1024, 4096],
         "widths": [768, 2048, 4096],
         "mixtures": [(8, 8), (4, 8), (4, 16), (8, 16)],
-        "dtype": ["float32", "bfloat16"],
+        "dtype": ["float32", "bfloat16", "bfloat16+float32"],
     },
     "topk": {
         "tokens": [2048],
@@ -25,6 +26,7 @@ FULL: dict[str, dict[str, Any]] = {
         "top_k": [1, 2, 8],
         "dtype": ["float32", "bfloat16"],
     },
+    "neighbours": {"tokens": [1, 16, 256, 2048], "widths": [768, 2048], "mixtures": [(8, 8)]},
     "models": {"models": ["llama", "gpt2"], "mixtures": [(4, 16), (8, 16)], "batch": (2, 256)},
     "host": {"experts": [4, 8]},
 }
@@ -33,9 +35,10 @@ SMOKE: dict[str, dict[str, Any]] = {
         "tokens": [1, 5],
         "widths": [32],
         "mixtures": [(2, 4), (3, 2)],
-        "dtype": ["float32", "bfloat16"],
+        "dtype": ["float32", "bfloat16", "bfloat16+float32"],
     },
     "topk": {"tokens": [7], "widths": [16], "mixtures": [(3, 2), (5, 2)], "top_k": [1, 2], "dtype": ["float32"]},
+    "neighbours": {"tokens": [5], "widths": [32], "mixtures": [(2, 2)]},
     "models": {"models": ["llama"], "mixtures": [(2, 4)], "batch": (1, 8)},
     "host": {"experts": [2]},
 }
@@ -49,7 +52,7 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
         command = _add(commands, name, about, f"Measure {about}. Writes {name}.csv, and the plots of what DIR holds.")
         _add_common(command)
         _add_grid(command, name)
-    everything = "all four, with their own grids"
+    everything = "all of these, with their own grids"
     _add_common(_add(commands, "all", everything, f"Measure {everything}. Writes a CSV file for each, and plots."))
 
     plot = _add(
@@ -115,7 +118,8 @@ def _add_grid(command: argparse.ArgumentParser, name: str) -> None:
     if "experts" in full:
         add("experts", _positive, "numbers of experts", metavar="N")
     if "dtype" in full:
-        add("dtype", str, "which", choices=["float32", "bfloat16"])
+        about = "of x and adapters" if name == "layers" else "which"
+        add("dtype", str, about, choices=full["dtype"], metavar="DTYPE")
     if name == "layers":
         grid.add_argument(
             "--isa", nargs="+", metavar="ISA", help="instruction sets of moelora (default: the best one, and AVX2)"

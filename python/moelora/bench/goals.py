@@ -15,7 +15,8 @@ SLACK = 1.02  # beyond a goal, and still met
 CELL = {
     "layers": ("T", "d", "N", "r", "dtype", "isa", "pass", "weights"),
     "topk": ("what", "T", "d", "N", "r", "k", "dtype", "pass"),
-    "models": ("model", "B", "S", "N", "r", "p", "what"),
+    "neighbours": ("what", "T", "d", "N", "r", "threads", "pass"),
+    "models": ("model", "B", "S", "N", "r", "dtype", "p", "what"),
     "host": ("what", "T", "N", "pass"),
 }
 FILES = ("peak", *CELL)
@@ -46,10 +47,10 @@ class Goal(NamedTuple):
 _HOT = "peer=moelora weights=hot"
 _F32 = f"{_HOT} dtype=float32 isa=avx512* forced=no R=64..128"
 _AVX2 = f"{_HOT} dtype=float32 isa=avx2 R=64..128"
-_BF16 = f"{_HOT} dtype=bfloat16 isa=avx512* forced=no R=64..128"
+_BF16 = f"{_HOT} dtype=bfloat16* isa=avx512* forced=no R=64..128"
 _WHOLE = "peer=moelora_weight weights=hot dtype=float32 isa=avx512* forced=no R=64..64 pass=forward"
 _COLD = "peer=moelora weights=cold dtype=float32 isa=avx512* forced=no R=64..128"
-_MODEL = "peer=moelora what=train?step"
+_MODEL = "peer=moelora what=train?step dtype=float32"
 
 GOALS = (
     Goal("f32 AVX-512 forward, T <= 16", "layers", f"{_F32} pass=forward T=..16", 0.45, "peer=stacked"),
@@ -63,7 +64,7 @@ GOALS = (
     Goal("bf16 forward, T = 16", "layers", f"{_BF16} pass=forward T=16", 0.45, "peer=stacked"),
     Goal("bf16 forward, T = 64", "layers", f"{_BF16} pass=forward T=64", 0.80, "peer=stacked"),
     Goal("bf16 forward, T >= 256", "layers", f"{_BF16} pass=forward T=256..", 0.95, "peer=stacked"),
-    Goal("bf16 gradients, T >= 256", "layers", f"{_BF16} pass=backward T=256..", 1.00, "peer=stacked"),
+    Goal("bf16 gradients", "layers", f"{_BF16} pass=backward", 1.00, "peer=stacked"),
     Goal("f32 against medium, T <= 4", "layers", f"{_F32} pass=forward T=..4", 0.60, "peer=stacked_medium"),
     Goal("f32 against medium, T = 16", "layers", f"{_F32} pass=forward T=16", 0.90, "peer=stacked_medium"),
     Goal("f32 against medium, T >= 64", "layers", f"{_F32} pass=forward T=64..", 1.00, "peer=stacked_medium"),
@@ -78,11 +79,15 @@ GOALS = (
     Goal("one call without grad", "host", "peer=moelora what=call pass=forward", 8, quantity="us"),
     Goal("one call with grad, its forward", "host", "peer=moelora what=call pass=forward_grad", 20, quantity="us"),
     Goal("top 2, N = 64", "topk", "peer=moelora what=mixture T=2048 N=64 k=2", 1.25, "N=4"),
-    Goal("route", "topk", "peer=moelora what=route", 1.00, "peer=torch"),
+    Goal("route, top k", "topk", "peer=moelora what=route k=[0-9]*", 1.00, "peer=torch"),
+    Goal("route, all experts", "topk", "peer=moelora what=route k=all", 1.00, "peer=torch"),
+    Goal("route, all experts", "topk", "peer=moelora what=route k=all", 1.00, "peer=softmax"),
+    Goal("layer between two others", "neighbours", "peer=moelora what=between d=2048..", 1.05, "peer=moelora_parts"),
     Goal("dropout p = 0.1, step", "models", f"{_MODEL} p=0.1", 1.30, "p=0.0"),
     Goal("dropout p = 0.1, step", "models", f"{_MODEL} p=0.1", 1.00, "peer=loop"),
     Goal("Llama, N = 4, step", "models", f"{_MODEL} model=llama N=4 p=0.0", 0.70, "peer=stacked"),
     Goal("Llama, N = 4, step", "models", f"{_MODEL} model=llama N=4 p=0.0", 1.00, "peer=one_lora"),
+    Goal("bf16 Llama, step", "models", "peer=moelora what=train?step dtype=bfloat16", 1.00, "peer=stacked"),
 )
 
 

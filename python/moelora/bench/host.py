@@ -29,7 +29,7 @@ PASSES = ("forward", "forward_grad", "forward+backward")
 
 def calls(tokens: int) -> dict[str, Peer]:
     """One call of the kernels."""
-    of = layer_peers(Cell(tokens, 64, 4, 4, torch.float32))
+    of = layer_peers(Cell(tokens, 64, 4, 4, "float32"))
     return {name: of[name] for name in ("moelora", "stacked", "base")}
 
 

@@ -15,8 +15,12 @@ and these compute the base product, too:
     one_lora           stock PEFT's layer with one adapter of rank r
     moelora_weight     `routed_lora(..., weight=)`
 
-All of them run for the first of the mixtures, the first three for the others, moelora and stacked on an instruction
-set that is forced. "cold" rows have one token, and two linear layers of the same size run between two calls.
+All of them run for the first of the mixtures, the first three for the others, moelora and stacked alone on an
+instruction set that is forced and for dtype bfloat16+float32. "cold" rows have one token, and two linear layers of the
+same size run between two calls.
+
+With dtype bfloat16+float32 x is bfloat16 and the adapters are float32, as PEFT makes them; moelora and stacked then
+compute in float32.
 """
 
 import itertools
@@ -41,21 +45,28 @@ SCALING = 2.0
 PASSES = ("forward", "backward", "forward+backward")
 MIXTURE_ONLY = ("moelora", "stacked", "stacked_medium")
 FORCED = ("moelora", "stacked")
+DTYPES = {  # of x, and of the adapters
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "bfloat16+float32": (torch.bfloat16, torch.float32),
+}
 SELDOM = {"loop": 4, "one_lora": 4, "base_medium": 4}  # slow, and no goal speaks of them
 
 
 class Cell(NamedTuple):
-    """T tokens, d_in = d_out = d, N experts of rank r."""
+    """T tokens, d_in = d_out = d, N experts of rank r; x and adapters of `dtype`, one of `DTYPES`."""
 
     T: int
     d: int
     n: int
     r: int
-    dtype: torch.dtype
+    dtype: str
 
 
 def stacked(x: Tensor, A: Tensor, B_t: Tensor, w: Tensor, base: Tensor, r: int) -> Tensor:
     """The mixture in torch operations, A [R, d_in] and B^T [R, d_out] of all experts stacked."""
+    if x.dtype is not A.dtype:
+        return stacked(x.to(A.dtype), A, B_t, w, base.to(A.dtype), r).to(x.dtype)
     return torch.addmm(base, F.linear(x, A) * (w * SCALING).repeat_interleave(r, 1), B_t)
 
 
@@ -71,14 +82,13 @@ def medium_precision() -> Iterator[None]:
 
 def peers(cell: Cell, names: Sequence[str] | None = None) -> dict[str, Peer]:
     """Ways to compute one cell, on the same numbers; those of `names`, or all that there are for its dtype."""
-    T, d, n, r, dtype = cell
+    T, d, n, r, _ = cell
+    dtype, of_adapters = DTYPES[cell.dtype]
     torch.manual_seed(0)
-
-    def leaf(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape) * scale).to(dtype).requires_grad_()
-
-    x, w, base = leaf(T, d), leaf(T, n), torch.randn(T, d).to(dtype)
-    A, B = [leaf(r, d, scale=0.02) for _ in range(n)], [leaf(d, r, scale=0.02) for _ in range(n)]
+    x = torch.randn(T, d).to(dtype).requires_grad_()
+    w = torch.randn(T, n).to(of_adapters).requires_grad_()
+    base = torch.randn(T, d).to(dtype)
+    A, B = adapters(cell)
     stacked_A = torch.cat(A).detach().requires_grad_()
     stacked_B_t = torch.cat(B, 1).t().detach().contiguous().requires_grad_()
     all_stacked = (x, stacked_A, stacked_B_t, w, base, r)
@@ -122,6 +132,16 @@ def peers(cell: Cell, names: Sequence[str] | None = None) -> dict[str, Peer]:
     return {name: found[name] for name in there if names is None or name in names}
 
 
+def adapters(cell: Cell) -> tuple[list[Tensor], list[Tensor]]:
+    """A [r, d] and B [d, r] of each expert."""
+    _, dtype = DTYPES[cell.dtype]
+
+    def leaf(*shape: int) -> Tensor:
+        return (torch.randn(shape) * 0.02).to(dtype).requires_grad_()
+
+    return [leaf(cell.r, cell.d) for _ in range(cell.n)], [leaf(cell.d, cell.r) for _ in range(cell.n)]
+
+
 def flops(cell: Cell, which: str) -> int:
     """Those of the mixture's products: two forward, four backward."""
     return {"forward": 4, "backward": 8, "forward+backward": 12}[which] * cell.T * cell.d * cell.n * cell.r
@@ -133,7 +153,7 @@ class Grid(NamedTuple):
     tokens: Sequence[int]
     widths: Sequence[int]
     mixtures: Sequence[tuple[int, int]]
-    dtypes: Sequence[torch.dtype]
+    dtypes: Sequence[str]
     isas: Sequence[str]
 
 
@@ -154,16 +174,17 @@ def _cells(grid: Grid, chosen: str, rounds: int, peaks: Sequence[Mapping[str, An
         about = {"forced": "no" if isa == chosen else "yes", **_reached(peaks, dtype)}
         for d, T, mixture in itertools.product(grid.widths, grid.tokens, grid.mixtures):
             names: Sequence[str] | None = FORCED
-            if isa == chosen:
+            if isa == chosen and "+" not in dtype:
                 names = None if mixture == grid.mixtures[0] else MIXTURE_ONLY
             yield from _cell(Cell(T, d, *mixture, dtype), names, rounds, about)
 
 
-def _reached(peaks: Sequence[Mapping[str, Any]], dtype: torch.dtype) -> dict[str, str]:
+def _reached(peaks: Sequence[Mapping[str, Any]], dtype: str) -> dict[str, str]:
     """The columns on the peaks of a run."""
-    products = [float(row["best"]) for row in peaks if row["unit"] == "GF/s" and row["dtype"] == name_of(dtype)]
+    computed = name_of(DTYPES[dtype][1])
+    products = [float(row["best"]) for row in peaks if row["unit"] == "GF/s" and row["dtype"] == computed]
     memory = [float(row["best"]) for row in peaks if row["unit"] == "GB/s"]
-    return {"peak_gflops": f"{max(products):.1f}", "peak_gb_per_s": f"{max(memory):.1f}"}
+    return {"peak_gflops": f"{max(products):.4g}", "peak_gb_per_s": f"{max(memory):.4g}"}
 
 
 def _cell(cell: Cell, names: Sequence[str] | None, rounds: int, about: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -172,8 +193,9 @@ def _cell(cell: Cell, names: Sequence[str] | None, rounds: int, about: Mapping[s
         seconds = timed(of, which, rounds, every=SELDOM)
         yield from _rows(cell, of, seconds, {"pass": which, "weights": "hot"}, about)
     if cell.T == 1:
-        others = [torch.randn(cell.d, cell.d).to(cell.dtype) for _ in range(2)]
-        token = torch.randn(1, cell.d).to(cell.dtype)
+        dtype, _ = DTYPES[cell.dtype]
+        others = [torch.randn(cell.d, cell.d).to(dtype) for _ in range(2)]
+        token = torch.randn(1, cell.d).to(dtype)
         mixtures = {name: peer for name, peer in of.items() if name in FORCED}
         seconds = timed(mixtures, "forward", rounds, between=lambda: [F.linear(token, other) for other in others])
         yield from _rows(cell, of, seconds, {"pass": "forward", "weights": "cold"}, about)
@@ -196,7 +218,7 @@ def _rows(
             "d": cell.d,
             "N": cell.n,
             "r": cell.r,
-            "dtype": name_of(cell.dtype),
+            "dtype": cell.dtype,
             **what,
             "peer": name,
             **columns(values, "us"),

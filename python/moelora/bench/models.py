@@ -13,6 +13,9 @@ tokens, the same given weights [B, S, N] wherever nothing else is said:
     moelora            one pass
     moelora_router     one pass with the default router, one gate in each layer
 
+For the first mixture of the Llama the base is bfloat16, too, and its adapters float32, as PEFT makes them, for
+moelora, stacked and one_lora; stacked computes the mixture in float32, as the others do.
+
 A forward is without gradients, in evaluation mode; a train step is forward, loss, backward and AdamW. For the first
 mixture there are steps with LoRA dropout p, too, where stock PEFT's layers, their loop and moelora can do the same.
 Peak memory is that of the process beyond what it held before.
@@ -40,6 +43,7 @@ from moelora.validate.reference import AdapterLoop, twin
 
 SELDOM = {"n_passes": 4, "two_pass": 4}  # far slower than the rest
 DROPOUT = 0.1
+HALF = ("moelora", "stacked", "one_lora")  # with a bfloat16 base
 
 
 class Peer:
@@ -86,8 +90,9 @@ class StackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] to [..., d_out]."""
         base: Tensor = self.base_layer(x)
-        hidden = F.linear(x.flatten(0, -2), self.A) * self.weights
-        return torch.addmm(base.flatten(0, -2), hidden, self.B_t).view(base.shape)
+        hidden = F.linear(x.flatten(0, -2).to(self.A.dtype), self.A) * self.weights
+        mixed = torch.addmm(base.flatten(0, -2).to(self.A.dtype), hidden, self.B_t)
+        return mixed.view(base.shape).to(base.dtype)
 
 
 def stack(model: peft.PeftModel, weights: Tensor) -> nn.Module:
@@ -194,8 +199,13 @@ def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
         if (n, r) == grid.mixtures[0]:
             dropped = {(name, DROPOUT): peer for name, peer in peers(base, n, r, ids, weights, p=DROPOUT).items()}
         about = {"model": model, "B": grid.batch[0], "S": grid.batch[1], "N": n, "r": r}
-        yield from _rows(without, "forward", ids, rounds, about)
-        yield from _rows(without | dropped, "train step", ids, rounds, about)
+        yield from _rows(without, "forward", ids, rounds, about | {"dtype": "float32"})
+        yield from _rows(without | dropped, "train step", ids, rounds, about | {"dtype": "float32"})
+        if (model, (n, r)) == ("llama", grid.mixtures[0]):
+            ways = peers(base.bfloat16(), n, r, ids, weights)
+            half = {(name, 0.0): ways[name] for name in HALF}
+            for what in ("forward", "train step"):
+                yield from _rows(half, what, ids, rounds, about | {"dtype": "bfloat16"})
 
 
 def _rows(

@@ -144,10 +144,47 @@ def _route(results: Results, stem: str) -> str:
     return _median_table(results["topk"], {"what": "route"}, ["T", "N", "k", "pass"])
 
 
+def _between(results: Results, stem: str) -> str:
+    """In one go over the sum of the parts, beside what the same is for stacked torch."""
+    rows = [row for row in results["neighbours"] if row["what"] == "between"]
+    cells: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        place = tuple(row[name] for name in ("T", "d", "N", "r", "threads"))
+        cells.setdefault(place, {})[row["peer"]] = float(row["us_median"])
+    lines = (
+        [
+            *cell,
+            _short(str(of["moelora"])),
+            _short(str(of["moelora_parts"])),
+            *(f"{of[peer] / of[f'{peer}_parts']:.3f}" for peer in ("moelora", "stacked")),
+        ]
+        for cell, of in cells.items()
+    )
+    return _table(["T", "d", "N", "r", "threads", "in one go", "sum of the parts", "ratio", "of stacked"], lines)
+
+
+def _siblings(results: Results, stem: str) -> str:
+    """Apart, and with as much in common as can be; and what both kinds save of a layer's step."""
+    of = {
+        tuple(row[name] for name in ("T", "d", "N", "r", "what", "pass", "peer")): float(row["us_median"])
+        for row in results["neighbours"]
+        if row["what"] != "between"
+    }
+    kinds = [(what, which) for what in ("qkv", "gate_up") for which in ("forward", "forward+backward")]
+    lines = []
+    for place in dict.fromkeys(key[:4] for key in of):
+        apart, together = ([of[*place, *kind, peer] for kind in kinds] for peer in ("separate", "shared"))
+        saved = sum(apart[i] - together[i] for i in (1, 3)) / of[*place, "qkv", "forward+backward", "step"]
+        times = [f"{_short(str(a))} → {_short(str(b))}" for a, b in zip(apart, together, strict=True)]
+        lines.append([*place, *times, f"{100 * saved:.1f} %"])
+    heads = [f"{what.replace('_', ', ').replace('qkv', 'q, k, v')}: {which}" for what, which in kinds]
+    return _table(["T", "d", "N", "r", *heads, "saved of a layer's step"], lines)
+
+
 def _models(results: Results, stem: str) -> str:
     tables = []
-    for model, n in dict.fromkeys((row["model"], row["N"]) for row in results["models"]):
-        here = [row for row in results["models"] if (row["model"], row["N"]) == (model, n)]
+    for place in dict.fromkeys((row["model"], row["N"], row["dtype"]) for row in results["models"]):
+        here = [row for row in results["models"] if (row["model"], row["N"], row["dtype"]) == place]
         of = {(row["peer"], row["p"], row["what"]): row for row in here}
         step = float(of["moelora", "0.0", "train step"]["ms_median"])
         lines = []
@@ -166,7 +203,8 @@ def _models(results: Results, stem: str) -> str:
         heads = ["", "forward", "train step", "quartiles", "over moelora", "peak memory of the step"]
         first = here[0]
         tables.append(
-            f"{model}, {n} experts of rank {first['r']}, {first['B']} x {first['S']} tokens:\n\n{_table(heads, lines)}"
+            f"{first['model']} in {first['dtype']}, {first['N']} experts of rank {first['r']}, "
+            f"{first['B']} x {first['S']} tokens:\n\n{_table(heads, lines)}"
         )
     return "\n\n".join(tables)
 
@@ -208,6 +246,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Results, str], str]]] = {
     "plots": ("layers", _plots),
     "topk": ("topk", _topk),
     "route": ("topk", _route),
+    "between": ("neighbours", _between),
+    "siblings": ("neighbours", _siblings),
     "models": ("models", _models),
     "host": ("host", _host),
     "goals": ("layers", _goals),
@@ -228,7 +268,7 @@ def _median_table(rows: Sequence[Row], where: dict[str, str], places: Sequence[s
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for row in here:
         cells.setdefault(tuple(row[name] for name in places), {})[row["peer"]] = _short(row["us_median"])
-    return _table([*places, *peers], ([*cell, *(of[peer] for peer in peers)] for cell, of in cells.items()))
+    return _table([*places, *peers], ([*cell, *(of.get(peer, "") for peer in peers)] for cell, of in cells.items()))
 
 
 def _over(row: Row) -> float:

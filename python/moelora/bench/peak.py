@@ -53,9 +53,9 @@ def _products(dtype: torch.dtype, size: int, rounds: int) -> Iterator[dict[str, 
 def _rows(dtype: str, seconds: dict[str, list[float]], work: dict[str, int], unit: str) -> Iterator[dict[str, Any]]:
     for name, values in seconds.items():
         rates = [work[name] / value / 1e9 for value in values]
-        row = {"dtype": dtype, "what": name, "unit": unit, "best": f"{max(rates):.1f}"}
+        row = {"dtype": dtype, "what": name, "unit": unit, "best": f"{max(rates):.4g}"}
         for quartile, rate in zip(("q1", "median", "q3"), quartiles(rates), strict=True):
-            row[quartile] = f"{rate:.1f}"
+            row[quartile] = f"{rate:.4g}"
         yield row | {"rounds": len(rates)}
 
 

@@ -61,7 +61,7 @@ def _figures(results: Results) -> dict[str, Callable[[], Figure]]:
     layers = [row for row in results["layers"] if row["forced"] == "no" and row["weights"] == "hot"]
     for dtype in _values(layers, "dtype"):
         of_dtype = [row for row in layers if row["dtype"] == dtype]
-        n, r = next((row["N"], row["r"]) for row in of_dtype if row["peer"] == "loop")
+        n, r = of_dtype[0]["N"], of_dtype[0]["r"]
         compared = [row for row in of_dtype if (row["N"], row["r"]) == (n, r)]
         title = f"One layer, {n} experts of rank {r}, {dtype}"
         figures[f"tokens_{dtype}"] = partial(_panels, compared, "T", "d", title, "tokens T")
@@ -137,11 +137,11 @@ def _roofline(rows: Sequence[Row]) -> Figure:
 def _intensity(row: Row) -> float:
     """Flops for each byte that has to be read or written once."""
     T, d, n, r = (int(row[name]) for name in ("T", "d", "N", "r"))
-    size = {"float32": 4, "bfloat16": 2}[row["dtype"]]
+    size, of_adapters = {"float32": (4, 4), "bfloat16": (2, 2), "bfloat16+float32": (2, 4)}[row["dtype"]]
     # Three arrays [T, d] (x, base, y; or x, g, dx), and A and B, whose gradients are written in the backward.
     adapters = 2 * n * r * d * (2 if row["pass"] == "backward" else 1)
     flops = (8 if row["pass"] == "backward" else 4) * T * d * n * r
-    return flops / (size * (3 * T * d + adapters + T * (n + n * r)))
+    return flops / (size * 3 * T * d + of_adapters * (adapters + T * (n + n * r)))
 
 
 def _values(rows: Iterable[Row], name: str) -> list[str]:

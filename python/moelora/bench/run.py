@@ -12,7 +12,7 @@ import torch
 
 import moelora
 import moelora.functional
-from moelora.bench import host, layers, models, peak, topk
+from moelora.bench import host, layers, models, neighbours, peak, topk
 from moelora.bench.arguments import FULL, MEASURE, ROUNDS, SMOKE, SMOKE_ROUNDS
 from moelora.bench.goals import as_text, judge, load
 from moelora.bench.page import render
@@ -91,8 +91,6 @@ def _grid(options: argparse.Namespace, name: str) -> dict[str, Any]:
                 parser.error(f"argument --isa: this CPU has {', '.join(available)}, got {isa!r}")
     if name == "topk" and not any(k < n for k in grid["top_k"] for n, _ in grid["mixtures"]):
         parser.error(f"argument --top-k: {min(grid['top_k'])} is not less than the experts of any of the mixtures")
-    if "dtype" in grid:
-        grid["dtype"] = [getattr(torch, dtype) for dtype in grid["dtype"]]
     return grid
 
 
@@ -102,7 +100,8 @@ def _rows(name: str, grid: dict[str, Any], rounds: int, smoke: bool) -> Iterator
         peaks: list[dict[str, Any]] = []
 
         def kept() -> Iterator[dict[str, Any]]:
-            for row in peak.measure(grid["dtype"], rounds, smoke=smoke):
+            computed = dict.fromkeys(dtype for name in grid["dtype"] for dtype in layers.DTYPES[name])
+            for row in peak.measure(list(computed), rounds, smoke=smoke):
                 peaks.append(row)
                 yield row
 
@@ -112,6 +111,9 @@ def _rows(name: str, grid: dict[str, Any], rounds: int, smoke: bool) -> Iterator
     elif name == "topk":
         few = topk.Grid(grid["tokens"], grid["widths"], grid["mixtures"], grid["top_k"], grid["dtype"])
         yield name, topk.measure(few, rounds)
+    elif name == "neighbours":
+        beside = neighbours.Grid(grid["tokens"], grid["widths"], grid["mixtures"])
+        yield name, neighbours.measure(beside, rounds)
     elif name == "models":
         yield name, models.measure(models.Grid(grid["models"], grid["mixtures"], grid["batch"], smoke), rounds)
     else:

@@ -6,10 +6,13 @@
     topk_loop    torch: for each expert, gather its tokens, two products, scale, add at their places
     stacked      torch, A and B concatenated beforehand, all experts for all tokens, weights zero outside the top k
 
-`route` rows turn logits [T, N] into such weights:
+`route` rows turn logits [T, N] into such weights, or with k = "all" into those of all experts:
 
     moelora      `route(..., top_k=)`, which counts tokens and sums probabilities besides
-    torch        softmax, topk, renormalise, scatter
+    torch        softmax, topk, renormalise, scatter; of all experts what gives the same: softmax, its sums, counts
+    softmax      softmax alone, where k = "all"
+
+Gradients are those of the weights, and where k = "all" also of the sums, which softmax alone does not have.
 """
 
 import itertools
@@ -20,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moelora.bench.layers import SCALING, Cell, stacked
-from moelora.bench.peak import name_of
+from moelora.bench.layers import DTYPES, SCALING, Cell, adapters, stacked
 from moelora.bench.record import columns
 from moelora.bench.work import Peer, timed
 from moelora.nn import route, routed_lora
 from moelora.report.timing import quartiles
 
 PASSES = ("forward", "forward+backward")
+ROUTE_TOKENS = (1, 16, 256)  # of `route`, besides the grid's
 
 
 class Grid(NamedTuple):
@@ -37,21 +40,19 @@ class Grid(NamedTuple):
     widths: Sequence[int]
     mixtures: Sequence[tuple[int, int]]
     top_k: Sequence[int]
-    dtypes: Sequence[torch.dtype]
+    dtypes: Sequence[str]
 
 
 def mixture_peers(cell: Cell, k: int) -> dict[str, Peer]:
     """Ways to add the mixture of each token's k best experts, on the same numbers."""
-    T, d, n, r, dtype = cell
+    T, d, n, r, _ = cell
+    dtype, _ = DTYPES[cell.dtype]
     torch.manual_seed(0)
 
-    def leaf(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape) * scale).to(dtype).requires_grad_()
-
-    x, base = leaf(T, d), torch.randn(T, d).to(dtype)
+    x, base = torch.randn(T, d).to(dtype).requires_grad_(), torch.randn(T, d).to(dtype)
     # Distinct numbers: half precision would have ties, which each way breaks as it likes.
     w = (torch.rand(T, n).argsort(-1) + 1).div(n).to(dtype).requires_grad_()
-    A, B = [leaf(r, d, scale=0.02) for _ in range(n)], [leaf(d, r, scale=0.02) for _ in range(n)]
+    A, B = adapters(cell)
     stacked_A = torch.cat(A).detach().requires_grad_()
     stacked_B_t = torch.cat(B, 1).t().detach().contiguous().requires_grad_()
 
@@ -76,10 +77,26 @@ def mixture_peers(cell: Cell, k: int) -> dict[str, Peer]:
     }
 
 
-def route_peers(T: int, n: int, k: int) -> dict[str, Peer]:
-    """Ways to make weights of logits, on the same numbers, float32."""
+def route_peers(T: int, n: int, k: int | None) -> dict[str, Peer]:
+    """Ways to make weights of logits, on the same numbers, float32; those of all experts where k is None."""
     torch.manual_seed(0)
     logits = torch.randn(T, n, requires_grad=True)
+    if k is None:
+
+        def ours() -> tuple[Tensor, Tensor]:
+            routing = route(logits)
+            return routing.weights, routing.prob_sums
+
+        def with_sums() -> tuple[Tensor, Tensor]:
+            weights = logits.softmax(-1)
+            torch.full((n,), T)  # the counts
+            return weights, weights.sum(0)
+
+        return {
+            "moelora": Peer(ours, [logits], []),
+            "torch": Peer(with_sums, [logits], []),
+            "softmax": Peer(lambda: logits.softmax(-1), [logits], []),
+        }
 
     def by_torch() -> Tensor:
         values, indices = logits.softmax(-1).topk(k, -1)
@@ -96,12 +113,13 @@ def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
     """Rows of ``topk.csv``."""
     for dtype, d, T, (n, r), k in itertools.product(grid.dtypes, grid.widths, grid.tokens, grid.mixtures, grid.top_k):
         if k < n:
-            about = {"what": "mixture", "T": T, "d": d, "N": n, "r": r, "k": k, "dtype": name_of(dtype)}
+            about = {"what": "mixture", "T": T, "d": d, "N": n, "r": r, "k": k, "dtype": dtype}
             yield from _rows(mixture_peers(Cell(T, d, n, r, dtype), k), rounds, about)
-    for T, n, k in itertools.product(grid.tokens, dict.fromkeys(n for n, _ in grid.mixtures), grid.top_k):
-        if k < n:
-            about = {"what": "route", "T": T, "d": "", "N": n, "r": "", "k": k, "dtype": "float32"}
-            yield from _rows(route_peers(T, n, k), rounds, about)
+    experts = dict.fromkeys(n for n, _ in grid.mixtures)
+    for T, n, kept in itertools.product(dict.fromkeys((*ROUTE_TOKENS, *grid.tokens)), experts, (None, *grid.top_k)):
+        if kept is None or kept < n:
+            about = {"what": "route", "T": T, "d": "", "N": n, "r": "", "k": kept or "all", "dtype": "float32"}
+            yield from _rows(route_peers(T, n, kept), rounds, about)
 
 
 def _rows(of: dict[str, Peer], rounds: int, about: dict[str, Any]) -> Iterator[dict[str, Any]]:

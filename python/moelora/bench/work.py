@@ -15,9 +15,9 @@ CAN_COMPILE = shutil.which(os.environ.get("CXX", "g++")) is not None  # which is
 
 
 class Peer(NamedTuple):
-    """One way to compute an output; what comes in, and what it has of its own, frozen or not."""
+    """One way to compute an output, or several; what comes in, and what it has of its own, frozen or not."""
 
-    forward: Callable[[], Tensor]
+    forward: Callable[[], Tensor | tuple[Tensor, ...]]
     inputs: Sequence[Tensor]
     parameters: Sequence[Tensor]
 
@@ -66,10 +66,12 @@ def _pass(peer: Peer, which: str) -> tuple[Callable[[], object], Callable[[], ob
     if which == "forward_grad":
         return forward, None
     outputs = [forward()]
-    seed = torch.randn_like(outputs[0])
+    made = outputs[0] if isinstance(outputs[0], tuple) else (outputs[0],)
+    seeds = [torch.randn_like(y) for y in made]
+    del made  # and with it the graph, once it has gone backward
 
     def backward() -> None:
-        outputs.pop().backward(seed)
+        torch.autograd.backward(outputs.pop(), seeds)
         for leaf in leaves:
             leaf.grad = None
 

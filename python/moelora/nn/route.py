@@ -70,7 +70,8 @@ def route(
     TypeError, ValueError
         Naming the argument, what it got and what it takes.
     RuntimeError
-        From the backward, when `logits` was changed in place; from differentiating twice.
+        From the backward, when what it keeps was changed in place (`logits`, or without top_k the weights); from
+        differentiating twice.
 
     Examples
     --------
@@ -173,7 +174,8 @@ class _Route(torch.autograd.Function):
         temperature: float,
         renormalize: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(logits, *constants)
+        # Weights of all experts are the probabilities, and whoever uses them keeps them anyway.
+        ctx.save_for_backward(computed[0] if constants[1] is None else logits, *constants)
         ctx.options = temperature, renormalize
         ctx.set_materialize_grads(False)
         return computed
@@ -182,11 +184,11 @@ class _Route(torch.autograd.Function):
     def backward(ctx: Any, grad_weights: Tensor | None, grad_prob_sums: Tensor | None) -> Any:
         if grad_weights is None and grad_prob_sums is None:
             return (None,) * 5
-        logits, mask, indices = ctx.saved_tensors
+        kept, mask, indices = ctx.saved_tensors
         temperature, renormalize = ctx.options
         if grad_weights is None:
-            grad_weights = logits.new_zeros(()).expand(logits.shape)
-        more = (logits, mask, indices, temperature, renormalize)
+            grad_weights = kept.new_zeros(()).expand(kept.shape)
+        more = (kept, mask, indices, temperature, renormalize)
         grad: Tensor | None = None
         if _is_unwatched():
             threads = runtime.get_num_threads()
@@ -197,7 +199,7 @@ class _Route(torch.autograd.Function):
         if grad is None:
             grad = _formula_backward(grad_weights, grad_prob_sums, *more)
         if torch.is_grad_enabled():  # create_graph
-            (grad,) = _refuse_twice([grad], [logits, grad_weights, grad_prob_sums])
+            (grad,) = _refuse_twice([grad], [kept, grad_weights, grad_prob_sums])
         return grad, None, None, None, None
 
 
@@ -209,21 +211,21 @@ _apply: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _R
 def _formula_backward(
     grad_weights: Tensor,
     grad_prob_sums: Tensor | None,
-    logits: Tensor,
+    kept: Tensor,
     mask: Tensor | None,
     indices: Tensor | None,
     temperature: float,
     renormalize: bool,
 ) -> Tensor:
     """The same where the core can't read the gradients: batched by vmap (is_grads_batched), a subclass, traced."""
-    p = torch.softmax(logits / temperature, -1)
+    p = kept if indices is None else torch.softmax(kept / temperature, -1)
     grad_p = grad_weights
     if indices is not None:
         g = grad_p.gather(-1, indices)
         if renormalize:
-            kept = p.gather(-1, indices)
-            norm = kept.sum(-1, keepdim=True)
-            g = (g - (g * (kept / norm)).sum(-1, keepdim=True)) / norm
+            largest = p.gather(-1, indices)
+            norm = largest.sum(-1, keepdim=True)
+            g = (g - (g * (largest / norm)).sum(-1, keepdim=True)) / norm
         grad_p = torch.zeros_like(p).scatter(-1, indices, g)
     if grad_prob_sums is not None:
         grad_p = grad_p + (grad_prob_sums if mask is None else grad_prob_sums * mask.unsqueeze(-1))
