@@ -74,7 +74,7 @@ static void base_by_panels(void *context, int64_t task, int thread) {
     for (int64_t j = j0; j < j1; j += full) {
       int64_t cols = min_(full, j1 - j);
       ml_matrix part = {at(c, g->right.data, k0 * g->right.row + j * g->right.col), g->right.row, g->right.col};
-      pack_panel(c, at(c, packed, (j - j0) * depth), depth, cols, part);
+      pack_panel(c, c->products, at(c, packed, (j - j0) * depth), depth, cols, part);
     }
     for (int64_t t = t0; t < t1; t += ROW_BLOCK)
       for (int64_t j = j0; j < j1; j += full) {

@@ -1,5 +1,5 @@
-/* Arrays in bfloat16: widened a block of tokens at a time, computed in float32, rounded once when they are stored. What
- * is widened stays in the cache for the products that read it. */
+/* Arrays in bfloat16. Tokens are widened a block at a time, computed with in float32, and rounded once when they are
+ * stored; what is widened stays in the cache for the products that read it. A and B are widened by the kernels. */
 #include <stdlib.h>
 
 #include "call.h"
@@ -77,17 +77,9 @@ static void narrow_tokens(const ml_routed_lora *p, const float *wide, int64_t fi
                                      .width = width});
 }
 
-static ml_tokens as_tokens(ml_matrix m) { return (ml_tokens){m.data, 0, m.row, m.col}; }
-
-/* Matrices: on this thread alone, one expert being a task. */
-
-static void widen_matrix(ml_matrix narrow, int64_t rows, int64_t width, float *wide) {
-  convert(1, (conversion){
-                 .narrow = as_tokens(narrow), .wide = wide, .seq = rows, .rows = rows, .width = width, .widen = true});
-}
-
+/* On this thread alone, one expert being a task. */
 static void narrow_matrix(const float *wide, int64_t rows, int64_t width, ml_matrix narrow, bool add) {
-  ml_tokens to = as_tokens(narrow);
+  ml_tokens to = {narrow.data, 0, narrow.row, narrow.col};
   convert(1, (conversion){.narrow = to,
                           .init = add ? to : (ml_tokens){0},
                           .wide = (float *)(uintptr_t)wide,
@@ -96,11 +88,12 @@ static void narrow_matrix(const float *wide, int64_t rows, int64_t width, ml_mat
                           .width = width});
 }
 
-/* ---- one call in float32, on a block of tokens ---- */
+/* ---- calls in float32, one for each block of tokens ---- */
 
 typedef struct {
   const ml_routed_lora *p;
-  call workspace;
+  call own;            /* the arrays below */
+  call lent;           /* the workspace that the calls have in turn */
   ml_routed_lora wide; /* the call on a block */
   ml_expert *experts;  /* [N] of it */
   float *weights;      /* [T, N] */
@@ -109,34 +102,24 @@ typedef struct {
   unsigned accumulate; /* of the call */
 } blocks;
 
-/* All A and B, or their gradients, in float32. */
-static void reserve_adapters(const blocks *b, budget *need) {
+/* The gradients of all A and B in float32. */
+static void reserve_grads(const blocks *b, budget *need) {
   ml_reserve(need, b->R, b->p->d_in, sizeof(float));
   ml_reserve(need, b->R, b->p->d_out, sizeof(float));
   for (int64_t e = 0; e < 2 * b->p->n_experts; e++) ml_reserve(need, 0, 1, 1); /* each is aligned */
 }
 
-static ml_status begin(blocks *b, const ml_routed_lora *p, bool with_x, budget *need) {
+static ml_status begin(blocks *b, const ml_routed_lora *p, ml_tokens hidden, bool with_x, budget *need) {
   *b = (blocks){.p = p};
   ml_status status = ml_check(p, &b->T, &b->R);
   if (status != ML_OK) return status;
-  if (p->weight.data) return ML_ERR_VALUE;
+  if (p->weight.data || (hidden.data && !is_dense(hidden, p->seq, b->T, b->R))) return ML_ERR_VALUE;
   b->block = min_(b->T, BLOCK_TOKENS);
   ml_reserve(need, p->n_experts, 1, sizeof *b->experts);
   ml_reserve(need, b->T, p->n_experts, sizeof(float));
   ml_reserve(need, b->block, p->d_out, sizeof(float));
   if (with_x) ml_reserve(need, b->block, p->d_in, sizeof(float));
-  if (p->bf16_adapters) reserve_adapters(b, need);
   return ML_OK;
-}
-
-/* Copies of all A and B in float32, one expert a task. */
-static void widen_adapters(void *context, int64_t e, int thread) {
-  (void)thread;
-  const blocks *b = context;
-  const ml_expert *from = &b->p->experts[e], *to = &b->experts[e];
-  widen_matrix(from->a, from->rank, b->p->d_in, to->a.data);
-  widen_matrix(from->b, b->p->d_out, from->rank, to->b.data);
 }
 
 /* The gradients of all A and B, from float32. */
@@ -151,36 +134,42 @@ static void narrow_grads(void *context, int64_t e, int thread) {
 }
 
 static ml_matrix take_matrix(blocks *b, int64_t rows, int64_t width) {
-  return (ml_matrix){ml_take(&b->workspace, rows, width, sizeof(float)), width, 1};
+  return (ml_matrix){ml_take(&b->own, rows, width, sizeof(float)), width, 1};
+}
+
+static void widen_weights(blocks *b) {
+  const ml_routed_lora *p = b->p;
+  ml_tokens w = p->routing_weights;
+  int64_t N = p->n_experts;
+  if (p->bf16_weights)
+    widen_tokens(p, w, 0, b->T, N, b->weights);
+  else
+    for (int64_t t = 0; t < b->T; t++)
+      for (int64_t e = 0; e < N; e++)
+        b->weights[t * N + e] = ((const float *)w.data)[t / p->seq * w.batch + t % p->seq * w.seq + e * w.col];
 }
 
 static ml_status allocate(blocks *b, bool with_x, budget need) {
   const ml_routed_lora *p = b->p;
-  ml_status status = ml_allocate_bytes(&b->workspace, need);
+  ml_status status = ml_allocate(&b->own, need);
   if (status != ML_OK) return status;
   int64_t N = p->n_experts;
-  b->experts = ml_take(&b->workspace, N, 1, sizeof *b->experts);
-  b->weights = ml_take(&b->workspace, b->T, N, sizeof(float));
-  b->y = ml_take(&b->workspace, b->block, p->d_out, sizeof(float));
-  if (with_x) b->x = ml_take(&b->workspace, b->block, p->d_in, sizeof(float));
-  for (int64_t e = 0; e < N; e++) {
-    ml_expert *expert = &b->experts[e];
-    *expert = p->experts[e];
-    if (!p->bf16_adapters) continue;
-    expert->a = take_matrix(b, expert->rank, p->d_in);
-    expert->b = take_matrix(b, p->d_out, expert->rank);
-  }
-  if (p->bf16_adapters)
-    ml_parallel_for(b->R * (p->d_in + p->d_out) < TASK_ELEMENTS ? 1 : p->n_threads, N, widen_adapters, b);
-  ml_tokens w = p->routing_weights;
-  for (int64_t t = 0; t < b->T; t++)
-    for (int64_t e = 0; e < N; e++)
-      b->weights[t * N + e] = ((const float *)w.data)[t / p->seq * w.batch + t % p->seq * w.seq + e * w.col];
+  b->experts = ml_take(&b->own, N, 1, sizeof *b->experts);
+  b->weights = ml_take(&b->own, b->T, N, sizeof(float));
+  b->y = ml_take(&b->own, b->block, p->d_out, sizeof(float));
+  if (with_x) b->x = ml_take(&b->own, b->block, p->d_in, sizeof(float));
+  memcpy(b->experts, p->experts, (size_t)N * sizeof *b->experts);
+  widen_weights(b);
   b->wide = *p;
   b->wide.dtype = ML_F32;
   b->wide.batch = 1;
   b->wide.experts = b->experts;
   return ML_OK;
+}
+
+static void release(blocks *b) {
+  free(b->lent.workspace);
+  free(b->own.workspace);
 }
 
 static ml_tokens rows_of(float *data, int64_t width) { return (ml_tokens){data, 0, width, 1}; }
@@ -190,83 +179,147 @@ static ml_tokens rows_from(ml_tokens dense, int64_t t, int64_t width) {
   return dense.data ? rows_of((float *)dense.data + t * width, width) : (ml_tokens){0};
 }
 
-static void place(blocks *b, int64_t t, int64_t n) {
-  b->wide.seq = n;
-  b->wide.first_token = b->p->first_token + t;
-  b->wide.routing_weights = rows_of(b->weights + t * b->p->n_experts, b->p->n_experts);
+/* Makes b->wide the call on the block that starts at token t. */
+static void place(blocks *b, int64_t t) {
+  const ml_routed_lora *p = b->p;
+  b->wide.seq = min_(b->block, b->T - t);
+  b->wide.first_token = p->first_token + t;
+  b->wide.routing_weights = rows_of(b->weights + t * p->n_experts, p->n_experts);
+  b->wide.x = rows_of(b->x, p->d_in);
+}
+
+/* The last block is shorter than the others, and those are like the first one: together they say what calls need. */
+static int64_t last_block(const blocks *b) { return b->T > 0 ? (b->T - 1) / b->block * b->block : 0; }
+
+static void lend(const blocks *b, call *c) {
+  c->workspace = b->lent.workspace;
+  c->used = b->lent.used;
+}
+
+/* ---- forward ---- */
+
+static ml_status begin_forward(blocks *b, forward *f, int64_t t, ml_tokens hidden, budget *most) {
+  place(b, t);
+  ml_status status =
+      ml_begin_forward(f, &b->wide, rows_of(b->y, b->p->d_out), rows_from(hidden, t, b->R), (ml_tokens){0}, NULL, 0);
+  ml_reserve_phase(most, f->need);
+  return status;
 }
 
 ml_status ml_bf16_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens hidden, ml_tokens base) {
   blocks b;
-  budget need = {0};
-  ml_status status = begin(&b, p, true, &need);
+  forward f;
+  budget need = {0}, most = {0};
+  ml_status status = begin(&b, p, hidden, true, &need);
   if (status != ML_OK) return status;
   if (b.T > 0 && (!p->x.data || !y.data)) return ML_ERR_NULL;
-  if (hidden.data && !is_dense(hidden, p->seq, b.T, b.R)) return ML_ERR_VALUE;
   status = allocate(&b, true, need);
+  if (status == ML_OK) status = begin_forward(&b, &f, last_block(&b), hidden, &most);
+  if (status == ML_OK) status = begin_forward(&b, &f, 0, hidden, &most);
+  if (status == ML_OK) status = ml_allocate(&b.lent, most);
   for (int64_t t = 0; status == ML_OK && t < b.T; t += b.block) {
-    int64_t n = min_(b.block, b.T - t);
-    place(&b, t, n);
-    widen_tokens(p, p->x, t, n, p->d_in, b.x);
-    b.wide.x = rows_of(b.x, p->d_in);
-    status =
-        ml_routed_lora_forward(&b.wide, rows_of(b.y, p->d_out), rows_from(hidden, t, b.R), (ml_tokens){0}, NULL, 0);
-    if (status == ML_OK) narrow_tokens(p, b.y, t, n, p->d_out, base, y);
+    begin_forward(&b, &f, t, hidden, &most); /* which fails for all blocks or for none */
+    lend(&b, &f.c);
+    widen_tokens(p, p->x, t, b.wide.seq, p->d_in, b.x);
+    ml_run_forward(&f);
+    narrow_tokens(p, b.y, t, b.wide.seq, p->d_out, base, y);
   }
-  free(b.workspace.workspace);
+  release(&b);
   return status;
+}
+
+/* ---- backward ---- */
+
+/* What the calls on blocks write. */
+typedef struct {
+  ml_tokens hidden;       /* which they read */
+  float *grad_x, *grad_w; /* [block, d_in], [T, N]; NULL: not wanted */
+  unsigned accumulate;
+} wide_grads;
+
+static ml_status begin_backward(blocks *b, backward *f, int64_t t, const wide_grads *to, budget *most) {
+  const ml_routed_lora *p = b->p;
+  place(b, t);
+  ml_status status = ml_begin_backward(
+      f, &b->wide, rows_of(b->y, p->d_out), rows_from(to->hidden, t, b->R), rows_of(to->grad_x, p->d_in),
+      to->grad_w ? rows_of(to->grad_w + t * p->n_experts, p->n_experts) : (ml_tokens){0}, to->accumulate);
+  ml_reserve_phase(most, f->need);
+  return status;
+}
+
+/* Rows of the gradient of the routing weights, one for each token unless tokens share them. */
+static int64_t weight_rows(const ml_routed_lora *p, ml_tokens grad_w) {
+  return (grad_w.batch ? p->batch : 1) * (grad_w.seq ? p->seq : 1);
+}
+
+/* It, from that of each token [T, N]; sums [weight_rows, N] for the workspace where it is rounded. */
+static void finish_weight_grads(const ml_routed_lora *p, const float *tokens, float *sums, ml_tokens grad_w, bool add) {
+  int64_t N = p->n_experts, seq = grad_w.seq ? p->seq : 1;
+  ml_tokens to = p->bf16_weights ? (ml_tokens){sums, grad_w.batch ? seq * N : 0, grad_w.seq ? N : 0, 1} : grad_w;
+  ml_elementwise_table[ML_F32].sum_weight_grads(p->batch, p->seq, N, tokens, to, add && !p->bf16_weights);
+  if (!p->bf16_weights) return;
+  convert(1, (conversion){.narrow = grad_w,
+                          .init = add ? grad_w : (ml_tokens){0},
+                          .wide = sums,
+                          .seq = seq,
+                          .rows = weight_rows(p, grad_w),
+                          .width = N});
 }
 
 ml_status ml_bf16_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_tokens hidden, ml_tokens grad_x,
                            ml_tokens grad_w, unsigned accumulate) {
   blocks b;
-  budget need = {0};
+  backward f;
+  budget need = {0}, most = {0};
   bool any_a = false;
   for (int64_t e = 0; p->experts && e < p->n_experts; e++) any_a |= p->experts[e].grad_a.data != NULL;
-  bool with_x = any_a || grad_x.data;
-  ml_status status = begin(&b, p, with_x, &need);
+  ml_status status = begin(&b, p, hidden, any_a, &need);
   if (status != ML_OK) return status;
   if (b.T > 0 && (!grad_y.data || (any_a && !p->x.data))) return ML_ERR_NULL;
-  if (hidden.data && !is_dense(hidden, p->seq, b.T, b.R)) return ML_ERR_VALUE;
-  if (grad_w.data) ml_reserve(&need, b.T, p->n_experts, sizeof(float));
   if (grad_x.data) ml_reserve(&need, b.block, p->d_in, sizeof(float));
-  if (p->bf16_adapters) reserve_adapters(&b, &need);
-  status = allocate(&b, with_x, need);
+  if (grad_w.data) {
+    ml_reserve(&need, b.T, p->n_experts, sizeof(float));
+    ml_reserve(&need, weight_rows(p, grad_w), p->n_experts, sizeof(float));
+  }
+  if (p->bf16_adapters) reserve_grads(&b, &need);
+  status = allocate(&b, any_a, need);
   if (status != ML_OK) goto done;
-  float *token_grads = grad_w.data ? ml_take(&b.workspace, b.T, p->n_experts, sizeof(float)) : NULL;
-  float *wide_grad_x = grad_x.data ? ml_take(&b.workspace, b.block, p->d_in, sizeof(float)) : NULL;
-  if (p->bf16_adapters)
-    for (int64_t e = 0; e < p->n_experts; e++) {
-      ml_expert *expert = &b.experts[e];
-      if (expert->grad_a.data) expert->grad_a = take_matrix(&b, expert->rank, p->d_in);
-      if (expert->grad_b.data) expert->grad_b = take_matrix(&b, p->d_out, expert->rank);
-    }
-
+  wide_grads to = {.hidden = hidden};
+  float *weight_sums = NULL;
+  if (grad_x.data) to.grad_x = ml_take(&b.own, b.block, p->d_in, sizeof(float));
+  if (grad_w.data) {
+    to.grad_w = ml_take(&b.own, b.T, p->n_experts, sizeof(float));
+    weight_sums = ml_take(&b.own, weight_rows(p, grad_w), p->n_experts, sizeof(float));
+  }
+  for (int64_t e = 0; p->bf16_adapters && e < p->n_experts; e++) {
+    ml_expert *expert = &b.experts[e];
+    if (expert->grad_a.data) expert->grad_a = take_matrix(&b, expert->rank, p->d_in);
+    if (expert->grad_b.data) expert->grad_b = take_matrix(&b, p->d_out, expert->rank);
+  }
   b.accumulate = accumulate;
-  unsigned adding = p->bf16_adapters ? 0 : accumulate & (ML_ACCUMULATE_A | ML_ACCUMULATE_B);
+  status = begin_backward(&b, &f, last_block(&b), &to, &most);
+  if (status == ML_OK) status = begin_backward(&b, &f, 0, &to, &most);
+  if (status == ML_OK) status = ml_allocate(&b.lent, most);
+  if (status != ML_OK) goto done;
+
+  if (!p->bf16_adapters) to.accumulate = accumulate & (ML_ACCUMULATE_A | ML_ACCUMULATE_B);
   int64_t t = 0;
   do { /* once without tokens too: then the gradients are zero */
-    int64_t n = min_(b.block, b.T - t);
-    place(&b, t, n);
-    widen_tokens(p, grad_y, t, n, p->d_out, b.y);
-    if (any_a) widen_tokens(p, p->x, t, n, p->d_in, b.x);
-    b.wide.x = rows_of(b.x, p->d_in);
-    status = ml_routed_lora_backward(
-        &b.wide, rows_of(b.y, p->d_out), rows_from(hidden, t, b.R),
-        wide_grad_x ? rows_of(wide_grad_x, p->d_in) : (ml_tokens){0},
-        token_grads ? rows_of(token_grads + t * p->n_experts, p->n_experts) : (ml_tokens){0}, adding);
-    if (status != ML_OK) goto done;
+    begin_backward(&b, &f, t, &to, &most);
+    lend(&b, &f.c);
+    widen_tokens(p, grad_y, t, b.wide.seq, p->d_out, b.y);
+    if (any_a) widen_tokens(p, p->x, t, b.wide.seq, p->d_in, b.x);
+    ml_run_backward(&f);
     if (grad_x.data)
-      narrow_tokens(p, wide_grad_x, t, n, p->d_in, accumulate & ML_ACCUMULATE_X ? grad_x : (ml_tokens){0}, grad_x);
-    adding = ML_ACCUMULATE_A | ML_ACCUMULATE_B;
-    t += n;
+      narrow_tokens(p, to.grad_x, t, b.wide.seq, p->d_in, accumulate & ML_ACCUMULATE_X ? grad_x : (ml_tokens){0},
+                    grad_x);
+    to.accumulate = ML_ACCUMULATE_A | ML_ACCUMULATE_B;
+    t += b.wide.seq;
   } while (t < b.T);
 
   if (p->bf16_adapters) ml_parallel_for(p->n_threads, p->n_experts, narrow_grads, &b);
-  if (grad_w.data)
-    ml_elementwise_table[ML_F32].sum_weight_grads(p->batch, p->seq, p->n_experts, token_grads, grad_w,
-                                                  (accumulate & ML_ACCUMULATE_W) != 0);
+  if (grad_w.data) finish_weight_grads(p, to.grad_w, weight_sums, grad_w, accumulate & ML_ACCUMULATE_W);
 done:
-  free(b.workspace.workspace);
+  release(&b);
   return status;
 }

@@ -21,8 +21,8 @@ void ml_reserve(budget *b, int64_t rows_, int64_t cols, int64_t size) {
 }
 
 void ml_reserve_phase(budget *b, budget phase) {
+  b->overflow |= phase.overflow || ML_ADD_OVERFLOWS(phase.bytes, phase.phase, &phase.bytes);
   if (phase.bytes > b->phase) b->phase = phase.bytes;
-  b->overflow |= phase.overflow;
 }
 
 void *ml_take(call *c, int64_t rows_, int64_t cols, int64_t size) {
@@ -56,6 +56,7 @@ static uint64_t unused_experts(const call *c) {
 ml_status ml_check(const ml_routed_lora *p, int64_t *T, int64_t *R) {
   *R = 0;
   if (p->dtype != ML_F32 && p->dtype != ML_F64 && p->dtype != ML_BF16) return ML_ERR_DTYPE;
+  if (p->dtype == ML_F64 && p->bf16_adapters) return ML_ERR_DTYPE;
   if (p->batch < 0 || p->seq < 0 || p->d_in <= 0 || p->d_out <= 0 || p->n_experts <= 0) return ML_ERR_SHAPE;
   if (p->top_k < 0 || p->top_k > p->n_experts) return ML_ERR_TOP_K;
   if (!p->experts) return ML_ERR_NULL;
@@ -78,9 +79,12 @@ ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out) {
   const ml_kernels *kernels = ml_active_kernels();
   c->products = kernels->products[p->dtype];
   c->routing = kernels->routing[p->dtype];
-  c->regime = ml_regime_of(kernels->isa, p->dtype);
+  ml_dtype of_factors = p->bf16_adapters ? ML_BF16 : p->dtype;
+  c->readers = kernels->products[of_factors];
+  c->regime = ml_regime_of(kernels->isa, of_factors);
   c->elementwise = &ml_elementwise_table[p->dtype];
   c->size = (int64_t)c->elementwise->size;
+  c->factor_size = p->bf16_adapters ? (int64_t)sizeof(uint16_t) : c->size;
   for (int64_t e = 0; e < p->n_experts; e++) c->drops |= ml_mask_of(p, e).threshold > 0;
   c->grouped = ml_is_grouped(c);
   if (leave_out && !c->grouped && c->T > 0 && c->T < LEFT_OUT_TOKENS) {
@@ -100,7 +104,7 @@ void ml_reserve_common(const call *c, budget *b) {
   if (c->p->top_k) ml_reserve(b, c->T, N, 1);
 }
 
-ml_status ml_allocate_bytes(call *c, budget b) {
+ml_status ml_allocate(call *c, budget b) {
   if (b.overflow || ML_ADD_OVERFLOWS(b.bytes, b.phase, &b.bytes) ||
       ML_ADD_OVERFLOWS(b.bytes, (size_t)ALIGNMENT, &b.bytes))
     return ML_ERR_OVERFLOW;
@@ -113,10 +117,8 @@ ml_status ml_allocate_bytes(call *c, budget b) {
 /* Of a part of M: any will do for a single row, so its column is dense, whether the expert takes part or not. */
 static int64_t row_stride(const ml_expert *expert, int64_t stride) { return expert->rank > 1 ? stride : 1; }
 
-ml_status ml_allocate(call *c, budget b) {
+void ml_take_common(call *c) {
   const ml_routed_lora *p = c->p;
-  ml_status status = ml_allocate_bytes(c, b);
-  if (status != ML_OK) return status;
   c->offsets = ml_take(c, p->n_experts + 1, 1, sizeof *c->offsets);
   c->a = ml_take(c, p->n_experts, 1, sizeof *c->a);
   c->b = ml_take(c, p->n_experts, 1, sizeof *c->b);
@@ -131,7 +133,6 @@ ml_status ml_allocate(call *c, budget b) {
     c->a[e] = (ml_matrix){expert->a.data, row_stride(expert, expert->a.row), expert->a.col};
     c->b[e] = (ml_matrix){expert->b.data, row_stride(expert, expert->b.col), expert->b.row};
   }
-  return ML_OK;
 }
 
 factor ml_factor_a(const call *c) { return (factor){c->p->d_in, c->p->n_experts, c->offsets, c->a}; }

@@ -51,18 +51,20 @@ typedef struct {
   const ml_routed_lora *p;
   const ml_products *products;
   const ml_routing *routing;
+  const ml_products *readers; /* the same for A and B, which may be bfloat16 */
   const ml_regime *regime;
   const ml_elementwise *elementwise;
   int64_t T, R;
-  uint64_t unused;  /* bit e: expert e, which no token uses, takes part with rank 0 */
-  bool grouped;     /* whether top_k's experts alone are computed: see grouped.h */
-  bool drops;       /* whether any expert has dropout */
-  int64_t size;     /* bytes of an element */
-  int64_t *offsets; /* [N + 1] */
-  ml_matrix *a;     /* [N] parts of M_A */
-  ml_matrix *b;     /* [N] parts of M_B */
-  char *factors;    /* [T, N], not where grouped */
-  uint8_t *keep;    /* [T, N], with top_k, not where grouped */
+  uint64_t unused;     /* bit e: expert e, which no token uses, takes part with rank 0 */
+  bool grouped;        /* whether top_k's experts alone are computed: see grouped.h */
+  bool drops;          /* whether any expert has dropout */
+  int64_t size;        /* bytes of an element */
+  int64_t factor_size; /* of one of A and B */
+  int64_t *offsets;    /* [N + 1] */
+  ml_matrix *a;        /* [N] parts of M_A */
+  ml_matrix *b;        /* [N] parts of M_B */
+  char *factors;       /* [T, N], not where grouped */
+  uint8_t *keep;       /* [T, N], with top_k, not where grouped */
   char *workspace;
   size_t used; /* of the workspace, while it is handed out */
 } call;
@@ -78,11 +80,16 @@ static inline char *at(const call *c, const void *data, int64_t elements) {
   return (char *)(uintptr_t)data + elements * c->size;
 }
 
+static inline char *at_factor(const call *c, const void *data, int64_t elements) {
+  return (char *)(uintptr_t)data + elements * c->factor_size;
+}
+
 /* `source` [depth, cols] as a panel, whose last columns are zeros up to a whole vector. */
-static inline void pack_panel(const call *c, char *panel, int64_t depth, int64_t cols, ml_matrix source) {
+static inline void pack_panel(const call *c, const ml_products *by, char *panel, int64_t depth, int64_t cols,
+                              ml_matrix source) {
   int64_t width = round_up(cols, c->products->lanes);
   if (width > cols) memset(panel, 0, (size_t)(depth * width * c->size));
-  c->products->pack(panel, width, depth, cols, source.data, source.row, source.col);
+  by->pack(panel, width, depth, cols, source.data, source.row, source.col);
 }
 
 /* ---- call.c ---- */
@@ -108,10 +115,10 @@ ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out);
 /* What every call needs of the workspace, whatever is asked. */
 void ml_reserve_common(const call *c, budget *b);
 
-/* Allocates the workspace, and nothing else. */
-ml_status ml_allocate_bytes(call *c, budget b);
+/* Takes it, and fills in what stands there for the whole call. */
+void ml_take_common(call *c);
 
-/* Allocates the workspace and fills in what stands in it for the whole call. */
+/* Allocates the workspace. */
 ml_status ml_allocate(call *c, budget b);
 
 factor ml_factor_a(const call *c);
@@ -173,6 +180,36 @@ void ml_store_grads(const call *c, const char *sums, int64_t width, int64_t rank
 /* The same for the experts that dropout gives an x of their own. */
 void ml_reserve_masked_collection(const call *c, budget *b, int64_t d);
 void ml_collect_masked(call *c, factor grads, const char *h, rows x, bool add);
+
+/* ---- routed_lora.c: forward and backward with dtype ML_F32 or ML_F64, in two steps ---- */
+
+typedef struct {
+  call c;
+  budget need; /* of c.workspace */
+  ml_tokens y, hidden, base;
+  const void *bias;
+  int64_t bias_stride;
+  bool own_hidden; /* H is computed in the workspace */
+} forward;
+
+typedef struct {
+  call c;
+  budget need;
+  ml_tokens grad_y, hidden, grad_x, grad_w;
+  unsigned accumulate;
+  bool any_a, any_b, need_h, need_p; /* gradients of any A or B, H, P are needed */
+  bool own_hidden;                   /* H is copied into the workspace */
+} backward;
+
+/* Checks the arguments of ml_routed_lora_forward and finds out what it needs; all that can fail but for memory. */
+ml_status ml_begin_forward(forward *f, const ml_routed_lora *p, ml_tokens y, ml_tokens hidden, ml_tokens base,
+                           const void *bias, int64_t bias_stride);
+ml_status ml_begin_backward(backward *b, const ml_routed_lora *p, ml_tokens grad_y, ml_tokens hidden, ml_tokens grad_x,
+                            ml_tokens grad_w, unsigned accumulate);
+
+/* Then it runs, in c.workspace from c.used on. */
+void ml_run_forward(forward *f);
+void ml_run_backward(backward *b);
 
 /* ---- bf16.c: forward and backward with dtype ML_BF16, on those with ML_F32 ---- */
 

@@ -89,7 +89,7 @@ static void collect_in_place(void *context, int64_t task, int thread) {
   const char *panel = at(c, g->x.data, d0);
   if (cols % k->lanes) {
     char *packed = at(c, g->scratch, thread * collect_scratch(c, g->width));
-    pack_panel(c, packed, c->T, cols, (ml_matrix){(void *)(uintptr_t)panel, panel_row, 1});
+    pack_panel(c, c->products, packed, c->T, cols, (ml_matrix){(void *)(uintptr_t)panel, panel_row, 1});
     panel = packed;
     panel_row = round_up(cols, k->lanes);
   }

@@ -208,7 +208,7 @@ typedef struct {
   factor m;
   rows x;
   char *out;
-  char *packed; /* per thread [widest rank, BLOCK_COLUMNS], where M's rows are not dense */
+  char *packed; /* per thread [widest rank, BLOCK_COLUMNS], where M's rows are not dense, or not of the dtype */
   void (*then)(const void *context, const pair_block *b);
   const void *context;
 } projection;
@@ -224,10 +224,10 @@ static void project_task(void *context, int64_t task, int thread) {
   const void *x[BLOCK_PAIRS];
   for (int64_t d0 = 0; d0 < j->m.d; d0 += BLOCK_COLUMNS) {
     int64_t depth = min_(BLOCK_COLUMNS, j->m.d - d0);
-    ml_matrix rows = {at(c, part.data, d0 * part.col), part.row, part.col};
+    ml_matrix rows = {at_factor(c, part.data, d0 * part.col), part.row, part.col};
     if (j->packed) {
       char *packed = at(c, j->packed, thread * project_scratch(c));
-      c->products->pack(packed, BLOCK_COLUMNS, rank, depth, rows.data, rows.row, rows.col);
+      c->readers->pack(packed, BLOCK_COLUMNS, rank, depth, rows.data, rows.row, rows.col);
       rows = (ml_matrix){packed, BLOCK_COLUMNS, 1};
     }
     for (int64_t i = 0; i < n; i++) x[i] = at(c, j->x.data, g->token[b->first + i] * j->x.row + d0);
@@ -240,7 +240,7 @@ static void project(call *c, const grouping *g, factor m, rows x, char *out,
                     void (*then)(const void *context, const pair_block *b), const void *context) {
   size_t used = c->used;
   projection j = {.g = g, .m = m, .x = x, .out = out, .then = then, .context = context};
-  if (!ml_has_dense_rows(m))
+  if (c->p->bf16_adapters || !ml_has_dense_rows(m))
     j.packed = ml_take(c, project_scratch(c), ml_thread_bound(c->p->n_threads, g->n_blocks), c->size);
   ml_parallel_for(ml_threads_for(c, work_of(g, m.d)), g->n_blocks, project_task, &j);
   c->used = used;
@@ -248,12 +248,12 @@ static void project(call *c, const grouping *g, factor m, rows x, char *out,
 
 /* Columns first .. last - 1 of a part of M, on their way from memory. */
 static void send_for(const call *c, int64_t rank, int64_t first, int64_t last, ml_matrix m) {
-  const int64_t line = 64 / c->size;
+  const int64_t line = 64 / c->factor_size;
   if (m.row == 1 && m.col == rank) /* all of them side by side */
-    for (int64_t i = first * rank; i < last * rank; i += line) ML_PREFETCH(at(c, m.data, i));
+    for (int64_t i = first * rank; i < last * rank; i += line) ML_PREFETCH(at_factor(c, m.data, i));
   else if (m.col == 1)
     for (int64_t r = 0; r < rank; r++)
-      for (int64_t i = first; i < last; i += line) ML_PREFETCH(at(c, m.data, r * m.row + i));
+      for (int64_t i = first; i < last; i += line) ML_PREFETCH(at_factor(c, m.data, r * m.row + i));
 }
 
 /* ---- spread: out = init + h M_e over the pairs of each token ---- */
@@ -281,8 +281,8 @@ static void spread_task(void *context, int64_t task, int thread) {
     ml_matrix part = s->m.parts[e];
     for (int64_t d0 = first; d0 < last; d0 += k->panel_width) {
       int64_t cols = min_(k->panel_width, last - d0), width = round_up(cols, k->lanes);
-      pack_panel(c, at(c, packed, (d0 - first) * c->R + c->offsets[e] * width), rank_of(g, e), cols,
-                 (ml_matrix){at(c, part.data, d0 * part.col), part.row, part.col});
+      pack_panel(c, c->readers, at(c, packed, (d0 - first) * c->R + c->offsets[e] * width), rank_of(g, e), cols,
+                 (ml_matrix){at_factor(c, part.data, d0 * part.col), part.row, part.col});
     }
   }
   k->grouped_sums(t1 - t0, g->order + t0, top_k, last - first, s->h, g->element, g->chosen, packed, c->R, c->offsets,

@@ -31,9 +31,9 @@ typedef enum {
 /* A short English phrase for a status; never NULL. */
 const char *ml_status_message(ml_status status);
 
-/* With ML_BF16 x, y, base and the gradients of x and y are bfloat16, and so are A, B and their gradients where
- * bf16_adapters says so, else float32. Routing weights, hidden and the gradient of the weights are float32, as is all that
- * is computed; hidden is contiguous, and there is no weight. */
+/* With ML_BF16 x, y, base and the gradients of x and y are bfloat16. So are A, B and their gradients where bf16_adapters
+ * says so, and the routing weights and their gradient where bf16_weights does, else float32. Hidden is float32, as is all
+ * that is computed, and contiguous; there is no weight. */
 typedef enum { ML_F32 = 0, ML_F64 = 1, ML_BF16 = 2 } ml_dtype;
 
 /* An array with one row per token, [B, S, width]: element (b, s, j) at data[b*batch + s*seq + j*col]. */
@@ -60,7 +60,8 @@ typedef struct {
 /* What forward and backward have in common. */
 typedef struct {
   ml_dtype dtype; /* of every array, but for ML_BF16 */
-  bool bf16_adapters;
+  bool bf16_adapters,
+      bf16_weights; /* with ML_BF16; inside the core, A and B of a call with ML_F32 may be bfloat16 too */
   int64_t batch, seq, d_in, d_out;
   int64_t n_experts;
   const ml_expert *experts;  /* [n_experts] */

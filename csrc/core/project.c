@@ -45,15 +45,15 @@ static void pack_projection(void *context, int64_t task, int thread) {
   char *panel = at(c, j->packed, first * j->m.d + k0 * width);
   if (width > last - first) memset(panel, 0, (size_t)(depth * width * c->size));
   if (j->factor_row) {
-    c->products->pack_rows(panel, width, depth, last - first, j->factor_row + first, k0);
+    c->readers->pack_rows(panel, width, depth, last - first, j->factor_row + first, k0);
     return;
   }
   for (int64_t e = 0; e < j->m.n_parts; e++) {
     int64_t from = j->m.offsets[e] > first ? j->m.offsets[e] : first, to = min_(j->m.offsets[e + 1], last);
     if (from >= to) continue;
     ml_matrix part = j->m.parts[e];
-    c->products->pack(at(c, panel, from - first), width, depth, to - from,
-                      at(c, part.data, (from - j->m.offsets[e]) * part.row + k0 * part.col), part.col, part.row);
+    c->readers->pack(at(c, panel, from - first), width, depth, to - from,
+                     at_factor(c, part.data, (from - j->m.offsets[e]) * part.row + k0 * part.col), part.col, part.row);
   }
 }
 
@@ -88,8 +88,8 @@ static void project_dots(void *context, int64_t task, int thread) {
   const projection *j = context;
   const call *c = j->c;
   int64_t first = task * DOT_ROWS, n = min_(DOT_ROWS, j->R - first);
-  c->products->dots(c->T, n, j->m.d, j->x.data, j->x.row, j->factor_row + first, at(c, j->out.data, first), j->out.row,
-                    NULL, 0);
+  c->readers->dots(c->T, n, j->m.d, j->x.data, j->x.row, j->factor_row + first, at(c, j->out.data, first), j->out.row,
+                   NULL, 0);
 }
 
 /* B's columns summed in place, one expert a task. */
@@ -114,7 +114,7 @@ void ml_project(call *c, factor m, rows x, rows out, const ml_mask *mask, epilog
     j.factor_row = ml_take(c, R, 1, sizeof(void *));
     for (int64_t e = 0; e < m.n_parts; e++)
       for (int64_t r = m.offsets[e]; r < m.offsets[e + 1]; r++)
-        j.factor_row[r] = at(c, m.parts[e].data, (r - m.offsets[e]) * m.parts[e].row);
+        j.factor_row[r] = at_factor(c, m.parts[e].data, (r - m.offsets[e]) * m.parts[e].row);
   }
   if (!mask && c->T < c->regime->short_sums && ml_has_dense_columns(m)) {
     ml_parallel_for(ml_threads_for(c, work), m.n_parts, project_sums, &j);

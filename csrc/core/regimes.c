@@ -7,15 +7,23 @@
 
 #include "compiler.h"
 
-static const ml_regime regimes[ML_ISAS][2] = {
+static const ml_regime regimes[ML_ISAS][3] = {
     /* dots short_sums spread_rows spread_lanes in_place collect_in_place turned_in_place base_dots base_in_place */
-    [ML_PORTABLE] = {[ML_F32] = {48, 9, 9, 0, 9, 25, 33, 48, 17}, [ML_F64] = {48, 9, 9, 0, 9, 25, 33, 48, 17}},
-    [ML_AVX2] = {[ML_F32] = {64, 9, 13, 0, 9, 25, 33, 48, 17}, [ML_F64] = {48, 9, 9, 0, 9, 25, 33, 48, 17}},
-    [ML_AVX512] = {[ML_F32] = {96, 17, 9, 48, 9, 25, 129, 96, 17}, [ML_F64] = {48, 9, 9, 48, 9, 25, 129, 48, 17}},
-    [ML_NEON] = {[ML_F32] = {48, 9, 9, 0, 9, 25, 33, 48, 17}, [ML_F64] = {48, 9, 9, 0, 9, 25, 33, 48, 17}},
+    [ML_PORTABLE] = {[ML_F32] = {48, 9, 9, 0, 9, 25, 33, 48, 17},
+                     [ML_F64] = {48, 9, 9, 0, 9, 25, 33, 48, 17},
+                     [ML_BF16] = {48, 0, 9, 0, 0, 25, 33, 0, 0}},
+    [ML_AVX2] = {[ML_F32] = {64, 9, 13, 0, 9, 25, 33, 48, 17},
+                 [ML_F64] = {48, 9, 9, 0, 9, 25, 33, 48, 17},
+                 [ML_BF16] = {64, 0, 13, 0, 0, 25, 33, 0, 0}},
+    [ML_AVX512] = {[ML_F32] = {96, 17, 9, 48, 9, 25, 129, 96, 17},
+                   [ML_F64] = {48, 9, 9, 48, 9, 25, 129, 48, 17},
+                   [ML_BF16] = {96, 0, 9, 48, 0, 25, 129, 0, 0}},
+    [ML_NEON] = {[ML_F32] = {48, 9, 9, 0, 9, 25, 33, 48, 17},
+                 [ML_F64] = {48, 9, 9, 0, 9, 25, 33, 48, 17},
+                 [ML_BF16] = {48, 0, 9, 0, 0, 25, 33, 0, 0}},
 };
 
-const ml_regime *ml_regime_of(ml_isa isa, ml_dtype dtype) { return &regimes[isa][dtype]; }
+const ml_regime *ml_regime_of(ml_isa isa, ml_dtype of_factors) { return &regimes[isa][of_factors]; }
 
 /* What MKL, which torch computes with, reaches of the peak depends on who made the CPU: 92 % on Intel's, 40 % on an AMD
  * EPYC with AVX-512, where OpenBLAS has 80 %. */
@@ -52,6 +60,7 @@ ml_base_limits ml_base_rule(void) {
 
 bool ml_base_is_faster(ml_dtype dtype, int64_t tokens, bool transposed) {
   int choice = atomic_load_explicit(&base_choice, memory_order_relaxed);
+  if (dtype == ML_BF16) return false; /* the core has no such product */
   if (choice != BY_SHAPE) return choice == OWN;
   if (dtype != ML_F32 || tokens <= 0) return false;
   ml_base_limits limits = ml_base_rule();

@@ -17,6 +17,7 @@ typedef struct {
   int64_t base_in_place;    /* g W, rows of W as panels */
 } ml_regime;
 
-const ml_regime *ml_regime_of(ml_isa isa, ml_dtype dtype);
+/* By the dtype of A and B. */
+const ml_regime *ml_regime_of(ml_isa isa, ml_dtype of_factors);
 
 #endif

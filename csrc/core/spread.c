@@ -17,13 +17,17 @@ typedef struct {
   int64_t group;    /* panels of a task */
   int64_t groups;   /* tasks of the same tokens */
   char *packed;     /* per thread [group][R][panel_width] */
-  ml_block *blocks; /* [n_parts], for a few tokens */
+  ml_block *blocks; /* [n_parts], for a few tokens; with `widened` as many for each thread */
+  char *widened;    /* per thread: rows of B [IN_PLACE_COLUMNS, R] from bfloat16; NULL: as they are */
   char *turned;     /* h transposed, [R][T rounded up to whole vectors]; NULL: as it is */
   char *products;   /* with masks, per thread [ROW_BLOCK][ML_MASK_COLUMNS + ROW_PADDING] */
 } spreading;
 
 /* Whether B's own rows are read. */
 static bool takes_rows(const call *c) { return c->T < c->regime->spread_rows || c->T < c->regime->spread_lanes; }
+
+/* Several tokens share the rows of B that a task widens; a single one has a kernel of its own. */
+static bool widens(const call *c) { return c->p->bf16_adapters && c->T > 1; }
 
 static int64_t spread_group(const call *c, int64_t d) {
   int64_t panels = ceil_div(d, c->products->panel_width);
@@ -39,7 +43,9 @@ void ml_reserve_spreading(const call *c, budget *b, int64_t d) {
   ml_reserve(&phase, c->R * c->products->panel_width * spread_group(c, d),
              ml_thread_bound(c->p->n_threads, spread_tasks(c, d)), c->size);
   if (takes_rows(c)) {
-    ml_reserve(&phase, c->p->n_experts, 1, sizeof(ml_block));
+    int n_scratch = widens(c) ? ml_thread_bound(c->p->n_threads, ceil_div(d, IN_PLACE_COLUMNS)) : 1;
+    ml_reserve(&phase, c->p->n_experts, n_scratch, sizeof(ml_block));
+    if (widens(c)) ml_reserve(&phase, c->R * IN_PLACE_COLUMNS, n_scratch, c->size);
     ml_reserve(&phase, c->R, round_up(c->T, c->products->lanes), c->size);
   }
   ml_reserve_phase(b, phase);
@@ -55,8 +61,8 @@ static void pack_spread(const spreading *s, int64_t first, int64_t last, char *p
     if (width > cols) memset(panel, 0, (size_t)(c->R * width * c->size));
     for (int64_t e = 0; e < s->m.n_parts; e++) {
       ml_matrix part = s->m.parts[e];
-      k->pack(at(c, panel, s->m.offsets[e] * width), width, s->m.offsets[e + 1] - s->m.offsets[e], cols,
-              at(c, part.data, d0 * part.col), part.row, part.col);
+      c->readers->pack(at(c, panel, s->m.offsets[e] * width), width, s->m.offsets[e + 1] - s->m.offsets[e], cols,
+                       at_factor(c, part.data, d0 * part.col), part.row, part.col);
     }
   }
 }
@@ -85,17 +91,38 @@ static void spread_task(void *context, int64_t task, int thread) {
 
 /* The next two are for a few tokens, where packing would not pay. */
 
+/* The blocks of rows d0 .. d0 + cols - 1 of each B in bfloat16. */
+static const ml_block *widen_rows(const spreading *s, int64_t d0, int64_t cols, int thread) {
+  const call *c = s->c;
+  ml_block *blocks = s->blocks + thread * s->m.n_parts;
+  char *to = at(c, s->widened, thread * c->R * IN_PLACE_COLUMNS);
+  for (int64_t e = 0; e < s->m.n_parts; e++) {
+    int64_t rank = s->m.offsets[e + 1] - s->m.offsets[e], stride = s->m.parts[e].col;
+    const char *from = at_factor(c, s->m.parts[e].data, d0 * stride);
+    int64_t n = cols * rank, lanes = c->products->lanes;
+    if (stride == rank && n % lanes == 0) /* without gaps: vector after vector */
+      c->readers->pack(to, lanes, n / lanes, lanes, from, lanes, 1);
+    else
+      c->readers->pack(to, rank, cols, rank, from, stride, 1);
+    blocks[e] = (ml_block){to, rank, rank};
+    to = at(c, to, n);
+  }
+  return blocks;
+}
+
 static void spread_from_rows(void *context, int64_t task, int thread) {
-  (void)thread;
   const spreading *s = context;
   const call *c = s->c;
   int64_t d0 = task * IN_PLACE_COLUMNS, cols = min_(IN_PLACE_COLUMNS, s->m.d - d0);
   char *out = at(c, s->out.data, d0), *init = s->init.data ? at(c, s->init.data, d0) : NULL;
+  const ml_products *k = s->widened ? c->products : c->readers;
+  const ml_block *blocks = s->widened ? widen_rows(s, d0, cols, thread) : s->blocks;
+  int64_t first = s->widened ? 0 : d0;
   if (s->turned)
-    c->products->spread_lanes(c->T, d0, cols, s->m.n_parts, s->blocks, s->turned, round_up(c->T, c->products->lanes),
-                              out, s->out.row, init, s->init.row);
+    k->spread_lanes(c->T, first, cols, s->m.n_parts, blocks, s->turned, round_up(c->T, k->lanes), out, s->out.row, init,
+                    s->init.row);
   else
-    c->products->spread_rows(c->T, d0, cols, s->m.n_parts, s->blocks, s->h, c->R, out, s->out.row, init, s->init.row);
+    k->spread_rows(c->T, first, cols, s->m.n_parts, blocks, s->h, c->R, out, s->out.row, init, s->init.row);
 }
 
 /* A's own rows are a panel already, but for its last columns: a panel has whole vectors. */
@@ -110,7 +137,7 @@ static void spread_in_place(void *context, int64_t task, int thread) {
     const char *panel = at(c, s->m.parts[e].data, d0);
     if (cols < width) {
       char *packed = at(c, s->packed, thread * c->R * k->panel_width);
-      pack_panel(c, packed, rank, cols, (ml_matrix){(void *)(uintptr_t)panel, panel_row, 1});
+      pack_panel(c, c->products, packed, rank, cols, (ml_matrix){(void *)(uintptr_t)panel, panel_row, 1});
       panel = packed;
       panel_row = width;
     }
@@ -127,8 +154,11 @@ void ml_spread(call *c, factor m, const char *h, rows out, rows init) {
   int64_t panels = ceil_div(m.d, k->panel_width), tasks = spread_tasks(c, m.d);
   int n_threads = ml_threads_for(c, c->T * c->R * m.d);
   if (takes_rows(c) && ml_has_dense_columns(m)) {
-    s.blocks = ml_take(c, m.n_parts, 1, sizeof *s.blocks);
-    for (int64_t e = 0; e < m.n_parts; e++)
+    int64_t tasks_in_place = ceil_div(m.d, IN_PLACE_COLUMNS);
+    int n_scratch = widens(c) ? ml_thread_bound(c->p->n_threads, tasks_in_place) : 1;
+    s.blocks = ml_take(c, m.n_parts, n_scratch, sizeof *s.blocks);
+    if (widens(c)) s.widened = ml_take(c, c->R * IN_PLACE_COLUMNS, n_scratch, c->size);
+    for (int64_t e = 0; e < m.n_parts && !widens(c); e++)
       s.blocks[e] = (ml_block){m.parts[e].data, m.parts[e].col, m.offsets[e + 1] - m.offsets[e]};
     if (c->T >= c->regime->spread_rows) {
       int64_t width = round_up(c->T, k->lanes);
@@ -136,7 +166,7 @@ void ml_spread(call *c, factor m, const char *h, rows out, rows init) {
       if (width > c->T) memset(s.turned, 0, (size_t)(c->R * width * c->size));
       k->pack(s.turned, width, c->R, c->T, h, 1, c->R);
     }
-    ml_parallel_for(n_threads, ceil_div(m.d, IN_PLACE_COLUMNS), spread_from_rows, &s);
+    ml_parallel_for(n_threads, tasks_in_place, spread_from_rows, &s);
     c->used = used;
     return;
   }

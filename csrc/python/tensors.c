@@ -1,4 +1,4 @@
-/* The door for torch tensors in their plain case: memory of the CPU, all of one dtype, nothing unusual about them.
+/* The door for torch tensors in their plain case: memory of the CPU, dtypes that go together, nothing unusual about them.
  *
  * What is not the plain case gets no exception but the answer no: moelora.nn.autograd then takes its own way, which
  * converts, and whose errors name the argument.
@@ -10,7 +10,7 @@
 
 /* ---- the part of DLPack's ABI, major version 1, that is used here ---- */
 
-enum { DL_MAJOR = 1, DL_CPU = 1, DL_INT = 0, DL_FLOAT = 2, DL_BOOL = 6 };
+enum { DL_MAJOR = 1, DL_CPU = 1, DL_INT = 0, DL_FLOAT = 2, DL_BFLOAT = 4, DL_BOOL = 6 };
 
 typedef struct {
   void *data;
@@ -67,6 +67,7 @@ int visit_torch(const torch_api *torch, visitproc visit, void *arg) {
   Py_VISIT(torch->linear);
   Py_VISIT(torch->float32);
   Py_VISIT(torch->float64);
+  Py_VISIT(torch->bfloat16);
   return 0;
 }
 
@@ -81,11 +82,12 @@ void clear_torch(torch_api *torch) {
   Py_CLEAR(torch->linear);
   Py_CLEAR(torch->float32);
   Py_CLEAR(torch->float64);
+  Py_CLEAR(torch->bfloat16);
 }
 
-/* (Tensor, Parameter, empty, empty_like, linear, float32, float64) -> bool */
+/* (Tensor, Parameter, empty, empty_like, linear, float32, float64, bfloat16) -> bool */
 PyObject *use_torch(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
-  if (!takes("use_torch", 7, n_args)) {
+  if (!takes("use_torch", 8, n_args)) {
     return NULL;
   }
   torch_api *torch = &state_of(module)->torch;
@@ -99,6 +101,7 @@ PyObject *use_torch(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
   torch->linear = Py_NewRef(args[4]);
   torch->float32 = Py_NewRef(args[5]);
   torch->float64 = Py_NewRef(args[6]);
+  torch->bfloat16 = Py_NewRef(args[7]);
   if (torch->is_neg == NULL || torch->requires_grad == NULL) {
     clear_torch(torch);
     return NULL;
@@ -170,10 +173,24 @@ typedef struct {
   int64_t shape[3]; /* [T, width] or [B, S, width] */
 } tensor_call;
 
-static bool is_of_core(const tensor_call *c, const dl_tensor *view) {
-  return view->data != NULL && view->dtype.code == DL_FLOAT && view->dtype.lanes == 1 &&
-         view->dtype.bits == (c->core.dtype == ML_F64 ? 64 : 32);
+/* The core's dtype of a tensor that has memory; false: it has none of them. */
+static bool read_dtype(const dl_tensor *view, ml_dtype *dtype) {
+  bool bf16 = view->dtype.code == DL_BFLOAT;
+  uint8_t bits = view->dtype.bits;
+  *dtype = bf16 ? ML_BF16 : bits == 64 ? ML_F64 : ML_F32;
+  return view->data != NULL && view->dtype.lanes == 1 &&
+         (bf16 ? bits == 16 : view->dtype.code == DL_FLOAT && (bits == 32 || bits == 64));
 }
+
+static bool is_of(const dl_tensor *view, ml_dtype dtype) {
+  ml_dtype got;
+  return read_dtype(view, &got) && got == dtype;
+}
+
+/* What is computed in, and hidden is kept in; the dtypes of adapters and of routing weights. */
+static ml_dtype wide_dtype(const tensor_call *c) { return c->core.dtype == ML_F64 ? ML_F64 : ML_F32; }
+static ml_dtype adapter_dtype(const tensor_call *c) { return c->core.bf16_adapters ? ML_BF16 : wide_dtype(c); }
+static ml_dtype weight_dtype(const tensor_call *c) { return c->core.bf16_weights ? ML_BF16 : wide_dtype(c); }
 
 static ml_tokens tokens_of(const dl_tensor *view) {
   const int64_t *strides = view->strides;
@@ -187,18 +204,26 @@ static bool read_shape(tensor_call *c, PyObject *obj) {
   if (!view_of(c->torch, obj, &view) || (view.ndim != 2 && view.ndim != 3)) {
     return false;
   }
-  c->core.dtype = view.dtype.bits == 64 ? ML_F64 : ML_F32;
   c->axes = view.ndim;
   memcpy(c->shape, view.shape, (size_t)view.ndim * sizeof *view.shape);
   c->core.batch = view.ndim == 3 ? view.shape[0] : 1;
   c->core.seq = view.shape[view.ndim - 2];
-  return is_of_core(c, &view) && c->core.batch > 0 && c->core.seq > 0;
+  return read_dtype(&view, &c->core.dtype) && c->core.batch > 0 && c->core.seq > 0;
+}
+
+/* Beside a bfloat16 x all adapters are of either dtype, and so are the routing weights; the others then have to agree. */
+static void read_narrow(tensor_call *c, PyObject *first_adapter, PyObject *weights) {
+  dl_tensor view;
+  if (c->core.dtype == ML_BF16) {
+    c->core.bf16_adapters = view_of(c->torch, first_adapter, &view) && view.dtype.code == DL_BFLOAT;
+    c->core.bf16_weights = view_of(c->torch, weights, &view) && view.dtype.code == DL_BFLOAT;
+  }
 }
 
 /* A tensor with `width` numbers for each token. */
-static bool read_rows(const tensor_call *c, PyObject *obj, int64_t width, ml_tokens *rows) {
+static bool read_rows(const tensor_call *c, PyObject *obj, ml_dtype dtype, int64_t width, ml_tokens *rows) {
   dl_tensor view;
-  if (!view_of(c->torch, obj, &view) || !is_of_core(c, &view) || view.ndim != c->axes ||
+  if (!view_of(c->torch, obj, &view) || !is_of(&view, dtype) || view.ndim != c->axes ||
       view.shape[c->axes - 1] != width) {
     return false;
   }
@@ -212,13 +237,14 @@ static bool read_rows(const tensor_call *c, PyObject *obj, int64_t width, ml_tok
 }
 
 /* None leaves the rows as they are: data == NULL. */
-static bool read_optional_rows(const tensor_call *c, PyObject *obj, int64_t width, ml_tokens *rows) {
-  return obj == Py_None || read_rows(c, obj, width, rows);
+static bool read_optional_rows(const tensor_call *c, PyObject *obj, ml_dtype dtype, int64_t width, ml_tokens *rows) {
+  return obj == Py_None || read_rows(c, obj, dtype, width, rows);
 }
 
-static bool read_factor(const tensor_call *c, PyObject *obj, ml_matrix *matrix, int64_t *rows, int64_t *cols) {
+static bool read_factor(const tensor_call *c, PyObject *obj, ml_dtype dtype, ml_matrix *matrix, int64_t *rows,
+                        int64_t *cols) {
   dl_tensor view;
-  if (!view_of(c->torch, obj, &view) || !is_of_core(c, &view) || view.ndim != 2) {
+  if (!view_of(c->torch, obj, &view) || !is_of(&view, dtype) || view.ndim != 2) {
     return false;
   }
   *matrix = (ml_matrix){view.data, view.strides[0], view.strides[1]};
@@ -233,8 +259,8 @@ static bool read_experts(tensor_call *c, PyObject *const *adapters) {
   for (Py_ssize_t e = 0; e < n; e++) {
     ml_expert *expert = &c->experts[e];
     int64_t d_in, d_out, rank;
-    if (!read_factor(c, adapters[e], &expert->a, &expert->rank, &d_in) ||
-        !read_factor(c, adapters[n + e], &expert->b, &d_out, &rank) || rank != expert->rank ||
+    if (!read_factor(c, adapters[e], adapter_dtype(c), &expert->a, &expert->rank, &d_in) ||
+        !read_factor(c, adapters[n + e], adapter_dtype(c), &expert->b, &d_out, &rank) || rank != expert->rank ||
         (e > 0 && (d_in != c->core.d_in || d_out != c->core.d_out)) ||
         ML_ADD_OVERFLOWS(c->total_rank, rank, &c->total_rank)) {
       return false;
@@ -253,10 +279,10 @@ static bool read_weights(const tensor_call *c, PyObject *obj, ml_tokens *weights
     return false;
   }
   if (view.ndim == c->axes) {
-    return read_rows(c, obj, n, weights);
+    return read_rows(c, obj, weight_dtype(c), n, weights);
   }
   int axes = view.ndim;
-  if (!is_of_core(c, &view) || axes < 1 || axes > c->axes || view.shape[axes - 1] != n ||
+  if (!is_of(&view, weight_dtype(c)) || axes < 1 || axes > c->axes || view.shape[axes - 1] != n ||
       (axes == 2 && view.shape[0] != c->shape[0])) {
     return false;
   }
@@ -365,7 +391,7 @@ static answer is_frozen(const tensor_call *c, PyObject *obj, bool matrix) {
   if (obj == Py_None) {
     return YES;
   }
-  if (!view_of(c->torch, obj, &view) || !is_of_core(c, &view) || view.ndim != (matrix ? 2 : 1) ||
+  if (!view_of(c->torch, obj, &view) || !is_of(&view, c->core.dtype) || view.ndim != (matrix ? 2 : 1) ||
       view.shape[0] != c->core.d_out || (matrix && view.shape[1] != c->core.d_in)) {
     return NO;
   }
@@ -408,9 +434,14 @@ PyObject *plain_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
     goto done;
   }
   ml_tokens unused;
-  plain = read_shape(&c, x) && read_experts(&c, factors) && read_rows(&c, x, c.core.d_in, &unused) &&
+  plain = read_shape(&c, x);
+  if (plain != YES) {
+    goto done;
+  }
+  read_narrow(&c, factors[0], weights);
+  plain = read_experts(&c, factors) && read_rows(&c, x, c.core.dtype, c.core.d_in, &unused) &&
           read_weights(&c, weights, &unused) && read_scalings(&c, scaling) &&
-          read_optional_rows(&c, base, c.core.d_out, &unused) && (base == Py_None || weight == Py_None) &&
+          read_optional_rows(&c, base, c.core.dtype, c.core.d_out, &unused) && (base == Py_None || weight == Py_None) &&
           (bias == Py_None || weight != Py_None);
   plain = plain == YES ? is_frozen(&c, weight, true) : plain;
   plain = plain == YES ? is_frozen(&c, bias, false) : plain;
@@ -443,8 +474,8 @@ done:
  * until anybody else runs. Then everything is read.
  */
 
-/* A tensor of the core's dtype, its rows without gaps; NULL with an exception. */
-static PyObject *new_dense(const tensor_call *c, int axes, const int64_t *sizes) {
+/* A tensor, its rows without gaps; NULL with an exception. */
+static PyObject *new_dense(const tensor_call *c, ml_dtype dtype, int axes, const int64_t *sizes) {
   int64_t stride = 1;
   PyObject *shape = PyTuple_New(axes), *strides = PyTuple_New(axes), *tensor = NULL;
   for (int i = axes - 1; shape != NULL && strides != NULL && i >= 0; i--) {
@@ -453,8 +484,9 @@ static PyObject *new_dense(const tensor_call *c, int axes, const int64_t *sizes)
     stride = ML_MUL_OVERFLOWS(stride, sizes[i], &stride) ? INT64_MAX : stride; /* torch refuses that */
   }
   if (!PyErr_Occurred()) {
-    PyObject *dtype = c->core.dtype == ML_F64 ? c->torch->float64 : c->torch->float32;
-    tensor = PyObject_CallFunctionObjArgs(c->torch->empty, shape, strides, dtype, NULL);
+    PyObject *const dtypes[] = {
+        [ML_F32] = c->torch->float32, [ML_F64] = c->torch->float64, [ML_BF16] = c->torch->bfloat16};
+    tensor = PyObject_CallFunctionObjArgs(c->torch->empty, shape, strides, dtypes[dtype], NULL);
   }
   Py_XDECREF(strides);
   Py_XDECREF(shape);
@@ -462,19 +494,20 @@ static PyObject *new_dense(const tensor_call *c, int axes, const int64_t *sizes)
 }
 
 /* A tensor with `width` numbers for each token; NULL with an exception. */
-static PyObject *new_rows(const tensor_call *c, int64_t width) {
+static PyObject *new_rows(const tensor_call *c, ml_dtype dtype, int64_t width) {
   int64_t sizes[3];
   memcpy(sizes, c->shape, sizeof sizes);
   sizes[c->axes - 1] = width;
-  return new_dense(c, c->axes, sizes);
+  return new_dense(c, dtype, c->axes, sizes);
 }
 
 /* A tensor for the gradient of another one, which autograd wants to have the same strides; NULL with an exception. */
 static PyObject *new_like(const tensor_call *c, PyObject *like) {
   dl_tensor view;
-  if (view_of(c->torch, like, &view) && is_of_core(c, &view) && view.ndim == 2 && view.strides[1] == 1 &&
+  ml_dtype dtype;
+  if (view_of(c->torch, like, &view) && read_dtype(&view, &dtype) && view.ndim == 2 && view.strides[1] == 1 &&
       view.strides[0] == view.shape[1]) {
-    return new_dense(c, 2, view.shape);
+    return new_dense(c, dtype, 2, view.shape);
   }
   return PyObject_CallOneArg(c->torch->empty_like, like); /* takes longer */
 }
@@ -482,8 +515,8 @@ static PyObject *new_like(const tensor_call *c, PyObject *like) {
 /* The frozen weight [d_out, d_in]; None leaves the core without it. */
 static bool read_weight(tensor_call *c, PyObject *obj) {
   int64_t rows, cols;
-  return obj == Py_None ||
-         (read_factor(c, obj, &c->core.weight, &rows, &cols) && rows == c->core.d_out && cols == c->core.d_in);
+  return obj == Py_None || (read_factor(c, obj, c->core.dtype, &c->core.weight, &rows, &cols) &&
+                            rows == c->core.d_out && cols == c->core.d_in);
 }
 
 static bool read_bias(const tensor_call *c, PyObject *obj, ml_matrix *bias) {
@@ -491,7 +524,8 @@ static bool read_bias(const tensor_call *c, PyObject *obj, ml_matrix *bias) {
   if (obj == Py_None) {
     return true;
   }
-  if (!view_of(c->torch, obj, &view) || !is_of_core(c, &view) || view.ndim != 1 || view.shape[0] != c->core.d_out) {
+  if (!view_of(c->torch, obj, &view) || !is_of(&view, c->core.dtype) || view.ndim != 1 ||
+      view.shape[0] != c->core.d_out) {
     return false;
   }
   *bias = (ml_matrix){view.data, 0, view.strides[0]};
@@ -528,33 +562,35 @@ PyObject *forward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_
   PyObject *const *adapters = &PyTuple_GET_ITEM(args[1], 0);
   int64_t rank;
   ml_matrix last_b;
-  plain = read_shape(&c, x) && total_rank >= 0 &&
-          read_factor(&c, adapters[2 * c.core.n_experts - 1], &last_b, &c.core.d_out, &rank);
+  plain = read_shape(&c, x) && total_rank >= 0;
   if (plain == YES) {
+    read_narrow(&c, adapters[0], args[2]);
     c.core.d_in = c.shape[c.axes - 1];
-    plain = read_weight(&c, weight);
+    plain = read_factor(&c, adapters[2 * c.core.n_experts - 1], adapter_dtype(&c), &last_b, &c.core.d_out, &rank) &&
+            read_weight(&c, weight);
   }
   if (plain != YES) {
     goto done;
   }
   if (weight == Py_None || is_own_base(&c)) {
-    y = new_rows(&c, c.core.d_out);
+    y = new_rows(&c, c.core.dtype, c.core.d_out);
   } else {
     y = base_output = PyObject_CallFunctionObjArgs(c.torch->linear, x, weight, bias, NULL);
     weight = bias = Py_None;
     c.core.weight.data = NULL;
   }
-  hidden = y == NULL ? NULL : total_rank > 0 ? new_rows(&c, total_rank) : Py_NewRef(Py_None);
+  hidden = y == NULL ? NULL : total_rank > 0 ? new_rows(&c, wide_dtype(&c), total_rank) : Py_NewRef(Py_None);
   if (hidden == NULL) {
     goto done;
   }
   ml_tokens base = {0}, out = {0}, kept = {0};
   ml_matrix bias_row = {0};
-  plain = read_experts(&c, adapters) && read_rows(&c, x, c.core.d_in, &c.core.x) &&
+  plain = read_experts(&c, adapters) && read_rows(&c, x, c.core.dtype, c.core.d_in, &c.core.x) &&
           read_weights(&c, args[2], &c.core.routing_weights) && read_scalings(&c, args[3]) &&
-          read_optional_rows(&c, base_output, c.core.d_out, &base) && read_weight(&c, weight) &&
-          read_bias(&c, bias, &bias_row) && read_dropout(&c, args[7]) && read_rows(&c, y, c.core.d_out, &out) &&
-          read_optional_rows(&c, hidden, c.total_rank, &kept);
+          read_optional_rows(&c, base_output, c.core.dtype, c.core.d_out, &base) && read_weight(&c, weight) &&
+          read_bias(&c, bias, &bias_row) && read_dropout(&c, args[7]) &&
+          read_rows(&c, y, c.core.dtype, c.core.d_out, &out) &&
+          read_optional_rows(&c, hidden, wide_dtype(&c), c.total_rank, &kept);
   if (plain != YES) {
     goto done;
   }
@@ -567,7 +603,7 @@ PyObject *forward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_
   }
 done:
   if (plain == NO) {
-    PyErr_SetString(PyExc_ValueError, "forward_tensors takes plain tensors of one dtype and of shapes that agree");
+    PyErr_SetString(PyExc_ValueError, "forward_tensors takes plain tensors of dtypes and shapes that agree");
   }
   Py_XDECREF(hidden);
   Py_XDECREF(y);
@@ -581,7 +617,8 @@ enum { NODE_X, NODE_ROUTING_WEIGHTS, NODE_BASE_OUTPUT, NODE_FROZEN, NODE_SETTING
 
 static bool read_grad(const tensor_call *c, PyObject *obj, int64_t rows, int64_t cols, ml_matrix *grad) {
   int64_t got_rows, got_cols;
-  return obj == Py_None || (read_factor(c, obj, grad, &got_rows, &got_cols) && got_rows == rows && got_cols == cols);
+  return obj == Py_None ||
+         (read_factor(c, obj, adapter_dtype(c), grad, &got_rows, &got_cols) && got_rows == rows && got_cols == cols);
 }
 
 /* grads: those of the A's, then those of the B's. */
@@ -607,7 +644,8 @@ static PyObject *new_grads(const tensor_call *c, PyObject *const *saved, PyObjec
     if (PyTuple_GET_ITEM(needed, i) != Py_True || i == NODE_FROZEN || i == NODE_SETTINGS) {
       grad = Py_NewRef(Py_None);
     } else if (i == NODE_X) {
-      grad = torch_base ? PyNumber_MatrixMultiply(grad_y, saved[SAVED_WEIGHT]) : new_rows(c, c->core.d_in);
+      grad =
+          torch_base ? PyNumber_MatrixMultiply(grad_y, saved[SAVED_WEIGHT]) : new_rows(c, c->core.dtype, c->core.d_in);
     } else if (i == NODE_BASE_OUTPUT) {
       grad = Py_NewRef(grad_y);
     } else {
@@ -645,10 +683,12 @@ PyObject *backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n
   }
   int64_t rank;
   ml_matrix first_a;
-  plain = read_shape(&c, grad_y) && read_factor(&c, adapters[0], &first_a, &rank, &c.core.d_in);
+  plain = read_shape(&c, grad_y);
   if (plain == YES) {
+    read_narrow(&c, adapters[0], saved[SAVED_ROUTING_WEIGHTS]);
     c.core.d_out = c.shape[c.axes - 1];
-    plain = read_weight(&c, saved[SAVED_WEIGHT]);
+    plain = read_factor(&c, adapters[0], adapter_dtype(&c), &first_a, &rank, &c.core.d_in) &&
+            read_weight(&c, saved[SAVED_WEIGHT]);
   }
   if (plain != YES) {
     goto done;
@@ -662,12 +702,12 @@ PyObject *backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n
   }
   ml_tokens g = {0}, hidden = {0}, grad_x = {0}, grad_w = {0};
   PyObject *const *grad = &PyTuple_GET_ITEM(grads, 0);
-  plain = read_experts(&c, adapters) && read_optional_rows(&c, saved[SAVED_X], c.core.d_in, &c.core.x) &&
+  plain = read_experts(&c, adapters) && read_optional_rows(&c, saved[SAVED_X], c.core.dtype, c.core.d_in, &c.core.x) &&
           read_weights(&c, saved[SAVED_ROUTING_WEIGHTS], &c.core.routing_weights) && read_scalings(&c, args[2]) &&
           (!own_base || read_weight(&c, saved[SAVED_WEIGHT])) && read_dropout(&c, args[4]) &&
-          read_rows(&c, grad_y, c.core.d_out, &g) &&
-          read_optional_rows(&c, saved[SAVED_HIDDEN], c.total_rank, &hidden) &&
-          read_optional_rows(&c, grad[NODE_X], c.core.d_in, &grad_x) &&
+          read_rows(&c, grad_y, c.core.dtype, c.core.d_out, &g) &&
+          read_optional_rows(&c, saved[SAVED_HIDDEN], wide_dtype(&c), c.total_rank, &hidden) &&
+          read_optional_rows(&c, grad[NODE_X], c.core.dtype, c.core.d_in, &grad_x) &&
           (grad[NODE_ROUTING_WEIGHTS] == Py_None || read_weights(&c, grad[NODE_ROUTING_WEIGHTS], &grad_w)) &&
           read_grads(&c, grad + N_NODE);
   if (plain != YES) {

@@ -15,7 +15,7 @@ typedef struct {
   PyObject *requires_grad;      /* the name of the attribute */
   PyObject *empty;              /* (shape, strides, dtype) -> a new CPU tensor */
   PyObject *empty_like, *linear;
-  PyObject *float32, *float64;
+  PyObject *float32, *float64, *bfloat16;
   const dl_exchange_api *exchange;
 } torch_api;
 

@@ -99,7 +99,8 @@ def backward_raw(
     /,
 ) -> None: ...
 
-# Tensors in their plain case: strided CPU memory, all of one dtype. Annotated as Any, since numpy users have no torch.
+# Tensors in their plain case: strided CPU memory, all of float32 or of float64; or x, the base and y of bfloat16, where
+# adapters, and routing weights, are of bfloat16 or float32. Annotated as Any, since numpy users have no torch.
 
 def use_torch(
     Tensor: type,
@@ -109,6 +110,7 @@ def use_torch(
     linear: Callable[[Any, Any, Any], Any],
     float32: Any,
     float64: Any,
+    bfloat16: Any,
     /,
 ) -> bool: ...
 def are_plain(*tensors: Any) -> bool: ...

@@ -94,6 +94,24 @@ def test_strides_parameters_and_options_are_plain_too(changes):
     assert plain_call(**changes) is not None
 
 
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("requires", [False, True])
+def test_bfloat16_goes_together_with_itself_and_with_float32(adapters, weights, requires):
+    given, wide = arguments(dtype=torch.bfloat16), arguments(dtype=torch.float32)
+    for name in ("lora_A", "lora_B"):
+        given[name] = [t.to(adapters).requires_grad_(requires) for t in given[name]]
+    given["routing_weights"] = given["routing_weights"].to(weights)
+    assert core.plain_call(*given.values())[3] is requires
+    for name in ("x", "weight", "bias"):
+        assert core.plain_call(*(given | {name: wide[name]}).values()) is None
+    other = torch.float32 if adapters is torch.bfloat16 else torch.bfloat16
+    for name in ("lora_A", "lora_B"):
+        mixed = [given[name][0], given[name][1].to(other)]
+        assert core.plain_call(*(given | {name: mixed}).values()) is None
+    assert core.plain_call(*(given | {"routing_weights": given["routing_weights"].half()}).values()) is None
+
+
 def test_scaling_is_spread():
     assert plain_call(scaling=2.0)[1] == (2.0, 2.0)
 
@@ -458,7 +476,7 @@ def test_routings_keep_no_tensor_alive():
 
 def test_arguments_are_counted():
     for name, n in (
-        ("use_torch", 7),
+        ("use_torch", 8),
         ("plain_call", 8),
         ("forward_tensors", 11),
         ("backward_tensors", 7),
@@ -477,7 +495,8 @@ def test_a_torch_without_the_exchange_api_is_left_alone():
     class Tensor:
         is_neg = None
 
-    functions = (autograd._empty, torch.empty_like, torch.nn.functional.linear, torch.float32, torch.float64)
+    functions = (autograd._empty, torch.empty_like, torch.nn.functional.linear)
+    functions += (torch.float32, torch.float64, torch.bfloat16)
     try:
         assert core.use_torch(Tensor, Tensor, *functions) is False
         assert not core.are_plain(torch.ones(1)) and not core.are_plain(Tensor())

@@ -17,7 +17,7 @@ enum { ROUNDINGS = 8, ROUNDINGS_OF_EQUAL_TERMS = 128, MAX_PRINTED = 20 };
 
 static int failures, checks;
 static int roundings = ROUNDINGS;
-static double largest_error; /* of all, as a share of what is allowed */
+static double largest_error; /* of all but those stored as bf16, as a share of what is allowed */
 static char about[256];      /* what is being checked */
 
 #define EXPECT(condition, ...)                          \
@@ -30,13 +30,20 @@ static char about[256];      /* what is being checked */
     }                                                   \
   } while (0)
 
-static double epsilon(ml_dtype t) { return t == ML_F32 ? FLT_EPSILON : DBL_EPSILON; }
+/* What is computed in: float for ML_BF16. */
+static ml_dtype wide(ml_dtype t) { return t == ML_BF16 ? ML_F32 : t; }
+static double epsilon(ml_dtype t) { return wide(t) == ML_F32 ? FLT_EPSILON : DBL_EPSILON; }
+static const char *name_of(ml_dtype t) { return t == ML_F32 ? "f32" : t == ML_F64 ? "f64" : "bf16"; }
 
-/* `got` is `exact` up to roundings of a sum whose terms are together as large as `magnitude`. */
+/* `got` is `exact` up to roundings of a sum whose terms are together as large as `magnitude`, and up to half a unit in the
+ * last of the 8 bits of a bf16 that it was stored as. */
 static void expect_rounded(ml_dtype t, const char *what, int64_t i, int64_t j, double got, double exact,
                            double magnitude) {
   double error = fabs(got - exact), allowed = roundings * epsilon(t) * magnitude;
-  if (error > largest_error * allowed && error <= allowed) largest_error = error / allowed;
+  if (t == ML_BF16)
+    allowed += (fabs(exact) + allowed) / 256;
+  else if (error > largest_error * allowed && error <= allowed)
+    largest_error = error / allowed;
   EXPECT(error <= allowed, "%s[%d, %d]: got %.17g, wanted %.17g +- %.2g", what, (int)i, (int)j, got, exact, allowed);
 }
 
@@ -64,18 +71,34 @@ static int draw(deck *d) {
   return d->order[--d->left];
 }
 
-/* ---- arrays of either dtype with any strides ---- */
+/* ---- arrays of any dtype with any strides ---- */
 
-static size_t size_of(ml_dtype t) { return t == ML_F32 ? sizeof(float) : sizeof(double); }
+static size_t size_of(ml_dtype t) { return t == ML_F32 ? sizeof(float) : t == ML_F64 ? sizeof(double) : 2; }
 static char *at(ml_dtype t, void *data, int64_t i) { return (char *)data + i * (int64_t)size_of(t); }
 static double get(ml_dtype t, const void *data, int64_t i) {
-  return t == ML_F32 ? (double)((const float *)data)[i] : ((const double *)data)[i];
+  if (t == ML_F64) return ((const double *)data)[i];
+  if (t == ML_F32) return (double)((const float *)data)[i];
+  uint32_t bits = (uint32_t)((const uint16_t *)data)[i] << 16;
+  float v;
+  memcpy(&v, &bits, sizeof v);
+  return (double)v;
 }
+/* Cut off, for bf16: what is read back is what counts. */
 static void set(ml_dtype t, void *data, int64_t i, double v) {
-  if (t == ML_F32)
-    ((float *)data)[i] = (float)v;
-  else
+  float single = (float)v;
+  uint32_t bits;
+  memcpy(&bits, &single, sizeof bits);
+  if (t == ML_F64)
     ((double *)data)[i] = v;
+  else if (t == ML_F32)
+    ((float *)data)[i] = single;
+  else
+    ((uint16_t *)data)[i] = (uint16_t)(bits >> 16);
+}
+static double stored(ml_dtype t, double v) {
+  double memory;
+  set(t, &memory, 0, v);
+  return get(t, &memory, 0);
 }
 static double tget(ml_dtype t, ml_tokens v, int64_t b, int64_t s, int64_t j) {
   return get(t, v.data, b * v.batch + s * v.seq + j * v.col);
@@ -100,6 +123,16 @@ typedef struct {
 } array;
 static array arrays[MAX_ARRAYS];
 static int n_arrays;
+
+/* How many allocations succeed before memory runs out; negative: it does not. Linked with --wrap=malloc. */
+static int mallocs_left = -1;
+void *__real_malloc(size_t n);
+void *__wrap_malloc(size_t n);
+void *__wrap_malloc(size_t n) {
+  if (mallocs_left == 0) return NULL;
+  mallocs_left -= mallocs_left > 0;
+  return __real_malloc(n);
+}
 
 static void *checked(void *memory) {
   if (!memory) abort();
@@ -371,15 +404,23 @@ static ml_tokens per_row(const problem *q, ml_tokens v) {
   if (q->per == PER_CALL) v.batch = 0;
   return v;
 }
+/* The dtypes of what is not tokens. */
+static ml_dtype of_adapters(const ml_routed_lora *p) { return p->bf16_adapters ? p->dtype : wide(p->dtype); }
+static ml_dtype of_weights(const ml_routed_lora *p) { return p->bf16_weights ? p->dtype : wide(p->dtype); }
+
+static ml_tokens some_hidden(const ml_routed_lora *p, int64_t R, role r) {
+  layout l = p->dtype == ML_BF16 ? DENSE : (layout)draw(&out_layouts);
+  return tokens(wide(p->dtype), p->batch, p->seq, R, l, r);
+}
 static int64_t weight_batches(const problem *q) { return q->per == PER_CALL ? 1 : q->p.batch; }
 static int64_t weight_seqs(const problem *q) { return q->per == PER_TOKEN ? q->p.seq : 1; }
 
-static void expect_all(const problem *q, const char *what, ml_tokens got, int64_t B, int64_t S, int64_t d,
+static void expect_all(ml_dtype t, const char *what, ml_tokens got, int64_t B, int64_t S, int64_t d,
                        const double *exact, const double *magnitude, bool added) {
   for (int64_t i = 0; i < B * S; i++)
     for (int64_t j = 0; j < d; j++) {
       double before = added ? start(i, j) : 0;
-      expect_rounded(q->p.dtype, what, i, j, tget(q->p.dtype, got, i / S, i % S, j), exact[i * d + j] + before,
+      expect_rounded(t, what, i, j, tget(t, got, i / S, i % S, j), exact[i * d + j] + before,
                      magnitude[i * d + j] + fabs(before));
     }
 }
@@ -388,7 +429,7 @@ static void check_forward(const problem *q) {
   const ml_routed_lora *p = &q->p;
   const ml_tokens none = {NULL, 0, 0, 0};
   int first = n_arrays;
-  ml_tokens y[2], hidden = some_tokens(p->dtype, p->batch, p->seq, q->exact.R, OUTPUT);
+  ml_tokens y[2], hidden = some_hidden(p, q->exact.R, OUTPUT);
   for (int wants_hidden = 0; wants_hidden <= 1; wants_hidden++) {
     ml_tokens base = q->base, out = some_tokens(p->dtype, p->batch, p->seq, p->d_out, OUTPUT);
     if (q->base_kind == BASE_IN_PLACE) {
@@ -401,10 +442,11 @@ static void check_forward(const problem *q) {
     ml_status status = ml_routed_lora_forward(p, out, wants_hidden ? hidden : none, base, q->bias, q->bias_stride);
     EXPECT(status == ML_OK, "forward: %s", ml_status_message(status));
     expect_untouched();
-    expect_all(q, "y", out, p->batch, p->seq, p->d_out, q->exact.y, q->magnitude.y, false);
+    expect_all(p->dtype, "y", out, p->batch, p->seq, p->d_out, q->exact.y, q->magnitude.y, false);
     y[wants_hidden] = out;
   }
-  expect_all(q, "hidden", hidden, p->batch, p->seq, q->exact.R, q->exact.hidden, q->magnitude.hidden, false);
+  expect_all(wide(p->dtype), "hidden", hidden, p->batch, p->seq, q->exact.R, q->exact.hidden, q->magnitude.hidden,
+             false);
   for (int64_t i = 0; i < q->exact.T; i++)
     for (int64_t j = 0; j < p->d_out; j++)
       EXPECT(tget(p->dtype, y[0], i / p->seq, i % p->seq, j) == tget(p->dtype, y[1], i / p->seq, i % p->seq, j),
@@ -416,7 +458,7 @@ static void check_forward(const problem *q) {
 static void check_backward(problem *q, unsigned wanted, unsigned accumulate) {
   ml_routed_lora p = q->p;
   ml_expert experts[MAX_EXPERTS];
-  ml_dtype t = p.dtype;
+  ml_dtype t = p.dtype, of_a = of_adapters(&p), of_w = of_weights(&p);
   const twin *exact = &q->exact, *magnitude = &q->magnitude;
   const ml_tokens none = {NULL, 0, 0, 0};
   ml_tokens hidden = none, grad_x = none, grad_w = none;
@@ -424,23 +466,23 @@ static void check_backward(problem *q, unsigned wanted, unsigned accumulate) {
   bool adds_x = accumulate & ML_ACCUMULATE_X, adds_a = accumulate & ML_ACCUMULATE_A;
   bool adds_b = accumulate & ML_ACCUMULATE_B, adds_w = accumulate & ML_ACCUMULATE_W;
   if (wanted & (4 | 8)) { /* what nothing needs may be missing */
-    hidden = some_tokens(t, p.batch, p.seq, exact->R, OUTPUT);
+    hidden = some_hidden(&p, exact->R, OUTPUT);
     for (int64_t i = 0; i < exact->T; i++)
-      for (int64_t r = 0; r < exact->R; r++) tset(t, hidden, i / p.seq, i % p.seq, r, exact->h[i * exact->R + r]);
+      for (int64_t r = 0; r < exact->R; r++) tset(wide(t), hidden, i / p.seq, i % p.seq, r, exact->h[i * exact->R + r]);
     memset(arrays[n_arrays - 1].may_change, 0, (size_t)arrays[n_arrays - 1].n); /* an input after all */
   }
   if (!(wanted & 2)) p.x = none;
   if (wanted & 1) grad_x = some_tokens(t, p.batch, p.seq, p.d_in, adds_x ? OUTPUT_ADDED_TO : OUTPUT);
   if (wanted & 8)
-    grad_w = some_tokens(t, weight_batches(q), weight_seqs(q), p.n_experts, adds_w ? OUTPUT_ADDED_TO : OUTPUT);
+    grad_w = some_tokens(of_w, weight_batches(q), weight_seqs(q), p.n_experts, adds_w ? OUTPUT_ADDED_TO : OUTPUT);
   bool dense_grads = pick(2) == 0; /* all of them, as adapters have them */
   for (int64_t e = 0; e < p.n_experts; e++) {
     ml_expert *x = &experts[e];
     bool skip = (wanted & 16) && e % 2 == 0;
     layout a = dense_grads ? DENSE : (layout)draw(&out_layouts), b = dense_grads ? DENSE : (layout)draw(&out_layouts);
     *x = p.experts[e];
-    if ((wanted & 2) && !skip) x->grad_a = matrix(t, x->rank, p.d_in, a, adds_a ? OUTPUT_ADDED_TO : OUTPUT);
-    if ((wanted & 4) && !skip) x->grad_b = matrix(t, p.d_out, x->rank, b, adds_b ? OUTPUT_ADDED_TO : OUTPUT);
+    if ((wanted & 2) && !skip) x->grad_a = matrix(of_a, x->rank, p.d_in, a, adds_a ? OUTPUT_ADDED_TO : OUTPUT);
+    if ((wanted & 4) && !skip) x->grad_b = matrix(of_a, p.d_out, x->rank, b, adds_b ? OUTPUT_ADDED_TO : OUTPUT);
   }
   p.experts = experts;
   remember_arrays();
@@ -449,7 +491,7 @@ static void check_backward(problem *q, unsigned wanted, unsigned accumulate) {
   EXPECT(status == ML_OK, "backward: %s", ml_status_message(status));
   expect_untouched();
 
-  if (wanted & 1) expect_all(q, "grad_x", grad_x, p.batch, p.seq, p.d_in, exact->grad_x, magnitude->grad_x, adds_x);
+  if (wanted & 1) expect_all(t, "grad_x", grad_x, p.batch, p.seq, p.d_in, exact->grad_x, magnitude->grad_x, adds_x);
   for (int64_t e = 0; e < p.n_experts; e++) {
     int64_t r0 = exact->offsets[e];
     ml_matrix a = experts[e].grad_a, b = experts[e].grad_b;
@@ -457,14 +499,14 @@ static void check_backward(problem *q, unsigned wanted, unsigned accumulate) {
       for (int64_t k = 0; k < p.d_in; k++) {
         int64_t i = (r0 + r) * p.d_in + k;
         double before = adds_a ? start(r, k) : 0;
-        expect_rounded(t, "grad_a", r, k, mget(t, a, r, k), exact->grad_a[i] + before,
+        expect_rounded(of_a, "grad_a", r, k, mget(of_a, a, r, k), exact->grad_a[i] + before,
                        magnitude->grad_a[i] + fabs(before));
       }
     for (int64_t r = 0; r < experts[e].rank && b.data; r++)
       for (int64_t o = 0; o < p.d_out; o++) {
         int64_t i = (r0 + r) * p.d_out + o;
         double before = adds_b ? start(o, r) : 0;
-        expect_rounded(t, "grad_b", o, r, mget(t, b, o, r), exact->grad_b[i] + before,
+        expect_rounded(of_a, "grad_b", o, r, mget(of_a, b, o, r), exact->grad_b[i] + before,
                        magnitude->grad_b[i] + fabs(before));
       }
   }
@@ -477,7 +519,7 @@ static void check_backward(problem *q, unsigned wanted, unsigned accumulate) {
         sums[row * N + e] += exact->grad_w[i * N + e];
         sizes[row * N + e] += magnitude->grad_w[i * N + e];
       }
-    expect_all(q, "grad_w", grad_w, B, S, N, sums, sizes, adds_w);
+    expect_all(of_w, "grad_w", grad_w, B, S, N, sums, sizes, adds_w);
     free(reals[--n_reals]), free(reals[--n_reals]);
   }
   free_arrays(first);
@@ -485,10 +527,14 @@ static void check_backward(problem *q, unsigned wanted, unsigned accumulate) {
 
 /* What a shape leaves open comes from decks, so that every choice meets many shapes. */
 static void check_shape(const shape *s, ml_dtype t) {
-  static deck bases = {.n = BASES}, pers = {.n = PERS}, weight_kinds = {.n = WEIGHT_KINDS}, dropouts = {.n = 3};
+  static deck bases = {.n = BASES}, bf16_bases = {.n = WEIGHT}, pers = {.n = PERS}, weight_kinds = {.n = WEIGHT_KINDS},
+              dropouts = {.n = 3};
   static deck probabilities = {.n = 4}, wanted = {.n = 31}, accumulated = {.n = 16}, top_ks[MAX_EXPERTS + 1];
   problem q = {.p = {.dtype = t, .batch = s->batch, .seq = s->seq, .d_in = s->d_in, .d_out = s->d_out}};
   ml_routed_lora *p = &q.p;
+  p->bf16_adapters = t == ML_BF16 && pick(2) == 0;
+  p->bf16_weights = t == ML_BF16 && pick(2) == 0;
+  ml_dtype of_a = of_adapters(p), of_w = of_weights(p);
   twin *v = &q.exact;
   int64_t T = s->batch * s->seq, N = s->n_experts;
   bool drops = draw(&dropouts) == 0, dense_factors = pick(2) == 0; /* as adapters have them: read in place */
@@ -499,13 +545,13 @@ static void check_shape(const shape *s, ml_dtype t) {
   p->n_threads = 1 + pick(3);
   p->dropout_seed = (uint64_t)random_bits() << 32 | random_bits();
   q.per = (per_kind)draw(&pers);
-  q.base_kind = (base_kind)draw(&bases);
+  q.base_kind = (base_kind)draw(t == ML_BF16 ? &bf16_bases : &bases);
   *v = (twin){.T = T, .d_in = s->d_in, .d_out = s->d_out, .N = N};
   for (int64_t e = 0; e < N; e++) {
     static const double choices[] = {0, 0.1, 0.5, 1};
     layout a = dense_factors ? DENSE : (layout)draw(&in_layouts), b = dense_factors ? DENSE : (layout)draw(&in_layouts);
-    q.experts[e] = (ml_expert){.a = matrix(t, s->ranks[e], s->d_in, a, INPUT),
-                               .b = matrix(t, s->d_out, s->ranks[e], b, INPUT),
+    q.experts[e] = (ml_expert){.a = matrix(of_a, s->ranks[e], s->d_in, a, INPUT),
+                               .b = matrix(of_a, s->d_out, s->ranks[e], b, INPUT),
                                .rank = s->ranks[e],
                                .scaling = v->scaling[e] = 2 * noise(),
                                .dropout = drops ? choices[draw(&probabilities)] : 0};
@@ -516,14 +562,14 @@ static void check_shape(const shape *s, ml_dtype t) {
   q.grad_y = tokens(t, s->batch, s->seq, s->d_out, of_grad_y, INPUT);
   /* A chain of up to 256 sums of the same term rounds to the same side, so that nothing cancels. */
   roundings = of_x == REPEATED && of_grad_y == REPEATED ? ROUNDINGS_OF_EQUAL_TERMS : ROUNDINGS;
-  ml_tokens w = some_tokens(t, weight_batches(&q), weight_seqs(&q), N, INPUT);
+  ml_tokens w = some_tokens(of_w, weight_batches(&q), weight_seqs(&q), N, INPUT);
   weight_kind weights = (weight_kind)draw(&weight_kinds);
   int64_t unused = pick((int)N);
   for (int64_t i = 0; i < weight_batches(&q) * weight_seqs(&q); i++)
     for (int64_t e = 0; e < N; e++) {
       int64_t b = i / weight_seqs(&q), seq = i % weight_seqs(&q);
-      if (weights == TIED_WEIGHTS) tset(t, w, b, seq, e, round(2 * tget(t, w, b, seq, e)) / 2);
-      if (weights == AN_UNUSED_EXPERT && e == unused) tset(t, w, b, seq, e, 0);
+      if (weights == TIED_WEIGHTS) tset(of_w, w, b, seq, e, round(2 * tget(of_w, w, b, seq, e)) / 2);
+      if (weights == AN_UNUSED_EXPERT && e == unused) tset(of_w, w, b, seq, e, 0);
     }
   p->routing_weights = per_row(&q, w);
   if (q.base_kind == BASE) q.base = some_tokens(t, s->batch, s->seq, s->d_out, INPUT);
@@ -536,14 +582,14 @@ static void check_shape(const shape *s, ml_dtype t) {
 
   v->x = dense(t, p->x, s->batch, s->seq, s->d_in);
   v->g = dense(t, q.grad_y, s->batch, s->seq, s->d_out);
-  v->w = dense(t, p->routing_weights, s->batch, s->seq, N);
+  v->w = dense(of_w, p->routing_weights, s->batch, s->seq, N);
   v->a = zeros(v->R * s->d_in);
   v->b = zeros(v->R * s->d_out);
   for (int64_t e = 0; e < N; e++)
     for (int64_t r = 0; r < s->ranks[e]; r++) {
       int64_t i = v->offsets[e] + r;
-      for (int64_t k = 0; k < s->d_in; k++) v->a[i * s->d_in + k] = mget(t, q.experts[e].a, r, k);
-      for (int64_t o = 0; o < s->d_out; o++) v->b[i * s->d_out + o] = mget(t, q.experts[e].b, o, r);
+      for (int64_t k = 0; k < s->d_in; k++) v->a[i * s->d_in + k] = mget(of_a, q.experts[e].a, r, k);
+      for (int64_t o = 0; o < s->d_out; o++) v->b[i * s->d_out + o] = mget(of_a, q.experts[e].b, o, r);
     }
   v->kept = kept_experts(v, p->top_k);
   if (drops) v->drop = drop_factors(p, T);
@@ -554,11 +600,11 @@ static void check_shape(const shape *s, ml_dtype t) {
     v->init = dense(t, (ml_tokens){q.bias, 0, 0, q.bias_stride}, s->batch, s->seq, s->d_out);
   else if (q.base_kind == BASE_IN_PLACE) {
     v->init = zeros(T * s->d_out);
-    for (int64_t i = 0; i < T * s->d_out; i++) v->init[i] = (float)noise();
+    for (int64_t i = 0; i < T * s->d_out; i++) v->init[i] = stored(wide(t) == t ? ML_F32 : t, noise());
   }
   twin_forward(v);
   v->h = zeros(T * v->R);
-  for (int64_t i = 0; i < T * v->R; i++) v->h[i] = t == ML_F32 ? (float)v->hidden[i] : v->hidden[i];
+  for (int64_t i = 0; i < T * v->R; i++) v->h[i] = stored(wide(t), v->hidden[i]);
   q.magnitude = magnitude_of(v);
   twin_forward(&q.magnitude);
   twin_backward(v);
@@ -567,9 +613,10 @@ static void check_shape(const shape *s, ml_dtype t) {
   unsigned some = 1 + (unsigned)draw(&wanted), flags = (unsigned)draw(&accumulated);
   for (const char *const *isa = ml_isa_available(); *isa; isa++) {
     EXPECT(ml_set_isa(*isa) == ML_OK && strcmp(ml_get_isa(), *isa) == 0, "%s can't be chosen", *isa);
-    snprintf(about, sizeof about, "%s %s, T=%dx%d d=%d,%d R=%d N=%d top_k=%d base=%d weights=%d per=%d drops=%d", *isa,
-             t == ML_F32 ? "f32" : "f64", (int)s->batch, (int)s->seq, (int)s->d_in, (int)s->d_out, (int)v->R, (int)N,
-             (int)p->top_k, (int)q.base_kind, (int)weights, (int)q.per, drops);
+    snprintf(about, sizeof about,
+             "%s %s (adapters %s, weights %s), T=%dx%d d=%d,%d R=%d N=%d top_k=%d base=%d weights=%d per=%d drops=%d",
+             *isa, name_of(t), name_of(of_a), name_of(of_w), (int)s->batch, (int)s->seq, (int)s->d_in, (int)s->d_out,
+             (int)v->R, (int)N, (int)p->top_k, (int)q.base_kind, (int)weights, (int)q.per, drops);
     check_forward(&q);
     check_backward(&q, 1 | 2 | 4 | 8, flags);
     if (some != 16) check_backward(&q, some, flags ^ 15u);
@@ -587,7 +634,7 @@ static void check_grid(void) {
   deck counts = {.n = MAX_EXPERTS};
   for (size_t i = 0; i < sizeof Ts / sizeof *Ts; i++)
     for (size_t j = 0; j < sizeof widths / sizeof *widths; j++)
-      for (int t = ML_F32; t <= ML_F64; t++) {
+      for (int t = ML_F32; t <= ML_BF16; t++) {
         shape s = {1, Ts[i], widths[j], widths[draw(&d_outs)], 1 + draw(&counts), {0}};
         for (int64_t e = 0; e < s.n_experts; e++) s.ranks[e] = ranks[draw(&some_ranks)];
         int64_t batch = 1 + pick((int)s.seq);
@@ -603,7 +650,7 @@ static void check_equal_ranks(void) {
   deck d_ins = {.n = sizeof widths / sizeof *widths}, d_outs = d_ins, counts = {.n = MAX_EXPERTS};
   for (size_t i = 0; i < sizeof Ts / sizeof *Ts; i++)
     for (size_t j = 0; j < sizeof ranks / sizeof *ranks; j++)
-      for (int t = ML_F32; t <= ML_F64; t++)
+      for (int t = ML_F32; t <= ML_BF16; t++)
         for (int again = 0; again < 2; again++) {
           shape s = {1, Ts[i], widths[draw(&d_ins)], widths[draw(&d_outs)], 1 + draw(&counts), {0}};
           for (int64_t e = 0; e < s.n_experts; e++) s.ranks[e] = ranks[j];
@@ -621,52 +668,73 @@ static void check_large_blocks(void) {
       {1, 70, 600, 2070, 1, {7}},    {1, 2070, 20, 300, 6, {3, 2, 1, 3, 2, 2}},
   };
   for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
-    for (int t = ML_F32; t <= ML_F64; t++)
+    for (int t = ML_F32; t <= ML_BF16; t++)
       for (int again = 0; again < 3; again++) check_shape(&shapes[i], (ml_dtype)t);
 }
 
 /* ---- bits and statuses ---- */
 
-/* Everything that forward and backward write, one after the other. */
-static void *all_results(problem *q, int n_threads, size_t *bytes) {
-  ml_routed_lora *p = &q->p;
+static void make_problem(problem *q, ml_dtype t, int64_t T, int64_t d, per_kind per, bool dropout) {
+  *q = (problem){.p = {.dtype = t, .batch = 1, .seq = T, .d_in = d, .d_out = d + 10, .n_experts = 3}, .per = per};
+  q->p.bf16_adapters = q->p.bf16_weights = t == ML_BF16;
+  for (int e = 0; e < 3; e++) {
+    ml_matrix a = matrix(t, 12, d, DENSE, INPUT), b = matrix(t, d + 10, 12, DENSE, INPUT);
+    q->experts[e] = (ml_expert){.a = a, .b = b, .rank = 12, .scaling = 2, .dropout = dropout && e > 0 ? 0.5 : 0};
+  }
+  q->p.experts = q->experts;
+  q->p.x = tokens(t, 1, T, d, DENSE, INPUT);
+  q->grad_y = tokens(t, 1, T, d + 10, DENSE, INPUT);
+  q->p.routing_weights = per_row(q, tokens(t, 1, weight_seqs(q), 3, DENSE, INPUT));
+  if (t != ML_BF16) q->p.weight = matrix(t, d + 10, d, DENSE, INPUT);
+}
+
+/* Everything that forward and backward write. */
+typedef struct {
+  ml_tokens y, hidden, grad_x, grad_w;
+} outputs;
+
+static outputs make_outputs(problem *q) {
+  const ml_routed_lora *p = &q->p;
   ml_dtype t = p->dtype;
-  const ml_tokens none = {NULL, 0, 0, 0};
-  int first = n_arrays;
-  ml_tokens y = tokens(t, 1, p->seq, p->d_out, DENSE, OUTPUT), hidden = tokens(t, 1, p->seq, 3 * 12, DENSE, OUTPUT);
-  ml_tokens grad_x = tokens(t, 1, p->seq, p->d_in, DENSE, OUTPUT);
-  ml_tokens grad_w = per_row(q, tokens(t, 1, weight_seqs(q), 3, DENSE, OUTPUT));
+  outputs o = {.y = tokens(t, 1, p->seq, p->d_out, DENSE, OUTPUT),
+               .hidden = tokens(wide(t), 1, p->seq, 3 * 12, DENSE, OUTPUT),
+               .grad_x = tokens(t, 1, p->seq, p->d_in, DENSE, OUTPUT),
+               .grad_w = per_row(q, tokens(t, 1, weight_seqs(q), 3, DENSE, OUTPUT))};
   for (int e = 0; e < 3; e++) {
     q->experts[e].grad_a = matrix(t, 12, p->d_in, DENSE, OUTPUT);
     q->experts[e].grad_b = matrix(t, p->d_out, 12, DENSE, OUTPUT);
   }
-  p->n_threads = n_threads;
-  EXPECT(ml_routed_lora_forward(p, y, hidden, none, NULL, 0) == ML_OK, "forward on %d threads", n_threads);
-  EXPECT(ml_routed_lora_backward(p, q->grad_y, hidden, grad_x, grad_w, 0) == ML_OK, "backward on %d threads",
-         n_threads);
+  return o;
+}
+
+static ml_status run(const problem *q, const outputs *o, bool forward) {
+  const ml_tokens none = {NULL, 0, 0, 0};
+  return forward ? ml_routed_lora_forward(&q->p, o->y, o->hidden, none, NULL, 0)
+                 : ml_routed_lora_backward(&q->p, q->grad_y, o->hidden, o->grad_x, o->grad_w, 0);
+}
+
+/* All of it, one after the other. */
+static void *all_results(problem *q, int n_threads, size_t *bytes) {
+  int first = n_arrays;
+  outputs o = make_outputs(q);
+  q->p.n_threads = n_threads;
+  EXPECT(run(q, &o, true) == ML_OK, "forward on %d threads", n_threads);
+  EXPECT(run(q, &o, false) == ML_OK, "backward on %d threads", n_threads);
   *bytes = 0;
-  for (const array *a = arrays + first; a < arrays + n_arrays; a++) *bytes += (size_t)a->n * size_of(t);
+  for (const array *a = arrays + first; a < arrays + n_arrays; a++) *bytes += (size_t)a->n * size_of(a->dtype);
   char *all = checked(malloc(*bytes)), *next = all;
   for (const array *a = arrays + first; a < arrays + n_arrays; a++) {
-    memcpy(next, a->data, (size_t)a->n * size_of(t));
-    next += (size_t)a->n * size_of(t);
+    memcpy(next, a->data, (size_t)a->n * size_of(a->dtype));
+    next += (size_t)a->n * size_of(a->dtype);
   }
   free_arrays(first);
   return all;
 }
 
 static void check_threads_leave_the_bits_alone(ml_dtype t, int64_t T, int64_t d, per_kind per, bool dropout) {
-  problem q = {.p = {.dtype = t, .batch = 1, .seq = T, .d_in = d, .d_out = d + 10, .n_experts = 3}, .per = per};
-  for (int e = 0; e < 3; e++) {
-    ml_matrix a = matrix(t, 12, d, DENSE, INPUT), b = matrix(t, d + 10, 12, DENSE, INPUT);
-    q.experts[e] = (ml_expert){.a = a, .b = b, .rank = 12, .scaling = 2, .dropout = dropout && e > 0 ? 0.5 : 0};
-  }
-  q.p.experts = q.experts;
-  q.p.x = tokens(t, 1, T, d, DENSE, INPUT);
-  q.grad_y = tokens(t, 1, T, d + 10, DENSE, INPUT);
-  q.p.routing_weights = per_row(&q, tokens(t, 1, weight_seqs(&q), 3, DENSE, INPUT));
-  q.p.weight = matrix(t, d + 10, d, DENSE, INPUT);
-  snprintf(about, sizeof about, "%s, bits on several threads", ml_get_isa());
+  problem q;
+  make_problem(&q, t, T, d, per, dropout);
+  snprintf(about, sizeof about, "%s %s, bits on several threads", ml_get_isa(), name_of(t));
   size_t bytes;
   void *on_one = all_results(&q, 1, &bytes);
   for (int n = 2; n <= 5; n++) {
@@ -675,6 +743,28 @@ static void check_threads_leave_the_bits_alone(ml_dtype t, int64_t T, int64_t d,
     free(on_several);
   }
   free(on_one);
+  free_arrays(0);
+}
+
+static void check_memory_that_runs_out(ml_dtype t, int64_t T) {
+  problem q;
+  make_problem(&q, t, T, 200, PER_TOKEN, false);
+  outputs o = make_outputs(&q);
+  for (int forward = 1; forward >= 0; forward--) {
+    ml_status status = ML_ERR_NO_MEMORY;
+    for (int n = 0; status == ML_ERR_NO_MEMORY; n++) {
+      snprintf(about, sizeof about, "%s, %s, %d allocations", name_of(t), forward ? "forward" : "backward", n);
+      remember_arrays();
+      mallocs_left = n;
+      status = run(&q, &o, forward);
+      mallocs_left = -1;
+      EXPECT(n > 0 || status == ML_ERR_NO_MEMORY, "%s", ml_status_message(status));
+      for (const array *a = arrays; a < arrays + n_arrays && status != ML_OK; a++)
+        EXPECT(memcmp(a->data, a->before, (size_t)a->n * size_of(a->dtype)) == 0, "array %d was written",
+               (int)(a - arrays));
+    }
+    EXPECT(status == ML_OK, "%s", ml_status_message(status));
+  }
   free_arrays(0);
 }
 
@@ -716,6 +806,9 @@ static void check_statuses_leave_outputs_untouched(void) {
   STATUS(ML_ERR_NULL, z.p.experts = NULL);
   STATUS(ML_ERR_OVERFLOW, (z.p.batch = INT64_MAX / 2, z.p.seq = 4));
   STATUS(ML_ERR_OVERFLOW, (z.p.seq = INT64_MAX / 2));
+  STATUS(ML_ERR_OVERFLOW, (z.p.dtype = ML_BF16, z.p.seq = INT64_MAX / 2));
+  STATUS(ML_ERR_VALUE, (z.p.dtype = ML_BF16, z.p.weight = a));
+  STATUS(ML_ERR_NULL, (z.p.dtype = ML_BF16, z.p.bf16_adapters = true, z.experts[0].b.data = NULL));
   EXPECT(ml_set_isa("vax") == ML_ERR_ISA, "an unknown instruction set was taken");
   free_arrays(0);
 }
@@ -739,10 +832,19 @@ static void check_route(ml_dtype t, int64_t T, int64_t N, int64_t k, bool renorm
   indices[0] = indices[T * k + 1] = counts[0] = counts[N + 1] = KEPT_OUT;
   double *wanted = zeros(T * N), *sizes = zeros(T * N), *grads = zeros(T * N), *grad_sizes = zeros(T * N);
   double *sums = zeros(N), *rests = zeros(N), *sum_sizes = zeros(N), *seen = zeros(N), *p = zeros(N);
-  ml_route_params q = {t, T, N, k, logits, {NULL, 0, 0}, masked ? mask : NULL, 2, temperature, renormalize, 2};
-  problem result = {.p = {.dtype = t}};
-  snprintf(about, sizeof about, "route %s, T=%d N=%d k=%d renormalize=%d masked=%d", t == ML_F32 ? "f32" : "f64",
-           (int)T, (int)N, (int)k, renormalize, masked);
+  ml_route_params q = {.dtype = t,
+                       .n_tokens = T,
+                       .n_experts = N,
+                       .top_k = k,
+                       .logits = logits,
+                       .mask = masked ? mask : NULL,
+                       .mask_stride = 2,
+                       .temperature = temperature,
+                       .renormalize = renormalize,
+                       .n_threads = 2};
+  if (k == 0 && masked) q.probs = weights; /* which the forward is about to write */
+  snprintf(about, sizeof about, "route %s, T=%d N=%d k=%d renormalize=%d masked=%d", name_of(t), (int)T, (int)N, (int)k,
+           renormalize, masked);
   remember_arrays();
   EXPECT(ml_route(&q, weights.data, k ? indices + 1 : NULL, counts + 1, prob_sums.data) == ML_OK, "route");
   if (k == 0 && pick(2) == 0) q.probs = weights;
@@ -800,10 +902,10 @@ static void check_route(ml_dtype t, int64_t T, int64_t N, int64_t k, bool renorm
         grad_sizes[i * N + e] = size * p[e] * (grad_size + mean_size) / temperature;
       }
   }
-  expect_all(&result, "weights", (ml_tokens){weights.data, 0, N, 1}, 1, T, N, wanted, sizes, false);
-  expect_all(&result, "grad_logits", (ml_tokens){grad_logits.data, 0, N, 1}, 1, T, N, grads, grad_sizes, false);
+  expect_all(t, "weights", (ml_tokens){weights.data, 0, N, 1}, 1, T, N, wanted, sizes, false);
+  expect_all(t, "grad_logits", (ml_tokens){grad_logits.data, 0, N, 1}, 1, T, N, grads, grad_sizes, false);
   for (int64_t e = 0; e < N; e++) sums[e] += rests[e];
-  expect_all(&result, "prob_sums", (ml_tokens){prob_sums.data, 0, N, 1}, 1, 1, N, sums, sum_sizes, false);
+  expect_all(t, "prob_sums", (ml_tokens){prob_sums.data, 0, N, 1}, 1, 1, N, sums, sum_sizes, false);
   for (int64_t e = 0; e < N; e++)
     EXPECT((double)counts[1 + e] == seen[e], "counts[%d]: got %d, wanted %g", (int)e, (int)counts[1 + e], seen[e]);
   free(mask), free(indices), free(counts);
@@ -831,7 +933,7 @@ int main(void) {
   check_large_blocks();
   for (const char *const *isa = ml_isa_available(); *isa; isa++) {
     EXPECT(ml_set_isa(*isa) == ML_OK, "%s can't be chosen", *isa);
-    for (int t = ML_F32; t <= ML_F64; t++)
+    for (int t = ML_F32; t <= ML_BF16; t++)
       for (int dropout = 0; dropout <= 1; dropout++) {
         check_threads_leave_the_bits_alone((ml_dtype)t, 300, 200, PER_TOKEN, dropout != 0);
         check_threads_leave_the_bits_alone((ml_dtype)t, 41, 200, PER_CALL, dropout != 0);
@@ -841,6 +943,7 @@ int main(void) {
   }
   EXPECT(ml_set_isa(NULL) == ML_OK, "the default can't be restored");
   check_statuses_leave_outputs_untouched();
+  for (int t = ML_F32; t <= ML_BF16; t++) check_memory_that_runs_out((ml_dtype)t, 1300);
   printf("%d checks, %d failures, largest error %.2f of what is allowed, threads: %s\n", checks, failures,
          largest_error, ml_threading_layer());
   return failures ? 1 : 0;

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moelora.nn import autograd
+
 
 class Mixture(NamedTuple):
     x: Tensor
@@ -64,3 +66,18 @@ def make_mixture():
         )
 
     return make
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How often the core was entered with plain tensors."""
+    count = {"forward_tensors": 0, "backward_tensors": 0, "forward_raw": 0, "backward_raw": 0}
+    core = autograd._core
+
+    class Counting:
+        def __getattr__(self, name):
+            count[name] += 1
+            return getattr(core, name)
+
+    monkeypatch.setattr(autograd, "_core", Counting())
+    return count

@@ -17,21 +17,6 @@ def torchs_base():
     moelora.set_base_product(None)
 
 
-@pytest.fixture
-def taken(monkeypatch):
-    """How often the core was entered with plain tensors."""
-    count = {"forward_tensors": 0, "backward_tensors": 0, "forward_raw": 0, "backward_raw": 0}
-    core = autograd._core
-
-    class Counting:
-        def __getattr__(self, name):
-            count[name] += 1
-            return getattr(core, name)
-
-    monkeypatch.setattr(autograd, "_core", Counting())
-    return count
-
-
 class Refusing:
     """The core when no backward is plain."""
 
@@ -59,16 +44,25 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+DTYPES = {  # of x, and of adapters and routing weights
+    "float32": (torch.float32, torch.float32),
+    "float64": (torch.float64, torch.float64),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "bfloat16 and float32": (torch.bfloat16, torch.float32),
+}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("base", ["none", "base_output", "weight", "weight and bias"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "tokens, weights", [((2, 5), ()), ((2, 5), (2,)), ((2, 5), (2, 5)), ((7,), ()), ((7,), (7,)), ((1,), (1,))], ids=str
 )
 def test_both_ways_give_the_same_bits(
-    make_mixture, monkeypatch, taken, torchs_base, tokens, weights, layout, base, dtype
+    make_mixture, monkeypatch, taken, torchs_base, tokens, weights, layout, base, dtypes
 ):
-    m = make_mixture(tokens=tokens, weights=weights, dtype=dtype, grad=False)
+    dtype, adapters = DTYPES[dtypes]
+    m = make_mixture(tokens=tokens, weights=weights, dtype=dtype, adapters=adapters, grad=False)
     arrange = LAYOUTS[layout]
     weight, bias, base_output = (torch.randn(shape).to(dtype) for shape in ((6, 7), (6,), (*tokens, 6)))
     given = {
@@ -94,10 +88,11 @@ def test_both_ways_give_the_same_bits(
     assert taken == {"forward_tensors": 2, "backward_tensors": 1, "forward_raw": 2, "backward_raw": 1}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("weights", [(), (2, 5)], ids=str)
-def test_top_k_too(make_mixture, monkeypatch, taken, torchs_base, weights, top_k):
-    m = make_mixture(weights=weights)
+def test_top_k_too(make_mixture, monkeypatch, taken, torchs_base, weights, top_k, dtype):
+    m = make_mixture(weights=weights, dtype=dtype)
 
     def differentiated():
         y = routed_lora(*m, top_k=top_k)
@@ -108,9 +103,10 @@ def test_top_k_too(make_mixture, monkeypatch, taken, torchs_base, weights, top_k
     assert taken == {"forward_tensors": 1, "backward_tensors": 1, "forward_raw": 1, "backward_raw": 1}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wanted", range(8))
-def test_gradients_of_some_alone_are_the_same(make_mixture, monkeypatch, taken, wanted):
-    m = make_mixture(grad=False)
+def test_gradients_of_some_alone_are_the_same(make_mixture, monkeypatch, taken, wanted, dtype):
+    m = make_mixture(dtype=dtype, grad=False)
 
     def gradient():
         leaf = m.leaves[wanted].detach().requires_grad_()
@@ -141,21 +137,36 @@ def test_changes_of_parameters_are_seen_at_once(make_mixture, taken):
     assert taken["forward_tensors"] == 4 and taken["forward_raw"] == 0
 
 
-def test_the_other_way_for_all_that_is_not_plain(make_mixture, taken):
+def test_dtypes_that_do_not_go_together_are_converted(make_mixture, taken):
     m = make_mixture(dtype=torch.float32, grad=False)
+    bf16 = make_mixture(dtype=torch.bfloat16, grad=False)
+    calls = [
+        m._replace(routing_weights=m.routing_weights.double()),
+        m._replace(x=m.x.half()),
+        m._replace(x=m.x.double()),
+        bf16._replace(lora_A=m.lora_A),
+        bf16._replace(lora_B=[bf16.lora_B[0], *m.lora_B[1:]]),
+        bf16._replace(routing_weights=m.routing_weights.half()),
+    ]
+    for given in calls:
+        assert routed_lora(*given).dtype is given.x.dtype
+    assert taken["forward_tensors"] == 0 and taken["forward_raw"] == len(calls)
+
+
+def test_what_is_plain_once_it_is_checked_is_not_converted(make_mixture, taken):
+    m = make_mixture(tokens=(2, 2, 5), dtype=torch.float32, grad=False)
+    y = routed_lora(*m)
     for given, options in [
-        (m, {"top_k": np.int64(2)}),
-        (m._replace(x=m.x.bfloat16()), {}),
-        (m._replace(routing_weights=m.routing_weights.double()), {}),
+        (m, {"top_k": np.int64(3)}),
         (m._replace(routing_weights=m.routing_weights > 0), {}),
         (m._replace(scaling=[1, 2, 3]), {}),
         (m._replace(lora_A=nn.ParameterList(m.lora_A)), {}),
         (m._replace(lora_B=iter(m.lora_B)), {}),
     ]:
-        routed_lora(*given, **options)
+        assert routed_lora(*given, **options).shape == y.shape
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert routed_lora(*m).dtype == torch.bfloat16
-    assert taken["forward_tensors"] == 0 and taken["forward_raw"] == 8
+        assert routed_lora(*m).dtype is torch.bfloat16
+    assert taken["forward_tensors"] == 7 and taken["forward_raw"] == 0
 
 
 def test_a_saved_tensor_that_comes_back_as_another_is_read_as_what_it_is(make_mixture, taken):

@@ -20,6 +20,7 @@ static const int32_t lane_masks[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 #define REAL_BYTES 4
 #define LOAD_SOME(p, n) \
   ((NAME(vector))_mm256_maskload_ps(p, _mm256_loadu_si256((const __m256i *)(lane_masks + 8 - (n)))))
+#define CONVERT(v, to) ((to)_mm256_cvtepu16_epi32((__m128i)(v)))
 #define NAME(op) ml_##op##_f32_avx2
 #include "products.h"
 
@@ -39,7 +40,7 @@ const ml_kernels ml_kernels_avx2 = {
     .isa = ML_AVX2,
     .name = "avx2",
     .supported = supported,
-    .products = {[ML_F32] = &ml_table_f32_avx2, [ML_F64] = &ml_table_f64_avx2},
+    .products = {[ML_F32] = &ml_table_f32_avx2, [ML_F64] = &ml_table_f64_avx2, [ML_BF16] = &ml_table_bf16_f32_avx2},
     .bf16 = &ml_bf16_table_avx2,
     .routing = {[ML_F32] = &ml_routing_f32_avx2, [ML_F64] = &ml_routing_f64_avx2},
 };

@@ -16,6 +16,8 @@
 #define REAL float
 #define REAL_BYTES 4
 #define LOAD_SOME(p, n) ((NAME(vector))_mm512_maskz_loadu_ps((__mmask16)((1u << (n)) - 1), p))
+#define CONVERT(v, to) ((to)_mm512_cvtepu16_epi32((__m256i)(v)))
+#define LOAD_SOME_NARROW(p, n) _mm256_maskz_loadu_epi16((__mmask16)((1u << (n)) - 1), p)
 #define NAME(op) ml_##op##_f32_avx512
 #include "products.h"
 
@@ -36,7 +38,9 @@ const ml_kernels ml_kernels_avx512 = {
     .isa = ML_AVX512,
     .name = "avx512",
     .supported = supported,
-    .products = {[ML_F32] = &ml_table_f32_avx512, [ML_F64] = &ml_table_f64_avx512},
+    .products = {[ML_F32] = &ml_table_f32_avx512,
+                 [ML_F64] = &ml_table_f64_avx512,
+                 [ML_BF16] = &ml_table_bf16_f32_avx512},
     .bf16 = &ml_bf16_table_avx512,
     .routing = {[ML_F32] = &ml_routing_f32_avx512, [ML_F64] = &ml_routing_f64_avx512},
 };

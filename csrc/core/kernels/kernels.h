@@ -114,7 +114,9 @@ typedef struct {
   ml_isa isa;
   const char *name;
   bool (*supported)(void);
-  const ml_products *products[2]; /* by ml_dtype */
+  /* By ml_dtype. With ML_BF16 the factors A and B alone, all else being float; it has what reads these: pack, pack_rows,
+   * dots and spread_rows. */
+  const ml_products *products[3];
   const ml_bf16 *bf16;
   const ml_routing *routing[2];
 } ml_kernels;

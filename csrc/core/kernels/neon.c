@@ -33,7 +33,7 @@ const ml_kernels ml_kernels_neon = {
     .isa = ML_NEON,
     .name = "neon",
     .supported = supported,
-    .products = {[ML_F32] = &ml_table_f32_neon, [ML_F64] = &ml_table_f64_neon},
+    .products = {[ML_F32] = &ml_table_f32_neon, [ML_F64] = &ml_table_f64_neon, [ML_BF16] = &ml_table_bf16_f32_neon},
     .bf16 = &ml_bf16_table_neon,
     .routing = {[ML_F32] = &ml_routing_f32_neon, [ML_F64] = &ml_routing_f64_neon},
 };

@@ -34,7 +34,9 @@ const ml_kernels ml_kernels_portable = {
     .isa = ML_PORTABLE,
     .name = "portable",
     .supported = supported,
-    .products = {[ML_F32] = &ml_table_f32_portable, [ML_F64] = &ml_table_f64_portable},
+    .products = {[ML_F32] = &ml_table_f32_portable,
+                 [ML_F64] = &ml_table_f64_portable,
+                 [ML_BF16] = &ml_table_bf16_f32_portable},
     .bf16 = &ml_bf16_table_portable,
     .routing = {[ML_F32] = &ml_routing_f32_portable, [ML_F64] = &ml_routing_f64_portable},
 };

@@ -8,7 +8,8 @@
  *   REGISTERS        vector registers: 16, or 32
  *   TILE_ROWS        rows of a register tile, at most 6
  *   TILE_VECTORS     vectors in a row of a tile, at most 4
- *   LOAD_SOME(p, n)  the first n < lanes elements at p, and zeros; optional
+ *   LOAD_SOME(p, n)  the first n < lanes elements at p, and zeros; optional, as is LOAD_SOME_NARROW for uint16_t
+ *   CONVERT(v, to)   a vector of uint16_t to one of uint32_t, the type `to`; optional: gcc 12 makes four instructions of one
  *   MULTIPLY_LOW     see dropout.h
  *
  * TILE_ROWS * TILE_VECTORS accumulators, TILE_VECTORS panel vectors and a broadcast must fit in the registers.
@@ -114,7 +115,7 @@ static void NAME(product)(int64_t rows, int64_t cols, int64_t depth, const void 
   }
 }
 
-/* ---- pack ---- */
+/* ---- squares, transposed ---- */
 
 #define WIDTH 4
 #include "transpose.h"
@@ -142,75 +143,7 @@ ML_INLINE void NAME(transpose)(NAME(vector) v[LANES]) {
 #endif
 }
 
-/* One square of panel [depth, cols], from (k, j) on. */
-#define ML_PACK_SQUARE(w, k, j)                                                                              \
-  do {                                                                                                       \
-    NAME(lanes_##w) square[w];                                                                               \
-    ML_UNROLL for (int i = 0; i < (w); i++) square[i] =                                                      \
-        *(const NAME(lanes_##w) *)((const REAL *)rows[(j) + i] + first + (k));                               \
-    NAME(transpose_##w)(square);                                                                             \
-    ML_UNROLL for (int i = 0; i < (w); i++) *(NAME(lanes_##w) *)(panel + ((k) + i) * width + (j)) = square[i]; \
-  } while (0)
-
-/* Squares as wide as there is room for; what is left of the columns in narrow ones, then element by element. */
-static void NAME(pack_rows)(void *panel_, int64_t width, int64_t depth, int64_t cols, const void *const *rows,
-                            int64_t first) {
-  REAL *panel = panel_;
-  int64_t k = 0;
-#define ML_PACK_ROWS(w)                                                              \
-  for (; k + (w) <= depth; k += (w)) {                                               \
-    int64_t j = 0;                                                                   \
-    for (; j + (w) <= cols; j += (w)) ML_PACK_SQUARE(w, k, j);                       \
-    for (; j + 4 <= cols; j += 4)                                                    \
-      for (int64_t l = k; l < k + (w); l += 4) ML_PACK_SQUARE(4, l, j);              \
-    for (; j < cols; j++)                                                            \
-      for (int64_t l = k; l < k + (w); l++) panel[l * width + j] = ((const REAL *)rows[j])[first + l]; \
-  }
-#if LANES > 8
-  ML_PACK_ROWS(16)
-#endif
-#if LANES > 4
-  ML_PACK_ROWS(8)
-#endif
-  ML_PACK_ROWS(4)
-#undef ML_PACK_ROWS
-  for (; k < depth; k++)
-    for (int64_t j = 0; j < cols; j++) panel[k * width + j] = ((const REAL *)rows[j])[first + k];
-}
-#undef ML_PACK_SQUARE
-
-#define ML_PACK_COLUMNS(w)                                                                       \
-  for (; j + (w) <= cols; j += (w))                                                              \
-    for (int64_t k = 0; k < depth; k++)                                                          \
-      *(NAME(lanes_##w) *)(panel + k * width + j) = *(const NAME(lanes_##w) *)(source + k * depth_stride + j);
-
-static void NAME(pack)(void *panel_, int64_t width, int64_t depth, int64_t cols, const void *source_,
-                       int64_t depth_stride, int64_t col_stride) {
-  REAL *panel = panel_;
-  const REAL *source = source_;
-  int64_t j = 0;
-  if (col_stride == 1) {
-#if LANES > 8
-    ML_PACK_COLUMNS(16)
-#endif
-#if LANES > 4
-    ML_PACK_COLUMNS(8)
-#endif
-    ML_PACK_COLUMNS(4)
-  } else if (depth_stride == 1) {
-    for (; j < cols; j += 16) {
-      const void *rows[16];
-      int64_t n = cols - j < 16 ? cols - j : 16;
-      for (int64_t i = 0; i < n; i++) rows[i] = source + (j + i) * col_stride;
-      NAME(pack_rows)(panel + j, width, depth, n, rows, 0);
-    }
-  }
-  for (int64_t k = 0; k < depth; k++)
-    for (int64_t i = j; i < cols; i++) panel[k * width + i] = source[k * depth_stride + i * col_stride];
-}
-#undef ML_PACK_COLUMNS
-
-/* ---- dots: lanes over depth, reduced at the end in a fixed tree ---- */
+/* ---- sums over the lanes, in a fixed tree ---- */
 
 /* The first n < lanes elements, and zeros. A loop over what a depth leaves over would be compiled in one tile with fused
  * multiply-adds and in another without, and a row's sum must not depend on the tile that it falls into. */
@@ -284,167 +217,67 @@ ML_INLINE void NAME(put_4)(int64_t n, const NAME(lanes_4) * sums, REAL *out, con
   for (int64_t i = 0; i < n; i++) out[i] = init ? init[i] + total[i] : total[i];
 }
 
-enum { NAME(dots_depth) = 1024 }; /* a tile of x and of the rows stays in the first cache */
+/* ---- factors in REAL, and for float in bfloat16 too ---- */
 
-/* Rows beyond the last are the last once more, and their sums are thrown away. */
-#define ML_DOTS(m, wide)                                                                                          \
-  ML_NOINLINE void NAME(dots_##m##x##wide)(int64_t n, int64_t depth, const REAL *x, int64_t x_row,                \
-                                           const void *const *rows, int64_t first, REAL *out, int64_t out_row,    \
-                                           const REAL *init, int64_t init_row) {                                  \
-    for (int64_t j = 0; j < n; j += (wide)) {                                                                     \
-      const REAL *row[wide];                                                                                      \
-      ML_UNROLL for (int i = 0; i < (wide); i++) row[i] = (const REAL *)rows[j + i < n ? j + i : n - 1] + first;  \
-      NAME(vector) sum[m][wide];                                                                                  \
-      ML_UNROLL for (int t = 0; t < (m); t++) ML_UNROLL for (int i = 0; i < (wide); i++)                          \
-          sum[t][i] = (NAME(vector)){0};                                                                          \
-      int64_t k = 0;                                                                                              \
-      for (; k + LANES <= depth; k += LANES) {                                                                    \
-        NAME(vector) a[wide];                                                                                     \
-        ML_UNROLL for (int i = 0; i < (wide); i++) a[i] = NAME(load)(row[i] + k);                                 \
-        ML_UNROLL for (int t = 0; t < (m); t++) {                                                                 \
-          NAME(vector) v = NAME(load)(x + t * x_row + k);                                                         \
-          ML_UNROLL for (int i = 0; i < (wide); i++) sum[t][i] += v * a[i];                                       \
-        }                                                                                                         \
-      }                                                                                                           \
-      if (k < depth) {                                                                                            \
-        NAME(vector) a[wide];                                                                                     \
-        ML_UNROLL for (int i = 0; i < (wide); i++) a[i] = NAME(load_some)(row[i] + k, depth - k);                 \
-        ML_UNROLL for (int t = 0; t < (m); t++) {                                                                 \
-          NAME(vector) v = NAME(load_some)(x + t * x_row + k, depth - k);                                         \
-          ML_UNROLL for (int i = 0; i < (wide); i++) sum[t][i] += v * a[i];                                       \
-        }                                                                                                         \
-      }                                                                                                           \
-      ML_UNROLL for (int t = 0; t < (m); t++) ML_UNROLL for (int i = 0; i < (wide); i += 4) {                     \
-        NAME(lanes_4) sums;                                                                                       \
-        NAME(reduce_4)(&sum[t][i], &sums);                                                                        \
-        NAME(put_4)(n - j - i, &sums, out + t * out_row + j + i, init ? init + t * init_row + j + i : NULL);       \
-      }                                                                                                           \
-    }                                                                                                             \
+#define ELEMENT REAL
+#define NARROW 0
+#define READING(op) NAME(op)
+#include "factors.h"
+
+#if REAL_BYTES == 4
+#define ML_WIDEN(w, convert)                                                                      \
+  typedef uint16_t NAME(narrow_##w) __attribute__((vector_size(2 * (w)), aligned(2), may_alias)); \
+  typedef uint32_t NAME(wide_bits_##w) __attribute__((vector_size(4 * (w))));                     \
+  ML_INLINE NAME(lanes_##w) NAME(widen_##w)(const uint16_t *from) {                               \
+    return (NAME(lanes_##w))(convert(*(const NAME(narrow_##w) *)from, NAME(wide_bits_##w)) << 16);  \
   }
-#if REGISTERS > 16
-ML_DOTS(6, 4)
-ML_DOTS(4, 4)
-ML_DOTS(2, 8)
+#ifndef CONVERT
+#define CONVERT __builtin_convertvector
+#endif
+#if LANES == 4
+ML_WIDEN(4, CONVERT)
 #else
-ML_DOTS(3, 4)
-ML_DOTS(2, 4)
+ML_WIDEN(4, __builtin_convertvector)
 #endif
-ML_DOTS(1, 8)
-#undef ML_DOTS
+#if LANES == 8
+ML_WIDEN(8, CONVERT)
+#elif LANES == 16
+ML_WIDEN(8, __builtin_convertvector)
+ML_WIDEN(16, CONVERT)
+#endif
+#undef ML_WIDEN
 
-static void NAME(dots)(int64_t tokens, int64_t n, int64_t depth, const void *x_, int64_t x_row,
-                       const void *const *rows, void *out_, int64_t out_row, const void *init_, int64_t init_row) {
-  REAL *out = out_;
-  const REAL *init = init_;
-  for (int64_t k0 = 0; k0 < depth; k0 += NAME(dots_depth)) {
-    int64_t part = depth - k0 < NAME(dots_depth) ? depth - k0 : NAME(dots_depth), t = 0;
-    const REAL *x = (const REAL *)x_ + k0;
-#define ML_TOKENS(m, wide)                                                                                        \
-  for (; tokens - t >= (m); t += (m))                                                                             \
-    NAME(dots_##m##x##wide)(n, part, x + t * x_row, x_row, rows, k0, out + t * out_row, out_row,                  \
-                            init ? init + t * init_row : NULL, init_row);
-#if REGISTERS > 16
-    ML_TOKENS(6, 4)
-    ML_TOKENS(4, 4)
-    ML_TOKENS(2, 8)
+ML_INLINE REAL NAME(widen_one)(const uint16_t *from) {
+  uint32_t bits = (uint32_t)*from << 16;
+  REAL to;
+  __builtin_memcpy(&to, &bits, sizeof to);
+  return to;
+}
+ML_INLINE NAME(vector) NAME(widen)(const uint16_t *from) {
+#if LANES == 4
+  return NAME(widen_4)(from);
+#elif LANES == 8
+  return NAME(widen_8)(from);
 #else
-    ML_TOKENS(3, 4)
-    ML_TOKENS(2, 4)
+  return NAME(widen_16)(from);
 #endif
-    ML_TOKENS(1, 8)
-#undef ML_TOKENS
-    init = out;
-    init_row = out_row;
-  }
 }
-
-/* ---- spread_rows: lanes over the ranks, so that no element of B has to move ---- */
-
-/* sum[i] += row i * h, for a row after the other; `stride` is a constant where the compiler may use that. */
-ML_INLINE void NAME(add_rows)(const int wide, int64_t depth, const REAL *rows, const int64_t stride, const REAL *h,
-                              NAME(vector) * sum) {
-  int64_t k = 0;
-  for (; k + LANES <= depth; k += LANES) {
-    NAME(vector) v = NAME(load)(h + k);
-    ML_UNROLL for (int i = 0; i < wide; i++) sum[i] += v * NAME(load)(rows + i * stride + k);
-  }
-  if (k < depth) {
-    NAME(vector) v = NAME(load_some)(h + k, depth - k);
-    ML_UNROLL for (int i = 0; i < wide; i++) sum[i] += v * NAME(load_some)(rows + i * stride + k, depth - k);
-  }
-}
-
-/* `wide` columns of one token. */
-ML_INLINE void NAME(spread_columns)(const int wide, int64_t n_blocks, const ml_block *blocks, int64_t first,
-                                    const REAL *h, REAL *out, const REAL *init) {
-  NAME(vector) sum[LANES > 4 ? LANES : 4];
-  ML_UNROLL for (int i = 0; i < wide; i++) sum[i] = (NAME(vector)){0};
-  for (int64_t e = 0; e < n_blocks; h += blocks[e++].depth) {
-    const REAL *rows = (const REAL *)blocks[e].rows + first * blocks[e].row_stride;
-    if (blocks[e].depth == LANES && blocks[e].row_stride == LANES)
-      NAME(add_rows)(wide, LANES, rows, LANES, h, sum);
-    else
-      NAME(add_rows)(wide, blocks[e].depth, rows, blocks[e].row_stride, h, sum);
-  }
-  if (wide < 4) {
-    ML_UNROLL for (int i = wide; i < 4; i++) sum[i] = (NAME(vector)){0};
-  }
-  ML_UNROLL for (int i = 0; i < wide; i += 4) {
-    NAME(lanes_4) sums;
-    NAME(reduce_4)(&sum[i], &sums);
-    NAME(put_4)(wide - i, &sums, out + i, init ? init + i : NULL);
-  }
-}
-
-#if LANES == 16
-/* The same for ranks of half a vector and dense rows, all experts alike: two rows in one vector. */
-ML_INLINE void NAME(spread_halves)(int64_t n_blocks, const ml_block *blocks, int64_t first, const REAL *h, REAL *out,
-                                   const REAL *init) {
-  enum { HALF = LANES / 2 };
-  NAME(vector) sum[HALF];
-  ML_UNROLL for (int i = 0; i < HALF; i++) sum[i] = (NAME(vector)){0};
-  for (int64_t e = 0; e < n_blocks; e++, h += HALF) {
-    const REAL *rows = (const REAL *)blocks[e].rows + first * HALF;
-    NAME(lanes_8) half = *(const NAME(lanes_8) *)h;
-    NAME(vector) v = __builtin_shufflevector(half, half, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
-    ML_UNROLL for (int i = 0; i < HALF; i++) sum[i] += v * NAME(load)(rows + i * LANES);
-  }
-  ML_UNROLL for (int i = 0; i < HALF; i += 4) {
-    NAME(vector) all;
-    NAME(sum_quarters)(&sum[i], &all); /* two quarters of the even rows, two of the odd ones */
-    NAME(lanes_8) sums = __builtin_shufflevector(all, all, 0, 8, 1, 9, 2, 10, 3, 11) +
-                         __builtin_shufflevector(all, all, 4, 12, 5, 13, 6, 14, 7, 15);
-    REAL *to = out + 2 * i;
-    if (init) sums += *(const NAME(lanes_8) *)(init + 2 * i);
-    *(NAME(lanes_8) *)to = sums;
-  }
-}
+/* The first n < lanes elements, and zeros. */
+ML_INLINE NAME(vector) NAME(widen_some)(const uint16_t *from, int64_t n) {
+#ifdef LOAD_SOME_NARROW
+  return (NAME(vector))(CONVERT(LOAD_SOME_NARROW(from, n), NAME(wide_bits_16)) << 16);
+#else
+  uint16_t lane[LANES] = {0};
+  for (int64_t i = 0; i < n; i++) lane[i] = from[i];
+  return NAME(widen)(lane);
 #endif
-
-static void NAME(spread_rows)(int64_t tokens, int64_t first, int64_t n, int64_t n_blocks, const ml_block *blocks,
-                              const void *h_, int64_t h_row, void *out_, int64_t out_row, const void *init_,
-                              int64_t init_row) {
-  int64_t j = 0;
-#define ML_SPREAD(columns, spread)                                                               \
-  for (; j + (columns) <= n; j += (columns))                                                     \
-    for (int64_t t = 0; t < tokens; t++) {                                                       \
-      const REAL *h = (const REAL *)h_ + t * h_row;                                              \
-      REAL *out = (REAL *)out_ + t * out_row + j;                                                \
-      const REAL *init = init_ ? (const REAL *)init_ + t * init_row + j : NULL;                  \
-      spread;                                                                                    \
-    }
-#if LANES == 16
-  bool halves = true;
-  for (int64_t e = 0; e < n_blocks; e++) halves &= blocks[e].depth == LANES / 2 && blocks[e].row_stride == LANES / 2;
-  if (halves) ML_SPREAD(LANES, NAME(spread_halves)(n_blocks, blocks, first + j, h, out, init))
-#endif
-#if LANES > 4
-  ML_SPREAD(LANES, NAME(spread_columns)(LANES, n_blocks, blocks, first + j, h, out, init))
-#endif
-  ML_SPREAD(4, NAME(spread_columns)(4, n_blocks, blocks, first + j, h, out, init))
-  ML_SPREAD(1, NAME(spread_columns)(1, n_blocks, blocks, first + j, h, out, init))
-#undef ML_SPREAD
 }
+
+#define ELEMENT uint16_t
+#define NARROW 1
+#define READING(op) NAME(op##_bf16)
+#include "factors.h"
+#endif
 
 /* ---- spread_lanes: lanes over the tokens, B's elements broadcast from where they stand ---- */
 
@@ -645,10 +478,24 @@ static const ml_products NAME(table) = {
     .grouped_sums = NAME(grouped_sums),
 };
 
+#if REAL_BYTES == 4
+/* Of A and B in bfloat16. */
+static const ml_products NAME(table_bf16) = {
+    .lanes = LANES,
+    .panel_width = TILE_VECTORS * LANES,
+    .pack = NAME(pack_bf16),
+    .pack_rows = NAME(pack_rows_bf16),
+    .dots = NAME(dots_bf16),
+    .spread_rows = NAME(spread_rows_bf16),
+};
+#endif
+
 #include "routing.h"
 
 #undef REAL
 #undef REAL_BYTES
 #undef LANES
 #undef LOAD_SOME
+#undef LOAD_SOME_NARROW
+#undef CONVERT
 #undef NAME

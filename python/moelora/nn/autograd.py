@@ -27,7 +27,7 @@ if HAS_EXT:
     # The same without a dispatch, which is what torch.compile's own code allocates with.
     _empty = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", _empty)
     if not _core.use_torch(
-        Tensor, torch.nn.Parameter, _empty, torch.empty_like, F.linear, torch.float32, torch.float64
+        Tensor, torch.nn.Parameter, _empty, torch.empty_like, F.linear, torch.float32, torch.float64, torch.bfloat16
     ):
         warnings.warn(
             f"torch {torch.__version__} has no DLPack C exchange API that moelora knows; plain torch is used, which is "
@@ -50,6 +50,9 @@ _INTEGERS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torc
 
 _Dropout: TypeAlias = tuple[int, tuple[float, ...]]
 """The seed of the masks and the experts' probabilities."""
+
+_Settings: TypeAlias = tuple[tuple[float, ...], int | None, _Dropout | None, int | None]
+"""scaling, top_k, dropout, and the sum of the ranks where the call is plain (`plain_call`), else None."""
 
 
 class _Call(NamedTuple):
@@ -121,9 +124,10 @@ def routed_lora(
     Returns
     -------
     Tensor [..., d_out]
-        In x's dtype. On CPU float32 adapters compute in float32 whatever x's dtype; elsewhere they are rounded to x's
-        dtype unless `moelora.nn.autograd.ROUND_ADAPTERS` is False. Inside `torch.autocast` a float32, bfloat16 or
-        float16 x, base_output, weight and bias are first cast to autocast's dtype.
+        In x's dtype. On CPU the mixture of a bfloat16 or float16 x is computed in float32, added to the base, and
+        rounded once, whatever the adapters' dtype; elsewhere float32 adapters are rounded to x's dtype unless
+        `moelora.nn.autograd.ROUND_ADAPTERS` is False. Inside `torch.autocast` a float32, bfloat16 or float16 x,
+        base_output, weight and bias are first cast to autocast's dtype.
 
     Raises
     ------
@@ -140,52 +144,43 @@ def routed_lora(
     >>> routed_lora(x, A, B, torch.tensor([0.25, 0.5]), 1.0)[0]
     tensor([6., 6., 6., 6., 6.])
     """
+    plain: tuple[tuple[Tensor, ...], tuple[float, ...], int | None, bool] | None = None
+    lead = torch.Size()
     if (top_k is None or (type(top_k) is int and top_k >= 1)) and _is_unwatched():
         # The plain case costs no more than a few looks from C. All that is unusual, or wrong, goes on below.
         plain = _plain_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
-        if plain is not None and not torch._C._is_any_autocast_enabled() and (top_k or 0) <= len(plain[1]):
-            adapters, scales, total_rank, needs_grad = plain
-            kept = None if top_k == len(scales) else top_k
-            dropout = _draw(_probabilities(dropout_p, len(scales)))
-            if needs_grad and torch.is_grad_enabled():
-                settings = (scales, kept, dropout, total_rank)
-                return _apply(x, routing_weights, base_output, (weight, bias), settings, *adapters)
-            threads = runtime.get_num_threads()
-            y: Tensor
-            y, _ = _core.forward_tensors(
-                x, adapters, routing_weights, scales, base_output, weight, bias, dropout, 0, kept or 0, threads
-            )
-            return y
+        if plain is not None and (torch._C._is_any_autocast_enabled() or (top_k or 0) > len(plain[1])):
+            plain = None
+    if plain is None:
+        call = _check(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
+        tensors = [t for t in (call.x, call.routing_weights, call.base_output, call.weight, call.bias) if t is not None]
+        tensors += call.lora_A
+        tensors += call.lora_B
+        if not call.x.numel() or not uses_core(*tensors):
+            return _formula(call)
+        x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p = call
+        if x.dim() > 3:
+            lead = x.shape[:-2]
+            x = x.flatten(0, -3)
+            routing_weights = routing_weights.flatten(0, -3) if routing_weights.dim() > 1 else routing_weights
+            base_output = None if base_output is None else base_output.flatten(0, -3)
+        # What these dtypes, autocast's among them, and axes make of it may be plain.
+        plain = _plain_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
+        plain = plain or ((*lora_A, *lora_B), call.scaling, None, any(t.requires_grad for t in tensors))
 
-    call = _check(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
-    tensors = [t for t in (call.x, call.routing_weights, call.base_output, call.weight, call.bias) if t is not None]
-    tensors += call.lora_A
-    tensors += call.lora_B
-    if not call.x.numel() or not uses_core(*tensors):
-        return _formula(call)
-    dropout = _draw(call.dropout_p)
-
-    lead = call.x.shape[:-2]
-    if len(lead) > 1:
-        w, base = call.routing_weights, call.base_output
-        call = call._replace(
-            x=call.x.flatten(0, -3),
-            routing_weights=w.flatten(0, -3) if w.dim() > 1 else w,
-            base_output=None if base is None else base.flatten(0, -3),
-        )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        y = _apply(
-            call.x,
-            call.routing_weights,
-            call.base_output,
-            (call.weight, call.bias),
-            (call.scaling, call.top_k, dropout, None),
-            *call.lora_A,
-            *call.lora_B,
-        )
+    adapters, scales, total_rank, needs_grad = plain
+    settings = (
+        scales,
+        None if top_k == len(scales) else top_k,
+        _draw(_probabilities(dropout_p, len(scales))),
+        total_rank,
+    )
+    y: Tensor
+    if needs_grad and torch.is_grad_enabled():
+        y = _apply(x, routing_weights, base_output, (weight, bias), settings, *adapters)
     else:
-        y, _ = _core_forward(call, dropout, keep_hidden=False)
-    return y.unflatten(0, lead) if len(lead) > 1 else y
+        y, _ = _core_forward(x, routing_weights, base_output, (weight, bias), settings, adapters, keep_hidden=False)
+    return y.unflatten(0, lead) if lead else y
 
 
 def routed_lora_formula(
@@ -325,7 +320,7 @@ def _check(
 
 def _probabilities(dropout_p: Any, n: int) -> tuple[float, ...]:
     if type(dropout_p) is float and not dropout_p:
-        return (0.0,)
+        return (0.0,) * n
     probabilities = _numbers("dropout_p", dropout_p, n)
     if min(probabilities) < 0 or max(probabilities) > 1:
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p!r}")
@@ -433,18 +428,35 @@ def _mix(
     return (rows * spread(w)).to(hidden.dtype).reshape(hidden.shape)
 
 
-def _core_forward(call: _Call, dropout: _Dropout | None, *, keep_hidden: bool) -> tuple[Tensor, Tensor | None]:
+def _core_forward(
+    x: Tensor,
+    routing_weights: Tensor,
+    base_output: Tensor | None,
+    frozen: tuple[Tensor | None, Tensor | None],
+    settings: _Settings,
+    adapters: tuple[Tensor, ...],
+    *,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor | None]:
     """y in x's dtype, and hidden in the core's where it is wanted; x has two or three axes."""
-    x, base = call.x, call.base_output
-    n, ranks, d_out = len(call.scaling), call.ranks, call.lora_B[0].shape[0]
-    dtype = _core_dtype(x.dtype)
-    if call.weight is None:
-        y = torch.empty((*x.shape[:-1], d_out), dtype=dtype, device="cpu")
+    scaling, top_k, dropout, total_rank = settings
+    weight, bias = frozen
+    threads = runtime.get_num_threads()
+    if total_rank is not None:
+        kept_rank = total_rank if keep_hidden else 0
+        plain: tuple[Tensor, Tensor | None] = _core.forward_tensors(
+            x, adapters, routing_weights, scaling, base_output, weight, bias, dropout, kept_rank, top_k or 0, threads
+        )
+        return plain
+    n, d_out = len(scaling), adapters[-1].shape[0]
+    ranks, dtype = [a.shape[0] for a in adapters[:n]], _core_dtype(x.dtype)
+    if weight is None:
+        y, base = torch.empty((*x.shape[:-1], d_out), dtype=dtype, device="cpu"), base_output
     else:
-        y = base = _as(dtype, F.linear(x, call.weight, call.bias))
+        y = base = _as(dtype, F.linear(x, weight, bias))
     hidden = torch.empty((*x.shape[:-1], sum(ranks)), dtype=dtype, device="cpu") if keep_hidden else None
     # Converted copies live in these names until the core returns.
-    c_x, c_w, *c_adapters = [_as(dtype, t) for t in (x, call.routing_weights, *call.lora_A, *call.lora_B)]
+    c_x, c_w, *c_adapters = [_as(dtype, t) for t in (x, routing_weights, *adapters)]
     c_base = None if base is None else _as(dtype, base)
     views = [_matrix(t) for t in c_adapters]
     _core.forward_raw(
@@ -455,23 +467,19 @@ def _core_forward(call: _Call, dropout: _Dropout | None, *, keep_hidden: bool) -
         views[n:],
         ranks,
         _weights(c_w, x.dim()),
-        call.scaling,
+        scaling,
         None if c_base is None else _tokens(c_base),
         _tokens(y),
         None if hidden is None else _tokens(hidden),
-        call.top_k or 0,
-        runtime.get_num_threads(),
+        top_k or 0,
+        threads,
         dropout,
     )
     return _as(x.dtype, y), hidden
 
 
 class _RoutedLoRA(torch.autograd.Function):
-    """The C core under autograd: what may need a gradient, the frozen base, settings; adapters last, A before B.
-
-    Settings are scaling, top_k, dropout with its seed, and the sum of the ranks where the call is plain (`plain_call`),
-    else None.
-    """
+    """The C core under autograd: what may need a gradient, the frozen base, settings; adapters last, A before B."""
 
     @staticmethod
     def forward(
@@ -480,33 +488,15 @@ class _RoutedLoRA(torch.autograd.Function):
         routing_weights: Tensor,
         base_output: Tensor | None,
         frozen: tuple[Tensor | None, Tensor | None],
-        settings: tuple[tuple[float, ...], int | None, _Dropout | None, int | None],
+        settings: _Settings,
         *adapters: Tensor,
     ) -> Tensor:
-        scaling, top_k, dropout, total_rank = settings
-        weight, bias = frozen
-        n, need = len(scaling), ctx.needs_input_grad
+        n, need = len(settings[0]), ctx.needs_input_grad
         keep_hidden = need[1] or True in need[-n:]
-        if total_rank is None:
-            call = _Call(x, adapters[:n], adapters[n:], routing_weights, scaling, base_output, weight, bias, top_k, ())
-            y, hidden = _core_forward(call, dropout, keep_hidden=keep_hidden)
-        else:
-            y, hidden = _core.forward_tensors(
-                x,
-                adapters,
-                routing_weights,
-                scaling,
-                base_output,
-                weight,
-                bias,
-                dropout,
-                total_rank if keep_hidden else 0,
-                top_k or 0,
-                runtime.get_num_threads(),
-            )
-        ctx.settings = scaling, top_k, dropout
+        y, hidden = _core_forward(x, routing_weights, base_output, frozen, settings, adapters, keep_hidden=keep_hidden)
+        ctx.settings = settings[:3]
         kept_x = x if True in need[-2 * n : -n] else None
-        ctx.save_for_backward(kept_x, hidden, routing_weights, weight if need[0] else None, *adapters)
+        ctx.save_for_backward(kept_x, hidden, routing_weights, frozen[0] if need[0] else None, *adapters)
         return y
 
     @staticmethod
