@@ -737,7 +737,16 @@ static void check_route(ml_dtype t, int64_t T, int64_t N, int64_t k, bool renorm
   indices[0] = indices[T * k + 1] = counts[0] = counts[N + 1] = KEPT_OUT;
   double *wanted = zeros(T * N), *sizes = zeros(T * N), *grads = zeros(T * N), *grad_sizes = zeros(T * N);
   double *sums = zeros(N), *rests = zeros(N), *sum_sizes = zeros(N), *seen = zeros(N), *p = zeros(N);
-  ml_route_params q = {t, T, N, k, logits, masked ? mask : NULL, 2, temperature, renormalize, 2};
+  ml_route_params q = {.dtype = t,
+                       .n_tokens = T,
+                       .n_experts = N,
+                       .top_k = k,
+                       .logits = logits,
+                       .mask = masked ? mask : NULL,
+                       .mask_stride = 2,
+                       .temperature = temperature,
+                       .renormalize = renormalize,
+                       .n_threads = 2};
   problem result = {.p = {.dtype = t}};
   snprintf(about, sizeof about, "route %s, T=%d N=%d k=%d renormalize=%d masked=%d", t == ML_F32 ? "f32" : "f64",
            (int)T, (int)N, (int)k, renormalize, masked);
