@@ -842,7 +842,6 @@ static void check_route(ml_dtype t, int64_t T, int64_t N, int64_t k, bool renorm
                        .temperature = temperature,
                        .renormalize = renormalize,
                        .n_threads = 2};
-  if (k == 0 && masked) q.probs = weights; /* which the forward is about to write */
   snprintf(about, sizeof about, "route %s, T=%d N=%d k=%d renormalize=%d masked=%d", name_of(t), (int)T, (int)N, (int)k,
            renormalize, masked);
   remember_arrays();
