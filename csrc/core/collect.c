@@ -4,7 +4,7 @@
 #include "call.h"
 
 enum {
-  TURNED_ROWS = 48,   /* of the transpose, in a task: whole tiles of every instruction set */
+  TURNED_ROWS = 48, /* of the transpose, in a task, or twice or four times that: whole tiles of every instruction set */
   MASKED_TOKENS = 128 /* of a masked panel of x */
 };
 
@@ -25,8 +25,13 @@ static int64_t collect_scratch(const call *c, int64_t width) {
   return (collect_depth(c) + round_up(c->R, c->products->lanes)) * width;
 }
 
+/* Wide, since rows of x are far apart in memory; but at least 8 tasks. */
+static int64_t turned_rows(int64_t d) {
+  return TURNED_ROWS * (d >= 32 * TURNED_ROWS ? 4 : d >= 16 * TURNED_ROWS ? 2 : 1);
+}
+
 void ml_reserve_collection(const call *c, budget *b, int64_t d) {
-  const int64_t widths[] = {c->products->panel_width, TURNED_ROWS};
+  const int64_t widths[] = {c->products->panel_width, turned_rows(d)};
   for (int i = 0; i < 2; i++) {
     budget phase = {0};
     ml_reserve(&phase, collect_scratch(c, widths[i]), ml_thread_bound(c->p->n_threads, ceil_div(d, widths[i])),
@@ -55,30 +60,6 @@ static void finish_collection(const collection *g, const char *sums, int64_t wid
   }
 }
 
-static void collect_task(void *context, int64_t task, int thread) {
-  const collection *g = context;
-  const call *c = g->c;
-  const ml_products *k = c->products;
-  int64_t d0 = task * g->width, cols = min_(g->width, g->grads.d - d0), width = round_up(cols, k->lanes);
-  char *panel = at(c, g->scratch, thread * collect_scratch(c, g->width));
-  char *sums = at(c, panel, collect_depth(c) * g->width);
-  if (width > cols) memset(panel, 0, (size_t)(collect_depth(c) * width * c->size));
-  for (int64_t t0 = 0; t0 < c->T; t0 += DEPTH_BLOCK) {
-    int64_t tokens = min_(DEPTH_BLOCK, c->T - t0);
-    k->pack(panel, width, tokens, cols, at(c, g->x.data, t0 * g->x.row + d0), g->x.row, 1);
-    for (int64_t e = 0; e < g->grads.n_parts; e++) {
-      int64_t first = e; /* neighbours that are wanted go into one product */
-      while (e < g->grads.n_parts && g->grads.parts[e].data) e++;
-      int64_t r0 = g->grads.offsets[first], r1 = g->grads.offsets[e];
-      char *out = at(c, sums, r0 * width);
-      if (r1 > r0)
-        k->product(r1 - r0, cols, tokens, at(c, g->h, t0 * c->R + r0), 1, c->R, panel, width, out, width,
-                   t0 ? out : NULL, width);
-    }
-  }
-  finish_collection(g, sums, width, d0, cols);
-}
-
 /* Gradients with dense rows, as those of A, of a few tokens: x's own rows are a panel, but for its last columns, and sums
  * are made where they belong. */
 static void collect_in_place(void *context, int64_t task, int thread) {
@@ -102,8 +83,19 @@ static void collect_in_place(void *context, int64_t task, int thread) {
   }
 }
 
-/* Gradients with dense columns, as those of B transposed: the transpose x^T h, with h's own rows as panels, whose last
- * vector may end beyond h. */
+/* The gradient of an expert from its part of the transpose, [cols, width]. */
+static void finish_turned(const collection *g, const char *sums, int64_t width, int64_t rank, int64_t cols,
+                          ml_matrix to) {
+  const ml_products *k = g->c->products;
+  if (to.row == 1 && !g->add)
+    k->pack(to.data, to.col, cols, rank, sums, width, 1); /* B: a copy of narrow rows */
+  else if (to.col == 1 && !g->add)
+    k->pack(to.data, to.row, rank, cols, sums, 1, width); /* A: a transposition */
+  else
+    g->c->elementwise->copy(rank, cols, sums, 1, width, to.data, to.row, to.col, g->add);
+}
+
+/* All others: the transpose x^T h, with h's own rows as panels, whose last vector may end beyond h. */
 static void collect_turned(void *context, int64_t task, int thread) {
   const collection *g = context;
   const call *c = g->c;
@@ -130,30 +122,25 @@ static void collect_turned(void *context, int64_t task, int thread) {
       }
     }
     for (int64_t i = first; i < e; i++) {
-      int64_t rank = grads->offsets[i + 1] - grads->offsets[i], row = grads->parts[i].col;
-      const char *from = at(c, sums, grads->offsets[i] - r0);
-      char *to = at(c, grads->parts[i].data, d0 * row);
-      if (g->add)
-        c->elementwise->copy(cols, rank, from, width, 1, to, row, 1, true);
-      else
-        k->pack(to, row, cols, rank, from, width, 1); /* a copy of narrow rows */
+      ml_matrix to = grads->parts[i];
+      to.data = at(c, to.data, d0 * to.col);
+      finish_turned(g, at(c, sums, grads->offsets[i] - r0), width, grads->offsets[i + 1] - grads->offsets[i], cols, to);
     }
   }
 }
 
 void ml_collect(call *c, factor grads, const char *h, rows x, bool add) {
   size_t used = c->used;
-  collection g = {.c = c, .grads = grads, .h = h, .x = x, .add = add, .width = c->products->panel_width};
-  ml_task *task = collect_task;
-  if (c->T > 0 && c->T < c->regime->collect_in_place && ml_has_dense_rows(grads)) {
-    task = collect_in_place;
-  } else if (c->T > 0 && ml_has_dense_columns(grads)) {
-    task = collect_turned;
-    g.width = TURNED_ROWS;
+  collection g = {.c = c, .grads = grads, .h = h, .x = x, .add = add};
+  if (c->T == 0) {
+    finish_collection(&g, NULL, 0, 0, grads.d);
+    return;
   }
+  bool in_place = c->T < c->regime->collect_in_place && ml_has_dense_rows(grads);
+  g.width = in_place ? c->products->panel_width : turned_rows(grads.d);
   int64_t tasks = ceil_div(grads.d, g.width);
   g.scratch = ml_take(c, collect_scratch(c, g.width), ml_thread_bound(c->p->n_threads, tasks), c->size);
-  ml_parallel_for(ml_threads_for(c, c->T * c->R * grads.d), tasks, task, &g);
+  ml_parallel_for(ml_threads_for(c, c->T * c->R * grads.d), tasks, in_place ? collect_in_place : collect_turned, &g);
   c->used = used;
 }
 

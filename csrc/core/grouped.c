@@ -32,14 +32,15 @@ int64_t ml_kept_width(const call *c) {
 
 static int64_t most_blocks(const call *c) { return c->T * c->p->top_k / BLOCK_PAIRS + c->p->n_experts; }
 
-/* From half of the work on that top_k saves; what grouping costs apart from that takes more to pay for the fewer tokens
- * there are. Measured on an Intel Xeon (Emerald Rapids), AVX-512, float32, d 768 and 2048, r 8, k 2, T 1 .. 2048: as fast
- * as computing everything, forward and backward, at T = 128 with N = 4, at 24 with N = 8, at 3 with N = 16 and always
- * with more. Where dropout gives each expert an x of its own, everything is computed. */
+/* Where top_k saves half of the work, or more than that with more than four experts for a token, whose row is written
+ * that often; what grouping costs apart from that takes more to pay for the fewer tokens there are. Measured on an Intel
+ * Xeon (Emerald Rapids), AVX-512, float32, d 768 and 2048. With r 8, k 2, T 1 .. 2048 it is as fast as computing
+ * everything, forward and backward, at T = 128 with N = 4, at 24 with N = 8, at 3 with N = 16 and always with more; with
+ * T 2048 it ties at k 4, N 8, loses at k 8, N 16 and wins at k 8, N 24, and at k 16 has not won with N = 64 yet. Where dropout gives each expert an x of its own, everything is computed. */
 bool ml_is_grouped(const call *c) {
   if (c->p->top_k == 0 || c->drops) return false;
   int64_t saved = min_(c->R / ml_kept_width(c), 16);
-  return saved >= 2 && (c->T >= 128 || c->T * saved * saved * saved >= 2048);
+  return saved >= 2 && 4 * saved >= c->p->top_k + 4 && (c->T >= 128 || c->T * saved * saved * saved >= 2048);
 }
 
 /* Panels of a task: runs of 1 KB of a row where that leaves at least 8 tasks. */

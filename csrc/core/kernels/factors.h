@@ -54,34 +54,36 @@ static void READING(pack_rows)(void *panel_, int64_t width, int64_t depth, int64
 }
 #undef ML_PACK_SQUARE
 
-#define ML_PACK_COLUMNS(w)              \
-  for (; j + (w) <= cols; j += (w))     \
-    for (int64_t k = 0; k < depth; k++) \
-      *(NAME(lanes_##w) *)(panel + k * width + j) = READ_LANES(w, source + k * depth_stride + j);
+#define ML_PACK_COLUMNS(w)          \
+  for (; j + (w) <= cols; j += (w)) \
+    *(NAME(lanes_##w) *)(panel + k * width + j) = READ_LANES(w, source + k * depth_stride + j);
 
 static void READING(pack)(void *panel_, int64_t width, int64_t depth, int64_t cols, const void *source_,
                           int64_t depth_stride, int64_t col_stride) {
   REAL *panel = panel_;
   const ELEMENT *source = source_;
-  int64_t j = 0;
-  if (col_stride == 1) {
-#if LANES > 8
-    ML_PACK_COLUMNS(16)
-#endif
-#if LANES > 4
-    ML_PACK_COLUMNS(8)
-#endif
-    ML_PACK_COLUMNS(4)
-  } else if (depth_stride == 1) {
-    for (; j < cols; j += 16) {
+  if (col_stride != 1 && depth_stride == 1) {
+    for (int64_t j = 0; j < cols; j += 16) {
       const void *rows[16];
       int64_t n = cols - j < 16 ? cols - j : 16;
       for (int64_t i = 0; i < n; i++) rows[i] = source + (j + i) * col_stride;
       READING(pack_rows)(panel + j, width, depth, n, rows, 0);
     }
+    return;
   }
-  for (int64_t k = 0; k < depth; k++)
-    for (int64_t i = j; i < cols; i++) panel[k * width + i] = READ_ONE(source + k * depth_stride + i * col_stride);
+  for (int64_t k = 0; k < depth; k++) {
+    int64_t j = 0;
+    if (col_stride == 1) { /* all of a row, of which the next lines are on their way by then */
+#if LANES > 8
+      ML_PACK_COLUMNS(16)
+#endif
+#if LANES > 4
+      ML_PACK_COLUMNS(8)
+#endif
+      ML_PACK_COLUMNS(4)
+    }
+    for (; j < cols; j++) panel[k * width + j] = READ_ONE(source + k * depth_stride + j * col_stride);
+  }
 }
 #undef ML_PACK_COLUMNS
 

@@ -48,22 +48,17 @@ def timed(
     before = {name: prepare for name, (_, prepare) in passes.items() if prepare is not None}
     if between is not None:
         before = dict.fromkeys(peers, between)
-    return interleave(
-        {name: call for name, (call, _) in passes.items()}, rounds, least=CALL, before=before, every=every
-    )
+    with torch.set_grad_enabled(which != "forward"):  # once: in each call it would count as the peer's time
+        return interleave(
+            {name: call for name, (call, _) in passes.items()}, rounds, least=CALL, before=before, every=every
+        )
 
 
 def _pass(peer: Peer, which: str) -> tuple[Callable[[], object], Callable[[], object] | None]:
     """What is timed, and what runs before it."""
     forward, leaves = peer.forward, [*peer.inputs, *peer.parameters]
 
-    def without_gradients() -> None:
-        with torch.no_grad():
-            forward()
-
-    if which == "forward":
-        return without_gradients, None
-    if which == "forward_grad":
+    if which in ("forward", "forward_grad"):
         return forward, None
     outputs = [forward()]
     made = outputs[0] if isinstance(outputs[0], tuple) else (outputs[0],)
