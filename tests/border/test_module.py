@@ -110,19 +110,21 @@ def test_nothing_leaks_whether_a_call_succeeds_or_fails(call):
         run_everything(call)
     gc.collect()
     references = [sys.getrefcount(a) for a in watched]
+    grown = []
     tracemalloc.start()
     try:
-        run_everything(call)
-        gc.collect()
-        before = tracemalloc.get_traced_memory()[0]
-        for _ in range(300):
-            run_everything(call)
-        gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - before
+        for _ in range(3):
+            gc.collect()
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(100):
+                run_everything(call)
+            gc.collect()
+            grown.append(tracemalloc.get_traced_memory()[0] - before)
     finally:
         tracemalloc.stop()
     assert [sys.getrefcount(a) for a in watched] == references
-    assert grown < 300 * 16  # one object lost in each round would be more; free lists come and go
+    # One object lost in each round would be more, each time; free lists and caches of others come and go.
+    assert min(grown) < 100 * 16, grown
 
 
 def test_results_own_their_memory(call):
