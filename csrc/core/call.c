@@ -169,10 +169,26 @@ rows ml_input_rows(call *c, ml_tokens v, int64_t width) {
   return (rows){copy.data, width};
 }
 
+/* Memory that glibc maps afresh for each allocation, which it does from this size on, gets its pages when it is first
+ * written. Threads that write columns of the same rows would wait for each other's; here each has rows of its own. */
+enum { FRESH_BYTES = 32 << 20, PAGE_BYTES = 4096, TOUCHED_PAGES = 512 };
+
+static void touch_pages(void *context, int64_t task, int thread) {
+  (void)thread;
+  char *page = (char *)context + task * TOUCHED_PAGES * PAGE_BYTES;
+  /* A write that changes nothing, since it may be what is added to. */
+  for (int i = 0; i < TOUCHED_PAGES; i++, page += PAGE_BYTES) __atomic_fetch_or(page, 0, __ATOMIC_RELAXED);
+}
+
+static void touch(const call *c, char *data, int64_t bytes) {
+  if (bytes >= FRESH_BYTES) ml_parallel_for(c->p->n_threads, bytes / (TOUCHED_PAGES * PAGE_BYTES), touch_pages, data);
+}
+
 rows ml_output_rows(call *c, ml_tokens v, int64_t width) {
   rows r;
-  if (ml_as_rows(c, v, width, &r)) return r;
-  return (rows){ml_take(c, c->T, width, c->size), width};
+  if (!ml_as_rows(c, v, width, &r)) return (rows){ml_take(c, c->T, width, c->size), width};
+  if (r.row == width) touch(c, r.data, c->T * width * c->size);
+  return r;
 }
 
 void ml_finish_rows(const call *c, rows r, ml_tokens v, int64_t width) {
