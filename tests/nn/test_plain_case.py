@@ -209,3 +209,18 @@ def test_gradients_reach_accumulation_without_a_copy(make_mixture, taken):
         leaf.register_hook(lambda g: given.append(g.data_ptr()))
     routed_lora(*m).sum().backward()
     assert sorted(given) == sorted(leaf.grad.data_ptr() for leaf in m.leaves)
+
+
+def test_outputs_that_are_large_enough_for_pages_of_their_own():
+    """From 32 MiB on (call.c): y and the gradient of x, on some rows against the formula in float64."""
+    torch.manual_seed(0)
+    T, d = 1 << 12, 1 << 11
+    x, w, base = torch.randn(T, d, requires_grad=True), torch.rand(2), torch.randn(T, d)
+    A, B = [torch.randn(1, d) for _ in range(2)], [torch.randn(d, 1) for _ in range(2)]
+    y = routed_lora(x, A, B, w, 0.5, base_output=base)
+    (grad,) = torch.autograd.grad(y, x, base)
+    delta = 0.5 * sum(w[e] * B[e] @ A[e] for e in range(2)).double()
+    some = [0, 1, 511, 512, 2047, T - 1]
+    tolerance = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(y[some].double(), base[some] + x[some].double() @ delta.T, **tolerance)
+    torch.testing.assert_close(grad[some].double(), base[some].double() @ delta, **tolerance)
