@@ -174,8 +174,8 @@ void ml_spread_masked(call *c, factor m, const char *h, rows out, rows init);
 void ml_reserve_collection(const call *c, budget *b, int64_t d);
 void ml_collect(call *c, factor grads, const char *h, rows x, bool add);
 
-/* Brings sums [rank, cols], width apart, of one expert home; NULL: zeros. */
-void ml_store_grads(const call *c, const char *sums, int64_t width, int64_t rank, int64_t cols, ml_matrix to, bool add);
+/* Brings sums [rank, cols] of one expert home; data == NULL: zeros. */
+void ml_store_grads(const call *c, ml_matrix sums, int64_t rank, int64_t cols, ml_matrix to, bool add);
 
 /* The same for the experts that dropout gives an x of their own. */
 void ml_reserve_masked_collection(const call *c, budget *b, int64_t d);

@@ -40,12 +40,13 @@ void ml_reserve_collection(const call *c, budget *b, int64_t d) {
   }
 }
 
-void ml_store_grads(const call *c, const char *sums, int64_t width, int64_t rank, int64_t cols, ml_matrix to,
-                    bool add) {
-  if (sums && to.row == 1 && !add) /* B: a transposition, which packing is */
-    c->products->pack(to.data, to.col, cols, rank, sums, 1, width);
+void ml_store_grads(const call *c, ml_matrix sums, int64_t rank, int64_t cols, ml_matrix to, bool add) {
+  if (sums.data && !add && to.row == 1) /* as B has them */
+    c->products->pack(to.data, to.col, cols, rank, sums.data, sums.col, sums.row);
+  else if (sums.data && !add && to.col == 1) /* as A has them */
+    c->products->pack(to.data, to.row, rank, cols, sums.data, sums.row, sums.col);
   else
-    c->elementwise->copy(rank, cols, sums, width, 1, to.data, to.row, to.col, add);
+    c->elementwise->copy(rank, cols, sums.data, sums.row, sums.col, to.data, to.row, to.col, add);
 }
 
 /* The same for all: sums [R, cols] are columns d0 .. of the gradients. */
@@ -55,7 +56,7 @@ static void finish_collection(const collection *g, const char *sums, int64_t wid
     ml_matrix to = g->grads.parts[e];
     if (!to.data) continue;
     int64_t r0 = g->grads.offsets[e], rank = g->grads.offsets[e + 1] - r0;
-    ml_store_grads(c, c->T ? at(c, sums, r0 * width) : NULL, width, rank, cols,
+    ml_store_grads(c, (ml_matrix){c->T ? at(c, sums, r0 * width) : NULL, width, 1}, rank, cols,
                    (ml_matrix){at(c, to.data, d0 * to.col), to.row, to.col}, g->add);
   }
 }
@@ -81,18 +82,6 @@ static void collect_in_place(void *context, int64_t task, int thread) {
     char *out = at(c, to.data, d0);
     k->product(rank, cols, c->T, at(c, g->h, r0), 1, c->R, panel, panel_row, out, to.row, g->add ? out : NULL, to.row);
   }
-}
-
-/* The gradient of an expert from its part of the transpose, [cols, width]. */
-static void finish_turned(const collection *g, const char *sums, int64_t width, int64_t rank, int64_t cols,
-                          ml_matrix to) {
-  const ml_products *k = g->c->products;
-  if (to.row == 1 && !g->add)
-    k->pack(to.data, to.col, cols, rank, sums, width, 1); /* B: a copy of narrow rows */
-  else if (to.col == 1 && !g->add)
-    k->pack(to.data, to.row, rank, cols, sums, 1, width); /* A: a transposition */
-  else
-    g->c->elementwise->copy(rank, cols, sums, 1, width, to.data, to.row, to.col, g->add);
 }
 
 /* All others: the transpose x^T h, with h's own rows as panels, whose last vector may end beyond h. */
@@ -123,8 +112,9 @@ static void collect_turned(void *context, int64_t task, int thread) {
     }
     for (int64_t i = first; i < e; i++) {
       ml_matrix to = grads->parts[i];
+      ml_matrix of_expert = {at(c, sums, grads->offsets[i] - r0), 1, width};
       to.data = at(c, to.data, d0 * to.col);
-      finish_turned(g, at(c, sums, grads->offsets[i] - r0), width, grads->offsets[i + 1] - grads->offsets[i], cols, to);
+      ml_store_grads(c, of_expert, grads->offsets[i + 1] - grads->offsets[i], cols, to, g->add);
     }
   }
 }

@@ -319,7 +319,7 @@ static void clear_grads(const call *c, int64_t rank, int64_t first, int64_t last
       memset(at(c, to.data, r * to.row + first), 0, (size_t)((last - first) * c->size));
   } else {
     to.data = at(c, to.data, first * to.col);
-    ml_store_grads(c, NULL, 0, rank, last - first, to, false);
+    ml_store_grads(c, (ml_matrix){NULL, 0, 0}, rank, last - first, to, false);
   }
 }
 
@@ -363,7 +363,7 @@ static void collect_task(void *context, int64_t task, int thread) {
       int64_t cols = min_(full, last - first - d0), width = round_up(cols, k->lanes);
       ml_matrix to = g->grads.parts[e];
       to.data = at(c, to.data, (first + d0) * to.col);
-      ml_store_grads(c, at(c, sums, d0 * rank), width, rank, cols, to, g->add);
+      ml_store_grads(c, (ml_matrix){at(c, sums, d0 * rank), width, 1}, rank, cols, to, g->add);
     }
   }
 }
