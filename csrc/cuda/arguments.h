@@ -1,0 +1,46 @@
+/* What kernels and the C that launches them share. NVRTC reads this, too, so it includes nothing.
+ *
+ * The experts' ranks lie side by side in *columns*: those of expert e begin at a multiple of 8, and their number C is
+ * rounded up to 64. Columns that belong to no rank hold zeros. Arrays of 16-bit elements have the call's dtype, bfloat16
+ * or float16.
+ */
+#ifndef MOELORA_ARGUMENTS_H
+#define MOELORA_ARGUMENTS_H
+
+enum {
+  ML_MAX_EXPERTS = 96,    /* their table travels in the arguments of a launch */
+  ML_COLUMN_BLOCK = 8,    /* columns of one expert */
+  ML_COLUMN_MULTIPLE = 64 /* of the number of columns */
+};
+
+/* Dtypes of arrays that may be of several. */
+enum { ML_CUDA_F32 = 0, ML_CUDA_BF16 = 1, ML_CUDA_F16 = 2 };
+
+/* Expert e: A [rank, d_in] and B [d_out, rank], or their gradients, rows without gaps; NULL: none. */
+typedef struct {
+  void *a, *b;
+  int column, rank;
+  float scaling;
+  int unused;
+} ml_adapter;
+
+typedef struct {
+  ml_adapter of[ML_MAX_EXPERTS];
+} ml_adapters;
+
+/* The narrow side of a layer, [T, C]: what comes out of a shrink, and what becomes of it there.
+ *
+ * Forward, of H = x A^T:  hidden = H (where not NULL),  mixed = s w H
+ * Backward, of P = g B:   mixed = Q = s w P,  weighted = s w H,  grad_w = s <P, H> per token and expert */
+typedef struct {
+  const float *factors;  /* [T, N] s_e w_te */
+  const int *experts;    /* [C / 8] the expert of 8 columns, N - 1 past the last rank */
+  const float *scalings; /* [N] */
+  void *mixed;           /* [T, C] out */
+  void *hidden;          /* [T, C] forward: out; backward: in; NULL: none */
+  void *weighted;        /* [T, C] out, backward; NULL: none */
+  float *grad_w;         /* [T, N] out, backward; NULL: none */
+  int tokens, columns, n_experts;
+} ml_narrow;
+
+#endif
