@@ -8,9 +8,8 @@
 #define MOELORA_ARGUMENTS_H
 
 enum {
-  ML_MAX_EXPERTS = 96,    /* their table travels in the arguments of a launch */
-  ML_COLUMN_BLOCK = 8,    /* columns of one expert */
-  ML_COLUMN_MULTIPLE = 64 /* of the number of columns */
+  ML_MAX_EXPERTS = 96,  /* their table travels in the arguments of a launch, */
+  ML_MAX_COLUMNS = 2048 /* and so does which expert columns belong to */
 };
 
 /* Dtypes of arrays that may be of several. */
@@ -26,7 +25,29 @@ typedef struct {
 
 typedef struct {
   ml_adapter of[ML_MAX_EXPERTS];
+  unsigned char expert_of[ML_MAX_COLUMNS / 8]; /* of 8 columns; the last expert past the last rank */
 } ml_adapters;
+
+/* Routing weights of T = batch * seq tokens: of token (b, s) and expert e at b * batch_stride + s * seq_stride + e * stride;
+ * zero strides where tokens share them. */
+typedef struct {
+  const void *data;
+  int dtype;
+  int top_k; /* 0: all */
+  int seq, n_experts;
+  long long batch_stride, seq_stride, stride;
+} ml_weights;
+
+/* What is made anew for every call, of the adapters and the routing weights as they are now. */
+typedef struct {
+  void *a;         /* [C, d_in]  the experts' A, rounded */
+  void *b;         /* [d_out, C]  their B */
+  float *factors;  /* as in ml_narrow */
+  int *experts;
+  float *scalings;
+  unsigned *sync;  /* [n_sync] zeros */
+  int tokens, columns, n_experts, d_in, d_out, n_sync;
+} ml_prepared;
 
 /* The narrow side of a layer, [T, C]: what comes out of a shrink, and what becomes of it there.
  *
@@ -34,7 +55,7 @@ typedef struct {
  * Backward, of P = g B:   mixed = Q = s w P,  weighted = s w H,  grad_w = s <P, H> per token and expert */
 typedef struct {
   const float *factors;  /* [T, N] s_e w_te */
-  const int *experts;    /* [C / 8] the expert of 8 columns, N - 1 past the last rank */
+  const int *experts;    /* [C / 8] the expert of 8 columns */
   const float *scalings; /* [N] */
   void *mixed;           /* [T, C] out */
   void *hidden;          /* [T, C] forward: out; backward: in; NULL: none */

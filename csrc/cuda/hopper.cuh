@@ -4,42 +4,11 @@
  * operand is K-major where its rows (of 64) run along the sum, and MN-major where they run along rows or columns of the
  * result (the transposed form: TA or TB = 1).
  */
-#include "arguments.h"
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-#define DEVICE __device__ __forceinline__
+#include "elements.cuh"
 
 struct alignas(64) tensor_map {
   u64 words[16];
 };
-
-#if ML_F16
-#define TYPE "f16"
-#else
-#define TYPE "bf16"
-#endif
-
-/* Two floats as 16-bit elements, the first in the low half. */
-DEVICE u32 narrow(float low, float high) {
-  u32 both;
-  asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-
-/* The halves of two 16-bit elements. */
-#if ML_F16
-DEVICE float widen(u16 element) {
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(element));
-  return wide;
-}
-#else
-DEVICE float widen(u16 element) { return __uint_as_float((u32)element << 16); }
-#endif
-DEVICE float low_of(u32 both) { return widen((u16)both); }
-DEVICE float high_of(u32 both) { return widen((u16)(both >> 16)); }
 
 DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -89,11 +58,6 @@ DEVICE void stores_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memo
 /* Between ordinary writes of shared memory, or of any memory, and the copy engine or wgmma that read them. */
 DEVICE void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void fence_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
-
-/* ---- launches that overlap ---- */
-
-DEVICE void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-DEVICE void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 /* ---- clusters ---- */
 

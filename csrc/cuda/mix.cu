@@ -1,0 +1,62 @@
+//options: ML_F16
+/* The narrow side where torch's own products make it: the same as finish_shrink of hopper.cuh, from [T, C] in memory. And
+ * gradients of routing weights, in their dtype and shape. */
+#include "elements.cuh"
+
+/* mixed = s w H, from H in narrow.hidden; both 8 columns a thread. */
+extern "C" __global__ void ml_mix(const ml_narrow n) {
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x, blocks = n.columns / 8;
+  if (i >= n.tokens * blocks) return;
+  float f = n.factors[i / blocks * n.n_experts + n.experts[i % blocks]];
+  uint4 h = ((const uint4 *)n.hidden)[i];
+  u32 v[4] = {h.x, h.y, h.z, h.w};
+  for (int j = 0; j < 4; j++) v[j] = narrow(f * low_of(v[j]), f * high_of(v[j]));
+  ((uint4 *)n.mixed)[i] = {v[0], v[1], v[2], v[3]};
+}
+
+/* From P in narrow.mixed, which becomes Q = s w P, and H; one expert of one token a thread. */
+extern "C" __global__ void ml_mix_backward(const __grid_constant__ ml_adapters adapters, const ml_narrow n) {
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= (u64)n.tokens * n.n_experts) return;
+  int e = (int)(i % n.n_experts), first = adapters.of[e].column;
+  int end = e + 1 < n.n_experts ? adapters.of[e + 1].column : n.columns;
+  float f = n.factors[i], dot = 0;
+  u64 row = i / n.n_experts * n.columns;
+  for (int c = first; c < end; c += 2) {
+    u64 at = (row + c) / 2;
+    u32 p = ((const u32 *)n.mixed)[at], h = n.hidden ? ((const u32 *)n.hidden)[at] : 0u;
+    dot += low_of(p) * low_of(h) + high_of(p) * high_of(h);
+    ((u32 *)n.mixed)[at] = narrow(f * low_of(p), f * high_of(p));
+    if (n.weighted) ((u32 *)n.weighted)[at] = narrow(f * low_of(h), f * high_of(h));
+  }
+  if (n.grad_w) n.grad_w[i] = n.scalings[e] * dot;
+}
+
+/* The gradient of weights, from that of every token's own [T, N]: 0 for what top_k drops, summed over tokens that share
+ * weights, in the same order always. One block of 256 threads a number; to [groups, N] or [T, N] without gaps. */
+extern "C" __global__ void ml_grad_weights(const ml_weights w, const float *per_token, void *grad, int tokens) {
+  __shared__ float sums[256];
+  int n = w.n_experts, e = blockIdx.x % n, group = blockIdx.x / n;
+  bool own = w.seq_stride != 0 || (w.batch_stride != 0 && w.seq == 1);
+  int first = own ? group : w.batch_stride != 0 ? group * w.seq : 0;
+  int count = own ? 1 : w.batch_stride != 0 ? w.seq : tokens;
+  float sum = 0;
+  for (int t = first + threadIdx.x; t < first + count; t += 256) sum += is_kept(w, t, e) ? per_token[(u64)t * n + e] : 0.f;
+  sums[threadIdx.x] = sum;
+  for (int half = 128; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  if (threadIdx.x != 0) return;
+  if (w.dtype == ML_CUDA_F32) {
+    ((float *)grad)[blockIdx.x] = sums[0];
+  } else {
+    u32 rounded;
+    if (w.dtype == ML_CUDA_F16) {
+      asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(rounded) : "f"(sums[0]));
+    } else {
+      asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(rounded) : "f"(sums[0]));
+    }
+    ((u16 *)grad)[blockIdx.x] = (u16)rounded;
+  }
+}
