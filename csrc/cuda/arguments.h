@@ -40,12 +40,12 @@ typedef struct {
 
 /* What is made anew for every call, of the adapters and the routing weights as they are now. */
 typedef struct {
-  void *a;         /* [C, d_in]  the experts' A, rounded */
-  void *b;         /* [d_out, C]  their B */
-  float *factors;  /* as in ml_narrow */
+  void *a;        /* [C, d_in]  the experts' A, rounded */
+  void *b;        /* [d_out, C]  their B */
+  float *factors; /* as in ml_narrow */
   int *experts;
   float *scalings;
-  unsigned *sync;  /* [n_sync] zeros */
+  unsigned *sync; /* [n_sync] zeros */
   int tokens, columns, n_experts, d_in, d_out, n_sync;
 } ml_prepared;
 

@@ -70,7 +70,7 @@ ml_cuda_status ml_variant_compile(const ml_variant *variant, const char *arch, s
 typedef struct {
   unsigned grid, block, shared_bytes;
   unsigned cluster; /* blocks in a cluster, 0 or 1: none */
-  bool early;       /* may start before the kernel launched before it has ended (programmatic dependent launch): it waits by
+  bool early; /* may start before the kernel launched before it has ended (programmatic dependent launch): it waits by
                        griddepcontrol.wait */
 } ml_launch;
 

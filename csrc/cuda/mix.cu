@@ -32,16 +32,13 @@ extern "C" __global__ void ml_mix_backward(const __grid_constant__ ml_adapters a
   if (n.grad_w) n.grad_w[i] = n.scalings[e] * dot;
 }
 
-/* The gradient of weights, from that of every token's own [T, N]: 0 for what top_k drops, summed over tokens that share
- * weights, in the same order always. One block of 256 threads a number; to [groups, N] or [T, N] without gaps. */
-extern "C" __global__ void ml_grad_weights(const ml_weights w, const float *per_token, void *grad, int tokens) {
+/* The gradient of weights, from that of every token's own [T, N]: 0 for what top_k drops, summed over the `share` tokens that
+ * have weights in common, in the same order always. One block of 256 threads a number; to [T / share, N] without gaps. */
+extern "C" __global__ void ml_grad_weights(const ml_weights w, const float *per_token, void *grad, int share) {
   __shared__ float sums[256];
-  int n = w.n_experts, e = blockIdx.x % n, group = blockIdx.x / n;
-  bool own = w.seq_stride != 0 || (w.batch_stride != 0 && w.seq == 1);
-  int first = own ? group : w.batch_stride != 0 ? group * w.seq : 0;
-  int count = own ? 1 : w.batch_stride != 0 ? w.seq : tokens;
+  int n = w.n_experts, e = blockIdx.x % n, first = blockIdx.x / n * share;
   float sum = 0;
-  for (int t = first + threadIdx.x; t < first + count; t += 256) sum += is_kept(w, t, e) ? per_token[(u64)t * n + e] : 0.f;
+  for (int t = first + threadIdx.x; t < first + share; t += 256) sum += is_kept(w, t, e) ? per_token[(u64)t * n + e] : 0.f;
   sums[threadIdx.x] = sum;
   for (int half = 128; half > 0; half /= 2) {
     __syncthreads();

@@ -1,0 +1,390 @@
+#include "routed_lora.h"
+
+#include <string.h>
+
+enum { ROWS = 128, FEW_TOKENS = 64, ALIGNMENT = 256 };
+
+static int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+static bool is_aligned(const void *p) { return (uintptr_t)p % 16 == 0; }
+
+ml_cuda_status ml_layer_begin(ml_layer *layer) {
+  int64_t column = 0;
+  if (layer->n_experts > ML_MAX_EXPERTS || layer->d_in % 8 != 0 || layer->d_out % 8 != 0 || layer->tokens < 1 ||
+      layer->tokens > INT32_MAX / 2 || layer->d_in > INT32_MAX / 2 || layer->d_out > INT32_MAX / 2) {
+    return ML_CUDA_UNSUPPORTED;
+  }
+  for (int e = 0; e < layer->n_experts; e++) {
+    ml_adapter *adapter = &layer->adapters.of[e];
+    int64_t end = column + round_up(adapter->rank, 8);
+    if (end > ML_MAX_COLUMNS || !is_aligned(adapter->a) || !is_aligned(adapter->b)) {
+      return ML_CUDA_UNSUPPORTED;
+    }
+    adapter->column = (int)column;
+    memset(layer->adapters.expert_of + column / 8, e, (size_t)(end - column) / 8);
+    column = end;
+  }
+  layer->columns = (int)round_up(column, 64);
+  memset(layer->adapters.expert_of + column / 8, layer->n_experts - 1, (size_t)(layer->columns - column) / 8);
+  return ML_CUDA_OK;
+}
+
+/* ---- which way ---- */
+
+bool ml_layer_has_kernels(const ml_layer *layer) { return layer->gpu->major == 9; }
+
+/* Of the tiles of a [T, n] product: their width, and how many multiprocessors have one less than others in the end. */
+static int tile_width(int64_t n) { return n % 256 == 0 || n % 256 > 128 || n > 2048 ? 256 : 128; }
+static int64_t tiles_of(const ml_layer *layer, int64_t n) {
+  return ceil_div(layer->tokens, ROWS) * ceil_div(n, tile_width(n));
+}
+static int64_t idle_blocks(const ml_layer *layer, int64_t n) {
+  int64_t blocks = layer->gpu->multiprocessors, left = tiles_of(layer, n) % blocks;
+  return left == 0 ? 0 : blocks - left;
+}
+
+ml_way ml_layer_way(const ml_layer *layer, bool backward) {
+  if (!ml_layer_has_kernels(layer) || layer->weight == NULL || !is_aligned(layer->weight) ||
+      layer->weight_row % 8 != 0) {
+    return ML_BY_TORCH;
+  }
+  if (!backward && layer->tokens <= FEW_TOKENS) {
+    return ML_BY_DECODE;
+  }
+  int64_t n = backward ? layer->d_in : layer->d_out, idle = idle_blocks(layer, n);
+  if (tiles_of(layer, n) * 2 < layer->gpu->multiprocessors) {
+    return ML_BY_TORCH; /* whose products split the sum */
+  }
+  /* Measured: a shrink of 128 rows takes .36 (64 columns) or .5 (128) of the time of a tile. */
+  if (layer->columns <= 128 && idle > 0) {
+    int64_t each = ceil_div(ceil_div(layer->tokens, ROWS), idle);
+    if (each * (layer->columns == 64 ? 36 : 50) <= 100) {
+      return ML_BY_FUSED;
+    }
+  }
+  return ML_BY_DUAL;
+}
+
+const char *ml_way_name(ml_way way) {
+  static const char *const names[] = {"torch", "decode", "dual", "fused"};
+  return names[way];
+}
+
+/* ---- the workspace ---- */
+
+typedef struct {
+  ml_prepared prepared;
+  void *mixed, *weighted;
+  float *grad_w;
+  size_t bytes;
+} places;
+
+static int n_sync(const ml_layer *layer) { return 1 + (int)ceil_div(layer->tokens, ROWS); }
+
+static places places_in(const ml_layer *layer, char *workspace, bool backward) {
+  size_t T = (size_t)layer->tokens, C = (size_t)layer->columns, N = (size_t)layer->n_experts, used = 0;
+  places p = {0};
+#define PLACE(pointer, size)                                        \
+  do {                                                              \
+    (pointer) = (void *)(workspace + used);                         \
+    used = (used + (size) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; \
+  } while (0)
+  PLACE(p.prepared.a, C * (size_t)layer->d_in * 2);
+  PLACE(p.prepared.b, C * (size_t)layer->d_out * 2);
+  PLACE(p.prepared.factors, T * N * 4);
+  PLACE(p.prepared.experts, C / 8 * 4);
+  PLACE(p.prepared.scalings, N * 4);
+  PLACE(p.prepared.sync, (size_t)n_sync(layer) * 4);
+  PLACE(p.mixed, T * C * 2);
+  if (backward) {
+    PLACE(p.weighted, T * C * 2);
+    PLACE(p.grad_w, T * N * 4);
+  }
+#undef PLACE
+  p.prepared.tokens = (int)layer->tokens;
+  p.prepared.columns = layer->columns;
+  p.prepared.n_experts = layer->n_experts;
+  p.prepared.d_in = (int)layer->d_in;
+  p.prepared.d_out = (int)layer->d_out;
+  p.prepared.n_sync = n_sync(layer);
+  p.bytes = used;
+  return p;
+}
+
+size_t ml_layer_forward_bytes(const ml_layer *layer) { return places_in(layer, NULL, false).bytes; }
+size_t ml_layer_backward_bytes(const ml_layer *layer) { return places_in(layer, NULL, true).bytes; }
+
+ml_places ml_layer_places(const ml_layer *layer, void *workspace) {
+  places p = places_in(layer, workspace, true);
+  return (ml_places){p.prepared.a, p.prepared.b, p.mixed, p.weighted};
+}
+
+static ml_narrow narrow_of(const places *p) {
+  return (ml_narrow){.factors = p->prepared.factors,
+                     .experts = p->prepared.experts,
+                     .scalings = p->prepared.scalings,
+                     .mixed = p->mixed,
+                     .tokens = p->prepared.tokens,
+                     .columns = p->prepared.columns,
+                     .n_experts = p->prepared.n_experts};
+}
+
+/* ---- launches ---- */
+
+static ml_cuda_status launch(const ml_layer *layer, ml_variant variant, const char *entry, ml_launch how,
+                             void **arguments) {
+  ml_kernel *kernel;
+  ml_cuda_status status = ml_kernel_of(layer->gpu, &variant, entry, (int)how.shared_bytes, &kernel);
+  return status == ML_CUDA_OK ? ml_launch_kernel(layer->gpu, kernel, &how, layer->stream, arguments) : status;
+}
+
+static ml_cuda_status prepare(const ml_layer *layer, const places *p) {
+  int64_t eights = layer->columns * (layer->d_in + layer->d_out) / 8 + layer->tokens * layer->n_experts;
+  void *arguments[] = {(void *)(uintptr_t)&layer->adapters, (void *)(uintptr_t)&p->prepared,
+                       (void *)(uintptr_t)&layer->weights};
+  return launch(layer, (ml_variant){ML_PREPARE, {layer->f16, layer->f32_adapters}}, "ml_prepare",
+                (ml_launch){.grid = (unsigned)min_(ceil_div(eights, 256), 8 * (int64_t)layer->gpu->multiprocessors),
+                            .block = 256},
+                arguments);
+}
+
+/* A matrix in boxes of 64 columns. */
+static ml_cuda_status map_of(const ml_layer *layer, ml_tensor_map *map, const void *data, int64_t rows, int64_t cols,
+                             int64_t row, int box_rows) {
+  return ml_tensor_map_of(map, layer->f16, data, rows, cols, row * 2, box_rows);
+}
+
+/* The tile's columns of a factor with n of them, K-major (forward) or MN-major. */
+static ml_cuda_status factor_map(const ml_layer *layer, bool backward, ml_tensor_map *map, const void *data, int64_t n,
+                                 int64_t depth, int64_t row, int width) {
+  return backward ? map_of(layer, map, data, depth, n, row, 64) : map_of(layer, map, data, n, depth, row, width);
+}
+
+/* H = x A^T, or P = g B, and what becomes of it. */
+static ml_cuda_status project(const ml_layer *layer, const places *p, ml_narrow narrow, ml_rows x, bool backward) {
+  enum { STAGE_BYTES = 4 * 49152 + 2048 };
+  int64_t depth = backward ? layer->d_out : layer->d_in;
+  int cols = layer->columns <= 64 ? 64 : layer->columns <= 128 ? 128 : 256;
+  ml_tensor_map x_map, factor;
+  ml_cuda_status status = map_of(layer, &x_map, x.data, layer->tokens, depth, x.row, ROWS);
+  if (status == ML_CUDA_OK) {
+    status = backward ? factor_map(layer, true, &factor, p->prepared.b, layer->columns, depth, layer->columns, cols)
+                      : factor_map(layer, false, &factor, p->prepared.a, layer->columns, depth, depth, cols);
+  }
+  int64_t blocks = ceil_div(layer->tokens, ROWS);
+  unsigned cluster = 1;
+  while (cluster < 8 && blocks * cluster * 2 <= layer->gpu->multiprocessors && depth / (cluster * 2) >= 256) {
+    cluster *= 2;
+  }
+  int depth_ = (int)depth;
+  void *arguments[] = {&x_map, &factor, &narrow, &depth_};
+  return status != ML_CUDA_OK
+             ? status
+             : launch(layer, (ml_variant){ML_PROJECT, {layer->f16, backward, (int16_t)cols}}, "ml_project",
+                      (ml_launch){.grid = (unsigned)blocks * cluster,
+                                  .block = 384,
+                                  .shared_bytes = STAGE_BYTES,
+                                  .cluster = cluster,
+                                  .early = true},
+                      arguments);
+}
+
+/* y = x W^T + mixed B^T (+ bias), or grad_x = g W + Q A. */
+static ml_cuda_status dual(const ml_layer *layer, const places *p, ml_narrow narrow, ml_rows x, void *y, bool backward,
+                           bool fused) {
+  int64_t T = layer->tokens, C = layer->columns;
+  int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
+  int width = tile_width(n), stages = width == 256 ? 4 : 6;
+  const void *b = backward ? p->prepared.a : p->prepared.b, *shrink = backward ? p->prepared.b : p->prepared.a;
+  ml_tensor_map maps[6];
+  ml_cuda_status status;
+  if ((status = map_of(layer, &maps[0], x.data, T, depth, x.row, ROWS)) != ML_CUDA_OK ||
+      (status = factor_map(layer, backward, &maps[1], layer->weight, n, depth, layer->weight_row, width)) !=
+          ML_CUDA_OK ||
+      (status = map_of(layer, &maps[2], p->mixed, T, C, C, ROWS)) != ML_CUDA_OK ||
+      (status = factor_map(layer, backward, &maps[3], b, n, C, backward ? n : C, width)) != ML_CUDA_OK ||
+      (status = map_of(layer, &maps[4], y, T, n, n, 64)) != ML_CUDA_OK ||
+      (status = factor_map(layer, backward, &maps[5], shrink, C, depth, backward ? C : depth, (int)C)) != ML_CUDA_OK) {
+    return status;
+  }
+  const void *bias = backward ? NULL : layer->bias;
+  int n_ = (int)n, depth_ = (int)depth, shrinkers = fused ? (int)idle_blocks(layer, n) : 0;
+  void *sync = p->prepared.sync;
+  void *arguments[] = {&maps[0], &maps[1], &maps[2], &maps[3], &maps[4],   &maps[5],
+                       &narrow,  &bias,    &n_,      &depth_,  &shrinkers, &sync};
+  int64_t blocks = min_(layer->gpu->multiprocessors, fused ? INT32_MAX : tiles_of(layer, n));
+  ml_variant variant = {ML_DUAL, {layer->f16, backward, (int16_t)width, (int16_t)(fused ? C : 0), bias != NULL}};
+  return launch(layer, variant, "ml_dual",
+                (ml_launch){.grid = (unsigned)blocks,
+                            .block = 384,
+                            .shared_bytes = (unsigned)(stages * (16384 + width * 128) + 4 * 8192 + 2048),
+                            .early = true},
+                arguments);
+}
+
+static ml_cuda_status decode(const ml_layer *layer, const places *p, ml_rows x, void *y) {
+  int64_t T = layer->tokens, C = layer->columns, n = layer->d_out, depth = layer->d_in;
+  int width = T <= 8 ? 8 : T <= 16 ? 16 : T <= 32 ? 32 : 64, stages = width > 32 ? 4 : 5;
+  ml_tensor_map maps[4];
+  ml_cuda_status status;
+  if ((status = map_of(layer, &maps[0], x.data, T, depth, x.row, width)) != ML_CUDA_OK ||
+      (status = map_of(layer, &maps[1], layer->weight, n, depth, layer->weight_row, ROWS)) != ML_CUDA_OK ||
+      (status = map_of(layer, &maps[2], p->mixed, T, C, C, width)) != ML_CUDA_OK ||
+      (status = map_of(layer, &maps[3], p->prepared.b, n, C, C, ROWS)) != ML_CUDA_OK) {
+    return status;
+  }
+  int64_t tiles = ceil_div(n, ROWS);
+  unsigned cluster = 1;
+  while (cluster < 8 && tiles * cluster * 2 <= 2 * (int64_t)layer->gpu->multiprocessors &&
+         depth / (cluster * 2) >= 256) {
+    cluster *= 2;
+  }
+  const void *bias = layer->bias;
+  int T_ = (int)T, n_ = (int)n, depth_ = (int)depth, C_ = (int)C;
+  void *arguments[] = {&maps[0], &maps[1], &maps[2], &maps[3], &y, &bias, &T_, &n_, &depth_, &C_};
+  return launch(layer, (ml_variant){ML_DECODE, {layer->f16, (int16_t)width, bias != NULL}}, "ml_decode",
+                (ml_launch){.grid = (unsigned)(tiles * cluster),
+                            .block = 384,
+                            .shared_bytes = (unsigned)(stages * (16384 + width * 128) + 2048),
+                            .cluster = cluster,
+                            .early = true},
+                arguments);
+}
+
+/* The experts' gradients from Q and x, and from the weighted H and g. */
+static ml_cuda_status collect(const ml_layer *layer, const places *p, ml_rows x, ml_rows grad_y,
+                              const ml_adapters *grads) {
+  enum { TILE = 256, STAGE_BYTES = 4 * 49152 + 2048 };
+  int64_t T = layer->tokens, C = layer->columns;
+  bool any_a = false, any_b = false;
+  ml_adapters to = layer->adapters;
+  for (int e = 0; e < layer->n_experts; e++) {
+    to.of[e].a = grads->of[e].a;
+    to.of[e].b = grads->of[e].b;
+    any_a |= to.of[e].a != NULL;
+    any_b |= to.of[e].b != NULL;
+  }
+  int a_tiles = any_a ? (int)ceil_div(layer->d_in, TILE) : 0, b_tiles = any_b ? (int)ceil_div(layer->d_out, TILE) : 0;
+  if (a_tiles + b_tiles == 0) {
+    return ML_CUDA_OK;
+  }
+  ml_tensor_map maps[4];
+  ml_cuda_status status;
+  ml_rows left = any_a ? x : grad_y; /* a map wants some memory even where it is not used */
+  if ((status = map_of(layer, &maps[0], p->mixed, T, C, C, 64)) != ML_CUDA_OK ||
+      (status = map_of(layer, &maps[1], left.data, T, any_a ? layer->d_in : layer->d_out, left.row, 64)) !=
+          ML_CUDA_OK ||
+      (status = map_of(layer, &maps[2], p->weighted, T, C, C, 64)) != ML_CUDA_OK ||
+      (status = map_of(layer, &maps[3], grad_y.data, T, layer->d_out, grad_y.row, 64)) != ML_CUDA_OK) {
+    return status;
+  }
+  int chunks = C > 64 ? 2 : 1;
+  int64_t tiles = (a_tiles + b_tiles) * ceil_div(C, 64 * chunks);
+  unsigned cluster = 1;
+  while (cluster < 8 && tiles * cluster * 2 <= 2 * (int64_t)layer->gpu->multiprocessors && T / (cluster * 2) >= 128) {
+    cluster *= 2;
+  }
+  const int *experts = p->prepared.experts;
+  int T_ = (int)T, d_in = (int)layer->d_in, d_out = (int)layer->d_out, C_ = (int)C;
+  void *arguments[] = {&maps[0], &maps[1], &maps[2], &maps[3], &to, &experts, &T_, &d_in, &d_out, &C_, &a_tiles};
+  return launch(layer, (ml_variant){ML_COLLECT, {layer->f16, layer->f32_adapters, (int16_t)chunks}}, "ml_collect",
+                (ml_launch){.grid = (unsigned)tiles * cluster,
+                            .block = 384,
+                            .shared_bytes = STAGE_BYTES,
+                            .cluster = cluster,
+                            .early = true},
+                arguments);
+}
+
+/* Whether the gradient of weights is what the shrink leaves, [T, N] in float32. */
+static bool is_plain_grad_w(const ml_layer *layer) {
+  return layer->share == 1 && layer->weights.dtype == ML_CUDA_F32 && layer->weights.top_k == 0;
+}
+
+static ml_cuda_status grad_weights(const ml_layer *layer, const float *per_token, void *grad_w) {
+  int share = (int)layer->share;
+  void *arguments[] = {(void *)(uintptr_t)&layer->weights, &per_token, &grad_w, &share};
+  return launch(layer, (ml_variant){ML_MIX, {layer->f16}}, "ml_grad_weights",
+                (ml_launch){.grid = (unsigned)(layer->tokens / layer->share * layer->n_experts), .block = 256},
+                arguments);
+}
+
+/* ---- forward and backward ---- */
+
+ml_cuda_status ml_layer_forward(const ml_layer *layer, ml_rows x, void *y, void *hidden, void *workspace) {
+  ml_way way = ml_layer_way(layer, false);
+  places p = places_in(layer, workspace, false);
+  ml_narrow narrow = narrow_of(&p);
+  narrow.hidden = hidden;
+  if (way == ML_BY_TORCH || !is_aligned(x.data) || x.row % 8 != 0) {
+    return ML_CUDA_UNSUPPORTED;
+  }
+  ml_cuda_status status = prepare(layer, &p);
+  if (status == ML_CUDA_OK && way != ML_BY_FUSED) {
+    status = project(layer, &p, narrow, x, false);
+  }
+  if (status == ML_CUDA_OK) {
+    status = way == ML_BY_DECODE ? decode(layer, &p, x, y) : dual(layer, &p, narrow, x, y, false, way == ML_BY_FUSED);
+  }
+  return status;
+}
+
+ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_y, const void *hidden, void *grad_x,
+                                 void *grad_w, const ml_adapters *grads, void *workspace) {
+  ml_way way = ml_layer_way(layer, true);
+  places p = places_in(layer, workspace, true);
+  ml_narrow narrow = narrow_of(&p);
+  if (!ml_layer_has_kernels(layer) || (grad_x != NULL && way == ML_BY_TORCH) || !is_aligned(grad_y.data) ||
+      grad_y.row % 8 != 0 || !is_aligned(x.data) || x.row % 8 != 0) {
+    return ML_CUDA_UNSUPPORTED;
+  }
+  narrow.hidden = (void *)(uintptr_t)hidden;
+  narrow.weighted = hidden != NULL ? p.weighted : NULL;
+  narrow.grad_w = grad_w == NULL ? NULL : is_plain_grad_w(layer) ? grad_w : p.grad_w;
+  bool fused = grad_x != NULL && way == ML_BY_FUSED;
+  ml_cuda_status status = prepare(layer, &p);
+  if (status == ML_CUDA_OK && !fused) {
+    status = project(layer, &p, narrow, grad_y, true);
+  }
+  if (status == ML_CUDA_OK && grad_x != NULL) {
+    status = dual(layer, &p, narrow, grad_y, grad_x, true, fused);
+  }
+  if (status == ML_CUDA_OK) {
+    status = collect(layer, &p, x, grad_y, grads);
+  }
+  if (status == ML_CUDA_OK && narrow.grad_w != grad_w) {
+    status = grad_weights(layer, p.grad_w, grad_w);
+  }
+  return status;
+}
+
+/* ---- between torch's products ---- */
+
+ml_cuda_status ml_layer_prepare(const ml_layer *layer, void *workspace) {
+  places p = places_in(layer, workspace, true);
+  return prepare(layer, &p);
+}
+
+ml_cuda_status ml_layer_mix(const ml_layer *layer, const void *hidden, void *workspace) {
+  places p = places_in(layer, workspace, true);
+  ml_narrow narrow = narrow_of(&p);
+  narrow.hidden = (void *)(uintptr_t)hidden;
+  void *arguments[] = {&narrow};
+  return launch(layer, (ml_variant){ML_MIX, {layer->f16}}, "ml_mix",
+                (ml_launch){.grid = (unsigned)ceil_div(layer->tokens * layer->columns / 8, 256), .block = 256},
+                arguments);
+}
+
+ml_cuda_status ml_layer_mix_backward(const ml_layer *layer, const void *hidden, void *grad_w, void *workspace) {
+  places p = places_in(layer, workspace, true);
+  ml_narrow narrow = narrow_of(&p);
+  narrow.hidden = (void *)(uintptr_t)hidden;
+  narrow.weighted = hidden != NULL ? p.weighted : NULL;
+  narrow.grad_w = grad_w == NULL ? NULL : is_plain_grad_w(layer) ? grad_w : p.grad_w;
+  void *arguments[] = {(void *)(uintptr_t)&layer->adapters, &narrow};
+  ml_cuda_status status =
+      launch(layer, (ml_variant){ML_MIX, {layer->f16}}, "ml_mix_backward",
+             (ml_launch){.grid = (unsigned)ceil_div(layer->tokens * layer->n_experts, 256), .block = 256}, arguments);
+  return status == ML_CUDA_OK && narrow.grad_w != grad_w ? grad_weights(layer, p.grad_w, grad_w) : status;
+}

@@ -1,0 +1,80 @@
+/* A mixture of LoRA experts on a GPU, from C: which kernels, in which order, with which memory.
+ *
+ * x [T, d_in], y [T, d_out] and W are bfloat16 or float16, rows of unit stride; A and B of that dtype or float32, rows
+ * without gaps; products accumulate in float32. All pointers are the GPU's. Nothing is allocated here: the caller asks how
+ * many bytes a call needs and passes them. What is launched runs on the caller's stream, in its order.
+ */
+#ifndef MOELORA_CUDA_ROUTED_LORA_H
+#define MOELORA_CUDA_ROUTED_LORA_H
+
+#include "arguments.h"
+#include "driver.h"
+
+typedef struct {
+  const ml_gpu *gpu;
+  void *stream;
+  bool f16, f32_adapters;
+  int64_t tokens, d_in, d_out;
+  int n_experts;
+  ml_adapters adapters; /* a, b, rank, scaling are the caller's; ml_layer_begin fills in the rest */
+  const void *weight;   /* [d_out, d_in]; NULL: the mixture alone */
+  int64_t weight_row;   /* elements between its rows */
+  const void *bias;     /* [d_out] or NULL */
+  ml_weights weights;
+  int64_t share; /* tokens that have weights in common: 1, the tokens of a sequence, or all */
+  int columns;   /* C; set by ml_layer_begin */
+} ml_layer;
+
+/* How a layer is computed: a pure function of shape, dtype and GPU. */
+typedef enum {
+  ML_BY_TORCH,  /* two products of torch's, with ml_layer_mix between them */
+  ML_BY_DECODE, /* project.cu, then decode.cu: few tokens, forward */
+  ML_BY_DUAL,   /* project.cu, then dual.cu */
+  ML_BY_FUSED   /* dual.cu with the shrink inside */
+} ml_way;
+
+/* ML_CUDA_UNSUPPORTED: too many experts or columns, widths that are not multiples of 8, pointers that are not of 16. */
+ml_cuda_status ml_layer_begin(ml_layer *layer);
+ml_way ml_layer_way(const ml_layer *layer, bool backward);
+const char *ml_way_name(ml_way way);
+bool ml_layer_has_kernels(const ml_layer *layer); /* of Hopper's: project.cu and collect.cu, which need no weight */
+
+/* Rows [T, width] of 16-bit elements, `row` elements apart. */
+typedef struct {
+  void *data;
+  int64_t row;
+} ml_rows;
+
+/* ---- the whole layer: not ML_BY_TORCH ---- */
+
+/* hidden [T, C] without gaps, or NULL. workspace: ml_layer_forward_bytes, aligned to 256. */
+size_t ml_layer_forward_bytes(const ml_layer *layer);
+ml_cuda_status ml_layer_forward(const ml_layer *layer, ml_rows x, void *y, void *hidden, void *workspace);
+
+/* grad_x without gaps, NULL: not wanted. grad_w as the weights' own shape without gaps, in their dtype, or NULL. grads: a and b
+ * are the gradients' arrays of every expert, in the adapters' dtype, or NULL. x may be NULL data where no a is wanted, hidden
+ * where neither b nor grad_w is. Without a weight grad_x has to be NULL, and *narrow_grad, [T, C] in the workspace, is Q, of which
+ * the caller makes it with *stacked_a [C, d_in]. */
+size_t ml_layer_backward_bytes(const ml_layer *layer);
+ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_y, const void *hidden, void *grad_x,
+                                 void *grad_w, const ml_adapters *grads, void *workspace);
+
+/* ---- between torch's products: on any GPU from 8.0 on ---- */
+
+/* Places in a workspace of ml_layer_forward_bytes or ml_layer_backward_bytes. */
+typedef struct {
+  void *stacked_a; /* [C, d_in] */
+  void *stacked_b; /* [d_out, C] */
+  void *mixed;     /* [T, C] */
+  void *weighted;  /* [T, C], backward */
+} ml_places;
+ml_places ml_layer_places(const ml_layer *layer, void *workspace);
+
+/* Stacks and factors. */
+ml_cuda_status ml_layer_prepare(const ml_layer *layer, void *workspace);
+/* hidden [T, C] = x A^T, given; mixed is made of it. */
+ml_cuda_status ml_layer_mix(const ml_layer *layer, const void *hidden, void *workspace);
+/* mixed = P = g B, given, becomes Q; weighted and grad_w (or NULL) are made of it and of hidden. */
+ml_cuda_status ml_layer_mix_backward(const ml_layer *layer, const void *hidden, void *grad_w, void *workspace);
+
+#endif
