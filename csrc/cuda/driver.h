@@ -54,16 +54,16 @@ typedef struct {
   int16_t options[ML_MAX_OPTIONS];
 } ml_variant;
 
-typedef struct ml_kernel ml_kernel; /* for any GPU of the architecture; lives as long as the process */
+typedef struct ml_kernel ml_kernel; /* for the GPUs that it was asked for; lives as long as the process */
 
 /* The function `entry` of a variant: from memory, from the cache on disk, or compiled now (about a second). Thread-safe.
  * A variant that failed once fails at once from then on. `shared_bytes`: dynamic shared memory it may be launched with. */
 ml_cuda_status ml_kernel_of(const ml_gpu *gpu, const ml_variant *variant, const char *entry, int shared_bytes,
                             ml_kernel **kernel);
 
-/* Compiles a variant for an architecture such as "sm_90a" without a driver or a GPU, past the cache; *log, where there is
- * anything to say, is the compiler's text (the caller frees it). */
-ml_cuda_status ml_variant_compile(const ml_variant *variant, const char *arch, size_t *cubin_bytes, char **log);
+/* Compiles a variant for an architecture such as "sm_90a" without a driver or a GPU, past the cache. *cubin, and *log where
+ * there is anything to say, the compiler's text, are the caller's to free. */
+ml_cuda_status ml_variant_compile(const ml_variant *variant, const char *arch, void **cubin, size_t *bytes, char **log);
 
 /* ---- launches ---- */
 
