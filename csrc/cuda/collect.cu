@@ -4,14 +4,14 @@
  *   dA   [C, d_in]  = Q^T x    to dA_e [rank, d_in]
  *   dB^T [C, d_out] = Hs^T g   to dB_e [d_out, rank]
  *
- * A cluster of 1 to 8 blocks computes 64 ML_CHUNKS (1 or 2) of the C columns times 256 of those of x or of g; each of its
- * blocks sums over its part of the tokens, and then they add the parts, each block for some of the columns. Cluster i has
- * columns i % groups of C, groups = ceil(C / (64 ML_CHUNKS)), so that those that read the same part of x run side by side,
- * and tile i / groups: the first a_tiles = ceil(d_in / 256), or none, of x, then those of g.
+ * A cluster of 1 to 8 blocks computes 64 ML_CHUNKS (1 or 2) of the C columns times 256 of those of x or of g; each of
+ * its blocks sums over its part of the tokens, and then they add the parts, each block for some of the columns. Cluster
+ * i has columns i % groups of C, groups = ceil(C / (64 ML_CHUNKS)), so that those that read the same part of x run side
+ * by side, and tile i / groups: the first a_tiles = ceil(d_in / 256), or none, of x, then those of g.
  *
- * All boxes: [64, 64]. Launch: cluster * groups * tiles blocks of 384 threads, two warpgroups that multiply and one of which
- * a thread has the copy engine read for them; RING + 2048 bytes of shared memory. Gradients are 16-bit elements or, with
- * ML_F32_GRADS, float32; those of A are aligned to a pair of elements.
+ * All boxes: [64, 64]. Launch: cluster * groups * tiles blocks of 384 threads, two warpgroups that multiply and one of
+ * which a thread has the copy engine read for them; RING + 2048 bytes of shared memory. Gradients are 16-bit elements
+ * or, with ML_F32_GRADS, float32; those of A are aligned to a pair of elements.
  */
 #include "hopper.cuh"
 

@@ -4,8 +4,9 @@
  *   forward   H = x A^T: factor A [C, K], boxes [ML_COLS, 64], which run along the sum
  *   backward  P = g B:   x is g, factor B [K, C], boxes [64, 64], which run along the columns
  *
- * A cluster of 1, 2, 4 or 8 blocks computes 128 rows; each of its blocks sums over its part of K, and then they add the
- * parts, each block for the rows of some warps. Columns go ML_COLS (64, 128 or 256) at a time, one tile after the other.
+ * A cluster of 1, 2, 4 or 8 blocks computes 128 rows; each of its blocks sums over its part of K, and then they add
+ * the parts, each block for the rows of some warps. Columns go ML_COLS (64, 128 or 256) at a time, one tile after the
+ * other.
  *
  * Boxes of x: [128, 64]. Launch: cluster * ceil(T / 128) blocks of 384 threads, two warpgroups that multiply and one of
  * which a thread has the copy engine read for them; RING + 2048 bytes of shared memory.
