@@ -107,11 +107,13 @@ def use_torch(
     Tensor: type,
     Parameter: type,
     empty: Callable[[Any, Any, Any], Any],
+    empty_cuda: Callable[[Any, Any, Any], Any],
     empty_like: Callable[[Any], Any],
     linear: Callable[[Any, Any, Any], Any],
     float32: Any,
     float64: Any,
     bfloat16: Any,
+    float16: Any,
     /,
 ) -> bool: ...
 def are_plain(*tensors: Any) -> bool: ...
@@ -150,6 +152,70 @@ def backward_tensors(
     n_threads: int,
     /,
 ) -> tuple[Any, ...] | None: ...
+
+# The same on a GPU: x, the base and y of bfloat16 or float16, adapters of that dtype or of float32, without gaps, weights of
+# any of these.
+
+def cuda_call(
+    x: Any,
+    lora_A: Any,
+    lora_B: Any,
+    routing_weights: Any,
+    scaling: Any,
+    base_output: Any,
+    weight: Any,
+    bias: Any,
+    /,
+) -> tuple[tuple[Any, ...], tuple[float, ...], bool] | None: ...
+def cuda_forward(
+    x: Any,
+    adapters: tuple[Any, ...],
+    routing_weights: Any,
+    scaling: tuple[float, ...],
+    weight: Any,
+    bias: Any,
+    top_k: int,
+    keep_hidden: bool,
+    /,
+) -> tuple[Any, Any] | None: ...
+def cuda_backward(
+    saved: tuple[Any, ...],
+    needs_input_grad: tuple[bool, ...],
+    scaling: tuple[float, ...],
+    grad_y: Any,
+    top_k: int,
+    /,
+) -> tuple[Any, ...] | None: ...
+def cuda_prepare(
+    x: Any,
+    adapters: tuple[Any, ...],
+    routing_weights: Any,
+    scaling: tuple[float, ...],
+    top_k: int,
+    backward: bool,
+    /,
+) -> tuple[Any, Any, Any, Any, Any] | None: ...
+def cuda_mix(
+    x: Any,
+    adapters: tuple[Any, ...],
+    routing_weights: Any,
+    scaling: tuple[float, ...],
+    top_k: int,
+    hidden: Any,
+    workspace: Any,
+    /,
+) -> None: ...
+def cuda_mix_backward(
+    grad_y: Any,
+    adapters: tuple[Any, ...],
+    routing_weights: Any,
+    scaling: tuple[float, ...],
+    top_k: int,
+    hidden: Any,
+    grad_w: Any,
+    workspace: Any,
+    /,
+) -> None: ...
 def route_tensors(
     logits: Any,
     mask: Any,
