@@ -1,5 +1,5 @@
-"""Builds ``moelora._core``: the C core, one kernel file per instruction set, the host side of the CUDA kernels with their
-sources as text, the Python border and an OpenBLAS.
+"""Builds ``moelora._core``: the C core, one kernel file per instruction set, the host side of the CUDA kernels with
+their sources as text, the Python border and an OpenBLAS.
 
 The environment variable ``MOELORA_BLAS`` says where the base product's BLAS comes from:
 

@@ -36,9 +36,10 @@ typedef struct {
 /* Opens the driver at the first call. *gpu lives as long as the process. */
 ml_cuda_status ml_gpu_at(int ordinal, const ml_gpu **gpu);
 
-/* Where NVRTC and the cache of compiled kernels are looked for, before all other places; NULL: only there. Copies are
- * made. The places, in this order: libraries that this process has loaded, `nvrtc` (the path of a libnvrtc), the dynamic
- * loader's own search. The cache is `cache`, else $MOELORA_CACHE, else $XDG_CACHE_HOME/moelora, else ~/.cache/moelora. */
+/* Where NVRTC and the cache of compiled kernels are looked for; NULL leaves a place as it was, "" takes it back. Copies are
+ * made. NVRTC's places, in this order: libraries that this process has loaded, `nvrtc` (the path of a libnvrtc), the
+ * dynamic loader's own search. The cache is `cache`, else $MOELORA_CACHE, else $XDG_CACHE_HOME/moelora, else
+ * ~/.cache/moelora. */
 void ml_cuda_set_places(const char *nvrtc, const char *cache);
 
 /* ---- kernels ---- */

@@ -115,8 +115,8 @@ static int nvrtc_major, nvrtc_minor; /* 0: not open */
 
 void ml_cuda_set_places(const char *nvrtc_path, const char *cache) {
   pthread_mutex_lock(&lock);
-  snprintf(nvrtc_place, sizeof nvrtc_place, "%s", nvrtc_path ? nvrtc_path : "");
-  snprintf(cache_place, sizeof cache_place, "%s", cache ? cache : "");
+  if (nvrtc_path) snprintf(nvrtc_place, sizeof nvrtc_place, "%s", nvrtc_path);
+  if (cache) snprintf(cache_place, sizeof cache_place, "%s", cache);
   pthread_mutex_unlock(&lock);
 }
 

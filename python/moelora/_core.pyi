@@ -1,6 +1,7 @@
 """The C extension. `moelora.functional` documents what its functions do; here are the positions of the arguments."""
 
 from collections.abc import Callable, Iterable, Sequence
+from os import PathLike
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
 
 import numpy as np
@@ -245,3 +246,14 @@ def get_base_product() -> str | None: ...
 def base_limits() -> tuple[int, int]: ...
 def threading_layer() -> str: ...
 def blas_config() -> str: ...
+
+# CUDA. Errors of the driver and of the compiler are RuntimeErrors.
+
+def cuda_sources() -> tuple[tuple[str, tuple[str, ...], bool], ...]: ...  # (file, options, for Hopper alone)
+def cuda_compile(source: str, options: tuple[int, ...], arch: str, /) -> tuple[bytes, str | None]: ...  # (cubin, log)
+def cuda_cubin(source: str, options: tuple[int, ...], arch: str, /) -> bytes: ...  # from the cache where it is there
+def set_cuda_places(nvrtc: str | PathLike[str] | None, cache: str | PathLike[str] | None, /) -> None: ...
+def cuda_driver() -> tuple[int, int]: ...  # (1000 major + 10 minor of the CUDA it supports, number of GPUs)
+def cuda_compiler() -> tuple[int, int]: ...  # (major, minor) of NVRTC
+def cuda_cache() -> str | None: ...
+def cuda_device(ordinal: int, /) -> tuple[int, int, int]: ...  # (major, minor, multiprocessors)
