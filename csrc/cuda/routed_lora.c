@@ -370,14 +370,15 @@ ml_cuda_status ml_layer_forward(const ml_layer *layer, ml_rows x, void *y, void 
   if (way == ML_BY_TORCH || !is_aligned(x.data) || x.row % 8 != 0) {
     return ML_CUDA_UNSUPPORTED;
   }
+  if (way == ML_BY_DECODE) {
+    ml_cuda_status status = few(layer, x, p.mixed, hidden);
+    return status == ML_CUDA_OK ? decode(layer, x, p.mixed, y) : status;
+  }
   ml_cuda_status status = prepare(layer, &p);
   if (status == ML_CUDA_OK && way != ML_BY_FUSED) {
     status = project(layer, &p, narrow, x, false);
   }
-  if (status == ML_CUDA_OK) {
-    status = way == ML_BY_DECODE ? decode(layer, &p, x, y) : dual(layer, &p, narrow, x, y, false, way == ML_BY_FUSED);
-  }
-  return status;
+  return status == ML_CUDA_OK ? dual(layer, &p, narrow, x, y, false, way == ML_BY_FUSED) : status;
 }
 
 ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_y, const void *hidden, void *grad_x,
