@@ -33,6 +33,8 @@ DEVICE void barrier_wait(u32 barrier, u32 phase) {
 
 /* The threads of one warpgroup, 1 or 2 (0 is __syncthreads). */
 DEVICE void warpgroup_sync(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+/* The threads of two warpgroups. */
+DEVICE void warpgroups_sync() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
 
 /* ---- the copy engine ---- */
 
@@ -79,10 +81,35 @@ DEVICE u32 address_in(u32 rank, u32 shared) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared), "r"(rank));
   return there;
 }
-DEVICE float load_shared_of_cluster(u32 address) {
-  float value;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
+/* Sums that the blocks of a cluster hold in parts: each of 256 threads keeps its registers in its block's shared memory, four
+ * (16 bytes) beside those of the next thread, so that no two lanes meet in a bank. `at` is the thread's first place. */
+enum { PART_STEP = 256 * 16 }; /* bytes from four registers of a thread to its next four */
+template <int N>
+DEVICE void keep_part(u32 at, const float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i += 4)
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at + i / 4 * PART_STEP), "f"(d[i]), "f"(d[i + 1]),
+                 "f"(d[i + 2]), "f"(d[i + 3])
+                 : "memory");
+}
+/* d = the sum over the blocks, in the order of their ranks. */
+template <int N>
+DEVICE void sum_parts(float (&d)[N], u32 at, u32 blocks) {
+#pragma unroll
+  for (int i = 0; i < N; i++) d[i] = 0;
+#pragma unroll N > 64 ? 1 : 2 /* more would need more registers than there are */
+  for (u32 rank = 0; rank < blocks; rank++) {
+    u32 there = address_in(rank, at);
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      float a, b, c, e;
+      asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(a), "=f"(b), "=f"(c), "=f"(e)
+                   : "r"(there + i / 4 * PART_STEP)
+                   : "memory");
+      d[i] += a, d[i + 1] += b, d[i + 2] += c, d[i + 3] += e;
+    }
+  }
 }
 
 /* ---- warpgroup products ----
@@ -179,40 +206,60 @@ DEVICE void multiply(float (&d)[128], u64 a, u64 b, int add) {
 
 /* ---- what becomes of a shrink ---- */
 
-/* Rows `row` and `row + 8` of H (or, backward, of P) [T, C], columns [first, first + 2 * SIZE), in a warpgroup's registers. */
+/* Rows `row` and `row + 8` of H (or, backward, of P) [T, C], in a warpgroup's registers: the columns [first, first + 2 * SIZE)
+ * as far as there are any. They go 64 at a time, all loads of these before the first store, which the compiler could not
+ * move them past. */
 template <int SIZE>
 DEVICE void finish_shrink(const float (&d)[SIZE], const ml_narrow &n, int row, int first) {
+  static_assert(SIZE % 32 == 0, "whole blocks of 64 columns");
   int lane = threadIdx.x & 3;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     int t = row + 8 * half;
     bool real = t < n.tokens; /* all lanes of a row agree */
     const float *factors = n.factors + (u64)t * n.n_experts;
-    float dot = 0;
-#pragma unroll
-    for (int j = 0; j < SIZE / 4; j++) {
-      int column = first + 8 * j, e = n.experts[column >> 3];
-      u64 at = ((u64)t * n.columns + column) / 2 + lane;
-      float v0 = d[4 * j + 2 * half], v1 = d[4 * j + 2 * half + 1], f = real ? factors[e] : 0.f;
 #if ML_BACKWARD
-      u32 h = real && n.hidden ? ((const u32 *)n.hidden)[at] : 0u;
-      dot += v0 * low_of(h) + v1 * high_of(h);
-      bool last = j == SIZE / 4 - 1 || n.experts[(column >> 3) + 1] != e;
-      if (n.grad_w && last) { /* all ranks of an expert lie in these columns, or are added to what came before */
-        dot += __shfl_xor_sync(~0u, dot, 1);
-        dot += __shfl_xor_sync(~0u, dot, 2);
-        bool begun = first > 0 && n.experts[(first >> 3) - 1] == e;
-        if (real && lane == 0) {
-          float *to = n.grad_w + (u64)t * n.n_experts + e;
-          *to = n.scalings[e] * dot + (begun ? *to : 0.f);
-        }
-        dot = 0;
-      }
-      if (real && n.weighted) ((u32 *)n.weighted)[at] = narrow(f * low_of(h), f * high_of(h));
-#else
-      if (real && n.hidden) ((u32 *)n.hidden)[at] = narrow(v0, v1);
+    float dot = 0;
 #endif
-      if (real) ((u32 *)n.mixed)[at] = narrow(f * v0, f * v1);
+#pragma unroll
+    for (int part = 0; part < SIZE / 32; part++) {
+      int column = first + 64 * part;
+      if (column >= n.columns) break;
+      const int *experts = n.experts + column / 8;
+      u64 at = ((u64)t * n.columns + column) / 2 + lane;
+      int e[8];
+      float f[8];
+#pragma unroll
+      for (int j = 0; j < 8; j++) e[j] = experts[j];
+#pragma unroll
+      for (int j = 0; j < 8; j++) f[j] = real ? factors[e[j]] : 0.f;
+#if ML_BACKWARD
+      int next = part < SIZE / 32 - 1 && column + 64 < n.columns ? experts[8] : -1;
+      u32 h[8];
+#pragma unroll
+      for (int j = 0; j < 8; j++) h[j] = real && n.hidden ? ((const u32 *)n.hidden)[at + 4 * j] : 0u;
+#endif
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        float v0 = d[32 * part + 4 * j + 2 * half], v1 = d[32 * part + 4 * j + 2 * half + 1];
+#if ML_BACKWARD
+        dot += v0 * low_of(h[j]) + v1 * high_of(h[j]);
+        if (n.grad_w && (j < 7 ? e[j + 1] : next) != e[j]) { /* all ranks of an expert lie in these columns, or are added to what came before */
+          dot += __shfl_xor_sync(~0u, dot, 1);
+          dot += __shfl_xor_sync(~0u, dot, 2);
+          bool begun = first > 0 && n.experts[first / 8 - 1] == e[j];
+          if (real && lane == 0) {
+            float *to = n.grad_w + (u64)t * n.n_experts + e[j];
+            *to = n.scalings[e[j]] * dot + (begun ? *to : 0.f);
+          }
+          dot = 0;
+        }
+        if (real && n.weighted) ((u32 *)n.weighted)[at + 4 * j] = narrow(f[j] * low_of(h[j]), f[j] * high_of(h[j]));
+#else
+        if (real && n.hidden) ((u32 *)n.hidden)[at + 4 * j] = narrow(v0, v1);
+#endif
+        if (real) ((u32 *)n.mixed)[at + 4 * j] = narrow(f[j] * v0, f[j] * v1);
+      }
     }
   }
 }

@@ -488,3 +488,41 @@ PyObject *cuda_mix(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
 PyObject *cuda_mix_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
   return takes("cuda_mix_backward", 8, n_args) ? mix(module, args, true, args[6], args[7]) : NULL;
 }
+
+/* ---- which way ---- */
+
+/* (name or None) */
+PyObject *set_cuda_way(PyObject *module, PyObject *name) {
+  (void)module;
+  const char *text = name == Py_None ? NULL : PyUnicode_AsUTF8(name);
+  if (text == NULL && name != Py_None) {
+    return NULL;
+  }
+  if (ml_force_way(text) != ML_CUDA_OK) {
+    PyErr_Format(PyExc_ValueError, "name must be 'torch', 'decode', 'dual', 'fused' or None, got %R", name);
+    return NULL;
+  }
+  Py_RETURN_NONE;
+}
+
+/* (major, multiprocessors, tokens, d_in, d_out, ranks, backward) -> the name of the way of a layer whose memory is aligned */
+PyObject *cuda_way(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+  (void)module;
+  int64_t numbers[6];
+  if (!takes("cuda_way", 7, n_args)) {
+    return NULL;
+  }
+  for (int i = 0; i < 6; i++) {
+    static const char *const names[] = {"major", "multiprocessors", "tokens", "d_in", "d_out", "ranks"};
+    if (!read_int64(args[i], names[i], &numbers[i])) {
+      return NULL;
+    }
+  }
+  ml_gpu gpu = {.major = (int)numbers[0], .multiprocessors = (int)numbers[1]};
+  ml_layer layer = {.gpu = &gpu, .tokens = numbers[2], .d_in = numbers[3], .d_out = numbers[4], .n_experts = 1};
+  static _Alignas(16) const char weight[16];
+  layer.weight = weight;
+  layer.adapters.of[0].rank = (int)numbers[5];
+  bool plain = ml_layer_begin(&layer) == ML_CUDA_OK;
+  return PyUnicode_FromString(ml_way_name(plain ? ml_layer_way(&layer, args[6] == Py_True) : ML_BY_TORCH));
+}

@@ -1040,6 +1040,8 @@ static PyMethodDef methods[] = {
     FAST(cuda_prepare),
     FAST(cuda_mix),
     FAST(cuda_mix_backward),
+    FAST(cuda_way),
+    {"set_cuda_way", set_cuda_way, METH_O, NULL},
     FAST(route_tensors),
     FAST(route_backward_tensors),
     FAST(route),

@@ -216,6 +216,10 @@ def cuda_mix_backward(
     workspace: Any,
     /,
 ) -> None: ...
+def set_cuda_way(name: str | None, /) -> None: ...
+def cuda_way(
+    major: int, multiprocessors: int, tokens: int, d_in: int, d_out: int, ranks: int, backward: bool, /
+) -> str: ...
 def route_tensors(
     logits: Any,
     mask: Any,

@@ -1,0 +1,121 @@
+//options: ML_F16 ML_BACKWARD ML_COLS
+/* The shrink, forward and backward: out [T, C] = x [T, K] times a narrow factor, and what finish_shrink makes of it.
+ *
+ *   forward   H = x A^T: factor A [C, K], boxes [ML_COLS, 64], which run along the sum
+ *   backward  P = g B:   x is g, factor B [K, C], boxes [64, 64], which run along the columns
+ *
+ * A cluster of 1, 2, 4 or 8 blocks computes 128 rows; each of its blocks sums over its part of K, and then they add
+ * the parts, each block for the rows of some warps. Columns go ML_COLS (64, 128 or 256) at a time, one tile after the
+ * other.
+ *
+ * Boxes of x: [128, 64]. Launch: cluster * ceil(T / 128) blocks of 384 threads, two warpgroups that multiply and one of
+ * which a thread has the copy engine read for them; RING + 2048 bytes of shared memory.
+ */
+#include "hopper.cuh"
+
+enum {
+  ROWS = 128,
+  DEPTH = 64,       /* of a step */
+  RING = 192 << 10, /* bytes of loads in flight */
+  BOX = 64 * DEPTH * 2,
+  X_BYTES = ROWS * DEPTH * 2,
+  STAGE = X_BYTES + ML_COLS * DEPTH * 2,
+  STAGES = RING / STAGE,
+  CONSUMERS = 256
+};
+static_assert(ROWS * ML_COLS * 4 <= RING, "the parts of a sum are kept where the ring was");
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
+    ml_project(const __grid_constant__ tensor_map x, const __grid_constant__ tensor_map factor,
+               const __grid_constant__ ml_narrow side, int depth) {
+  extern __shared__ char memory[];
+  let_successor_start();
+  u32 ring = (shared_address(memory) + 1023) & ~1023u, full = ring + RING, empty = full + 8 * STAGES;
+  int rank = cluster_rank(), blocks = cluster_size(), warp = threadIdx.x / 32;
+  int first_row = blockIdx.x / blocks * ROWS, tiles = (side.columns + ML_COLS - 1) / ML_COLS;
+  int all = (depth + DEPTH - 1) / DEPTH, begin = all * rank / blocks, steps = all * (rank + 1) / blocks - begin;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      barrier_init(full + 8 * s, 1);
+      barrier_init(empty + 8 * s, 2);
+    }
+    barrier_init_done();
+  }
+  __syncthreads();
+
+  if (threadIdx.x >= CONSUMERS) {
+    registers_give<40>();
+    auto load_x = [&](int i, int step) {
+      u32 to = ring + i % STAGES * STAGE, barrier = full + 8 * (i % STAGES);
+      barrier_expect(barrier, STAGE);
+      load_box(to, &x, barrier, (begin + step) * DEPTH, first_row);
+    };
+    auto load_factor = [&](int i, int step, int column) {
+      u32 to = ring + i % STAGES * STAGE + X_BYTES, barrier = full + 8 * (i % STAGES);
+#if ML_BACKWARD
+#pragma unroll
+      for (int j = 0; j < ML_COLS / 64; j++)
+        load_box(to + j * BOX, &factor, barrier, column + 64 * j, (begin + step) * DEPTH);
+#else
+      load_box(to, &factor, barrier, (begin + step) * DEPTH, column);
+#endif
+    };
+    int early = steps < STAGES ? steps : STAGES; /* x is older than the kernel before, which writes the factor */
+    if (threadIdx.x == CONSUMERS) {
+      for (int i = 0; i < early; i++) load_x(i, i);
+      wait_for_predecessor();
+      fence_all();
+      for (int i = 0; i < early; i++) load_factor(i, i, 0);
+    }
+    for (int tile = 0; tile < tiles; tile++) {
+      if (threadIdx.x == CONSUMERS)
+        for (int step = tile ? 0 : early; step < steps; step++) {
+          int i = tile * steps + step;
+          if (i >= STAGES) barrier_wait(empty + 8 * (i % STAGES), (i / STAGES + 1) & 1);
+          load_x(i, step);
+          load_factor(i, step, tile * ML_COLS);
+        }
+      __syncwarp();
+      if (blocks > 1) {
+        cluster_sync();
+        cluster_sync();
+      }
+    }
+    return;
+  }
+
+  registers_stay<232>();
+  wait_for_predecessor();
+  int row = first_row + 16 * warp + threadIdx.x % 32 / 4;
+  bool finishes = warp / (8 / blocks) == rank;
+  u32 part = ring + 16 * threadIdx.x;
+  for (int tile = 0; tile < tiles; tile++) {
+    float d[ML_COLS / 2];
+#pragma unroll
+    for (int i = 0; i < ML_COLS / 2; i++) d[i] = 0;
+    for (int step = 0; step < steps; step++) {
+      int i = tile * steps + step;
+      u32 stage = ring + i % STAGES * STAGE;
+      barrier_wait(full + 8 * (i % STAGES), i / STAGES & 1);
+      u64 a = operand_k(stage + warp / 4 * BOX);
+      u64 b = ML_BACKWARD ? operand_mn(stage + X_BYTES, BOX) : operand_k(stage + X_BYTES);
+      products_begin();
+#pragma unroll
+      for (int k = 0; k < DEPTH / 16; k++)
+        multiply<0, ML_BACKWARD>(d, a + k * DEPTH_STEP_K, b + k * (ML_BACKWARD ? DEPTH_STEP_MN : DEPTH_STEP_K), 1);
+      products_commit();
+      products_wait<0>(); /* at once: memory, not the products, sets the pace, so that a stage is free early */
+      if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * (i % STAGES));
+    }
+    settle(d);
+    if (blocks > 1) {
+      warpgroups_sync(); /* both have read all stages */
+      keep_part(part, d);
+      cluster_sync();
+      if (finishes) sum_parts(d, part, blocks);
+      fence_shared(); /* the ring's next loads */
+      cluster_sync();
+    }
+    if (finishes) finish_shrink(d, side, row, tile * ML_COLS);
+  }
+}
