@@ -306,7 +306,8 @@ ml_cuda_status ml_launch_kernel(const ml_gpu *gpu, ml_kernel *kernel, const ml_l
   }
   bool pushed;
   unsigned result = enter(gpu, &pushed);
-  if (result == ML_CU_SUCCESS) result = cu.cuLaunchKernelEx(&config, function, arguments, NULL);
+  if (result == ML_CU_SUCCESS)
+    result = cu.cuLaunchKernelEx((const struct CUlaunchConfig_st *)&config, function, arguments, NULL);
   leave(pushed);
   return result == ML_CU_SUCCESS ? ML_CUDA_OK : refused(result, kernel->entry);
 }
@@ -320,8 +321,8 @@ ml_cuda_status ml_tensor_map_of(ml_tensor_map *map, bool f16, const void *data, 
   uint32_t box[] = {64, (uint32_t)box_rows}, steps[] = {1, 1};
   void *address;
   memcpy(&address, &data, sizeof address); /* the driver only writes it down */
-  unsigned result =
-      cu.cuTensorMapEncodeTiled(map, f16 ? ML_CU_TENSOR_F16 : ML_CU_TENSOR_BF16, 2, address, dims, strides, box, steps,
-                                ML_CU_TENSOR_PLAIN, ML_CU_TENSOR_SWIZZLE_128, ML_CU_TENSOR_L2_256, ML_CU_TENSOR_PLAIN);
+  unsigned result = cu.cuTensorMapEncodeTiled((struct CUtensorMap_st *)map, f16 ? ML_CU_TENSOR_F16 : ML_CU_TENSOR_BF16,
+                                              2, address, dims, strides, box, steps, ML_CU_TENSOR_PLAIN,
+                                              ML_CU_TENSOR_SWIZZLE_128, ML_CU_TENSOR_L2_256, ML_CU_TENSOR_PLAIN);
   return result == ML_CU_SUCCESS ? ML_CUDA_OK : refused(result, "a tensor map");
 }

@@ -53,7 +53,7 @@ typedef struct {
   } value;
 } ml_cu_launch_attribute;
 
-/* CUlaunchConfig */
+/* struct CUlaunchConfig_st */
 typedef struct {
   unsigned grid[3], block[3], shared_bytes;
   CUstream stream;
@@ -61,27 +61,31 @@ typedef struct {
   unsigned n_attributes;
 } ml_cu_launch_config;
 
+struct CUlaunchConfig_st;
+struct CUtensorMap_st; /* 128 bytes, a multiple of 64: ml_tensor_map */
+
 /* X(the symbol in libcuda, its parameters) */
-#define ML_CU_FUNCTIONS(X)                                                                                      \
-  X(cuInit, (unsigned flags))                                                                                   \
-  X(cuDriverGetVersion, (int *version))                                                                         \
-  X(cuGetErrorString, (unsigned result, const char **text))                                                     \
-  X(cuDeviceGetCount, (int *count))                                                                             \
-  X(cuDeviceGet, (CUdevice * device, int ordinal))                                                              \
-  X(cuDeviceGetAttribute, (int *value, unsigned attribute, CUdevice device))                                    \
-  X(cuDevicePrimaryCtxRetain, (CUcontext * context, CUdevice device))                                           \
-  X(cuCtxGetCurrent, (CUcontext * context))                                                                     \
-  X(cuCtxPushCurrent_v2, (CUcontext context))                                                                   \
-  X(cuCtxPopCurrent_v2, (CUcontext * context))                                                                  \
-  X(cuLibraryLoadData, (CUlibrary * library, const void *code, unsigned *jit_options, void **jit_values,        \
-                        unsigned n_jit_options, unsigned *options, void **values, unsigned n_options))          \
-  X(cuLibraryGetKernel, (CUkernel * kernel, CUlibrary library, const char *name))                               \
-  X(cuKernelSetAttribute, (unsigned attribute, int value, CUkernel kernel, CUdevice device))                    \
-  X(cuKernelGetFunction, (CUfunction * function, CUkernel kernel))                                              \
-  X(cuLaunchKernelEx, (const ml_cu_launch_config *config, CUfunction function, void **arguments, void **extra)) \
-  X(cuTensorMapEncodeTiled, (void *map, unsigned type, uint32_t rank, void *data, const uint64_t *dims,         \
-                             const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides,     \
-                             unsigned interleave, unsigned swizzle, unsigned promotion, unsigned fill))
+#define ML_CU_FUNCTIONS(X)                                                                                           \
+  X(cuInit, (unsigned flags))                                                                                        \
+  X(cuDriverGetVersion, (int *version))                                                                              \
+  X(cuGetErrorString, (unsigned result, const char **text))                                                          \
+  X(cuDeviceGetCount, (int *count))                                                                                  \
+  X(cuDeviceGet, (CUdevice * device, int ordinal))                                                                   \
+  X(cuDeviceGetAttribute, (int *value, unsigned attribute, CUdevice device))                                         \
+  X(cuDevicePrimaryCtxRetain, (CUcontext * context, CUdevice device))                                                \
+  X(cuCtxGetCurrent, (CUcontext * context))                                                                          \
+  X(cuCtxPushCurrent_v2, (CUcontext context))                                                                        \
+  X(cuCtxPopCurrent_v2, (CUcontext * context))                                                                       \
+  X(cuLibraryLoadData, (CUlibrary * library, const void *code, unsigned *jit_options, void **jit_values,             \
+                        unsigned n_jit_options, unsigned *options, void **values, unsigned n_options))               \
+  X(cuLibraryGetKernel, (CUkernel * kernel, CUlibrary library, const char *name))                                    \
+  X(cuKernelSetAttribute, (unsigned attribute, int value, CUkernel kernel, CUdevice device))                         \
+  X(cuKernelGetFunction, (CUfunction * function, CUkernel kernel))                                                   \
+  X(cuLaunchKernelEx, (const struct CUlaunchConfig_st *config, CUfunction function, void **arguments, void **extra)) \
+  X(cuTensorMapEncodeTiled,                                                                                          \
+    (struct CUtensorMap_st * map, unsigned type, uint32_t rank, void *data, const uint64_t *dims,                    \
+     const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides, unsigned interleave,             \
+     unsigned swizzle, unsigned promotion, unsigned fill))
 
 /* X(the symbol in libnvrtc, its parameters) */
 #define ML_NVRTC_FUNCTIONS(X)                                                                         \

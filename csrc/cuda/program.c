@@ -178,7 +178,7 @@ ml_cuda_status ml_arch_for(ml_source source, int major, int minor, char arch[ML_
 
 /* ---- compiling ---- */
 
-enum { FLAG_BYTES = 64, MAX_FLAGS = ML_MAX_OPTIONS + 2, MAX_HEADERS = 16 };
+enum { FLAG_BYTES = 64, MAX_FLAGS = ML_MAX_OPTIONS + 3, MAX_HEADERS = 16 };
 
 typedef struct {
   const char *name, *text;
@@ -200,6 +200,7 @@ static ml_cuda_status plan(job *j, const ml_variant *variant, const char *arch) 
   if (strlen(arch) >= ML_ARCH_BYTES) return ml_cuda_fail(ML_CUDA_VALUE, "there is no architecture %s", arch);
   snprintf(j->flags[j->n_flags++], FLAG_BYTES, "--gpu-architecture=%s", arch);
   snprintf(j->flags[j->n_flags++], FLAG_BYTES, "--std=c++17");
+  snprintf(j->flags[j->n_flags++], FLAG_BYTES, "--diag-suppress=177"); /* variables that other variants use */
   for (int i = 0; i < n; i++)
     snprintf(j->flags[j->n_flags++], FLAG_BYTES, "-D%.*s=%d", ML_OPTION_BYTES, options[i], variant->options[i]);
   return ML_CUDA_OK;

@@ -39,6 +39,7 @@ def test_source_distribution_holds_the_sources_and_no_binaries(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert names > {"setup.py", "csrc/core/moelora.h", "csrc/core/kernels/avx2.c", "csrc/python/module.c", "LICENSE"}
+    assert names > {"csrc/cuda/driver.c", "csrc/cuda/mix.cu", "csrc/cuda/hopper.cuh", "csrc/cuda/arguments.h"}
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
 
 
@@ -68,6 +69,12 @@ def test_wheel_computes_where_numpy_is_all_there_is(fresh_python, run_code, comp
     facts = json.loads(run_code(fresh_python, compute))
     assert own_openblas(facts)
     assert "OpenBLAS" in facts["blas"]
+
+
+def test_wheel_carries_the_cuda_sources(fresh_python, run_code):
+    code = "from moelora import _core; print(*(source[0] for source in _core.cuda_sources()))"
+    files = (path.name for path in (Path(__file__).parents[2] / "csrc" / "cuda").glob("*.cu"))
+    assert sorted(run_code(fresh_python, code).split()) == sorted(files)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(["moelora.functional", "torch", "scipy.linalg"])))
