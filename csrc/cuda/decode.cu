@@ -2,7 +2,7 @@
 /* A layer for a few tokens, on Hopper: y = x W^T + mixed B^T (+ bias), when all time goes into reading W.
  *
  * The product is turned, y^T [n, T] = W x^T, so that W's rows fill the tiles: ML_ROWS (16, 32, 64, 128) of them in a block, with
- * up to ML_TOKENS (8, 16, 32, 64) tokens. A product has 64 rows: where the tile has fewer, it multiplies what lies behind them,
+ * up to ML_TOKENS (8, 16, 32, 64, 128, 256) tokens. A product has 64 rows: where the tile has fewer, it multiplies what lies behind them,
  * too, which is left. The blocks of a
  * cluster share the sum over W and add what they have in the order of their ranks. The first of them also adds the narrow
  * side, with B as the experts have it: its rows are rounded into shared memory while W streams in, and so is `mixed` when the
@@ -19,9 +19,17 @@ enum {
   CONSUMERS = GROUPS * 128
 };
 
-/* Eight elements of a row of B, of which n are there, from element `at` on. */
-DEVICE uint4 eight_of_b(const void *b, u64 at, int n) {
+/* Eight elements of a row of B, of which n are there, from element `at` on; aligned: that is a multiple of 8. */
+DEVICE uint4 eight_of_b(const void *b, u64 at, int n, bool aligned) {
   float v[8];
+  if (aligned) {
+#if ML_F32_ADAPTERS
+    float4 low = *(const float4 *)((const float *)b + at), high = *(const float4 *)((const float *)b + at + 4);
+    return {narrow(low.x, low.y), narrow(low.z, low.w), narrow(high.x, high.y), narrow(high.z, high.w)};
+#else
+    return *(const uint4 *)((const u16 *)b + at);
+#endif
+  }
 #pragma unroll
   for (int i = 0; i < 8; i++) {
 #if ML_F32_ADAPTERS
@@ -62,6 +70,7 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
   float d[ML_TOKENS / 2];
   bool multiplies = t < CONSUMERS;
   if (!multiplies) {
+    if (GROUPS == 2) registers_give<40>();
     if (t == CONSUMERS) {
       for (int i = 0, s = 0, phase = 1; i < steps; i++) {
         barrier_wait(empty + 8 * s, phase);
@@ -81,13 +90,14 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
       }
     }
   } else {
+    if (GROUPS == 2) registers_stay<232>();
     if (rank == 0) { /* B's rows, in the 128-byte swizzle */
       for (int i = t; i < ML_ROWS * columns / 8; i += CONSUMERS) {
         int line = i / (columns / 8), block = i % (columns / 8);
         const ml_adapter &adapter = adapters.of[adapters.expert_of[block]];
         int r = block * 8 - adapter.column;
         uint4 v = {0, 0, 0, 0};
-        if (row + line < n && r < adapter.rank) v = eight_of_b(adapter.b, (u64)(row + line) * adapter.rank + r, adapter.rank - r);
+        if (row + line < n && r < adapter.rank) v = eight_of_b(adapter.b, (u64)(row + line) * adapter.rank + r, adapter.rank - r, adapter.rank % 8 == 0);
         u32 to = of_b + block / 8 * W_BOX + line * 128 + ((block % 8 ^ (line & 7)) << 4);
         asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
       }
