@@ -67,9 +67,7 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
   }
   __syncthreads();
 
-  float d[ML_TOKENS / 2];
-  bool multiplies = t < CONSUMERS;
-  if (!multiplies) {
+  if (t >= CONSUMERS) {
     if (GROUPS == 2) registers_give<40>();
     if (t == CONSUMERS) {
       for (int i = 0, s = 0, phase = 1; i < steps; i++) {
@@ -89,57 +87,66 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
         for (int i = 0; i < boxes; i++) load_box(of_mixed + i * X_BOX, &mixed, narrow_side, i * 64, 0);
       }
     }
-  } else {
-    if (GROUPS == 2) registers_stay<232>();
-    if (rank == 0) { /* B's rows, in the 128-byte swizzle */
-      for (int i = t; i < ML_ROWS * columns / 8; i += CONSUMERS) {
-        int line = i / (columns / 8), block = i % (columns / 8);
-        const ml_adapter &adapter = adapters.of[adapters.expert_of[block]];
-        int r = block * 8 - adapter.column;
-        uint4 v = {0, 0, 0, 0};
-        if (row + line < n && r < adapter.rank) v = eight_of_b(adapter.b, (u64)(row + line) * adapter.rank + r, adapter.rank - r, adapter.rank % 8 == 0);
-        u32 to = of_b + block / 8 * W_BOX + line * 128 + ((block % 8 ^ (line & 7)) << 4);
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-      }
-      fence_shared();
-      if (GROUPS == 1) warpgroup_sync(1);
-      else warpgroups_sync();
+    __syncwarp();
+    if (ranks > 1) { /* as below */
+      __syncthreads();
+      cluster_sync();
+      cluster_sync();
     }
-    int group = t >> 7, before = 0;
-    bool tells = (t & 127) == 0;
-    for (int i = 0, s = 0, phase = 0; i < steps; i++) {
-      barrier_wait(full + 8 * s, phase);
-      products_begin();
+    return;
+  }
+
+  if (GROUPS == 2) registers_stay<232>();
+  if (rank == 0) { /* B's rows, in the 128-byte swizzle */
+    for (int i = t; i < ML_ROWS * columns / 8; i += CONSUMERS) {
+      int line = i / (columns / 8), block = i % (columns / 8);
+      const ml_adapter &adapter = adapters.of[adapters.expert_of[block]];
+      int r = block * 8 - adapter.column;
+      uint4 v = {0, 0, 0, 0};
+      if (row + line < n && r < adapter.rank)
+        v = eight_of_b(adapter.b, (u64)(row + line) * adapter.rank + r, adapter.rank - r, adapter.rank % 8 == 0);
+      u32 to = of_b + block / 8 * W_BOX + line * 128 + ((block % 8 ^ (line & 7)) << 4);
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    }
+    fence_shared();
+    if (GROUPS == 1) warpgroup_sync(1);
+    else warpgroups_sync();
+  }
+  float d[ML_TOKENS / 2];
+  int group = t >> 7, before = 0;
+  bool tells = (t & 127) == 0;
+  for (int i = 0, s = 0, phase = 0; i < steps; i++) {
+    barrier_wait(full + 8 * s, phase);
+    products_begin();
 #pragma unroll
-      for (int p = 0; p < PARTS; p++) {
-        u32 at = base + s * STAGE_BYTES + p * (W_BOX + X_BOX);
-        multiply_box(d, at + group * 8192, at + W_BOX, i == 0 && p == 0);
-      }
-      products_commit();
-      products_wait<1>();
-      if (i > 0 && tells) barrier_arrive(empty + 8 * before);
-      before = s;
-      if (++s == stages) s = 0, phase ^= 1;
+    for (int p = 0; p < PARTS; p++) {
+      u32 at = base + s * STAGE_BYTES + p * (W_BOX + X_BOX);
+      multiply_box(d, at + group * 8192, at + W_BOX, i == 0 && p == 0);
     }
-    if (rank == 0) {
-      barrier_wait(narrow_side, 0);
-      products_begin();
-      for (int i = 0; i < boxes; i++) multiply_box(d, of_b + i * W_BOX + group * 8192, of_mixed + i * X_BOX, steps + i == 0);
-      products_commit();
-    }
-    products_wait<0>();
-    settle(d);
+    products_commit();
+    products_wait<1>();
+    if (i > 0 && tells) barrier_arrive(empty + 8 * before);
+    before = s;
+    if (++s == stages) s = 0, phase ^= 1;
+  }
+  if (rank == 0) {
+    barrier_wait(narrow_side, 0);
+    products_begin();
+    for (int i = 0; i < boxes; i++) multiply_box(d, of_b + i * W_BOX + group * 8192, of_mixed + i * X_BOX, steps + i == 0);
+    products_commit();
+  }
+  products_wait<0>();
+  settle(d);
+  if (ranks > 1) {
     if (steps == 0 && rank > 0) {
 #pragma unroll
       for (int i = 0; i < ML_TOKENS / 2; i++) d[i] = 0;
     }
-  }
-  if (ranks > 1) {
     __syncthreads(); /* nothing is on its way into shared memory any more: partial sums take its place */
-    if (multiplies) keep_part(base + t * 16, d);
+    keep_part(base + t * 16, d);
     cluster_sync();
   }
-  if (multiplies && (t >> 5) * ranks / (GROUPS * 4) == rank) { /* each block finishes the rows of some warps */
+  if ((t >> 5) * ranks / (GROUPS * 4) == rank) { /* each block finishes the rows of some warps */
     if (ranks > 1) sum_parts(d, base + t * 16, ranks);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
