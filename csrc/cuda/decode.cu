@@ -2,7 +2,7 @@
 /* A layer for a few tokens, on Hopper: y = x W^T + mixed B^T (+ bias), when all time goes into reading W.
  *
  * The product is turned, y^T [n, T] = W x^T, so that W's rows fill the tiles: ML_ROWS (16, 32, 64, 128) of them in a block, with
- * up to ML_TOKENS (8, 16, 32, 64, 128, 256) tokens. A product has 64 rows: where the tile has fewer, it multiplies what lies behind them,
+ * up to ML_TOKENS (8, 32, 64, 128) tokens. A product has 64 rows: where the tile has fewer, it multiplies what lies behind them,
  * too, which is left. The blocks of a
  * cluster share the sum over W and add what they have in the order of their ranks. The first of them also adds the narrow
  * side, with B as the experts have it: its rows are rounded into shared memory while W streams in, and so is `mixed` when the

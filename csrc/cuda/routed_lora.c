@@ -5,8 +5,7 @@
 
 enum {
   ROWS = 128,
-  FEW_TOKENS = 64,     /* shrunk without tensor cores */
-  DECODE_TOKENS = 256, /* for which W's rows fill the tiles */
+  DECODE_TOKENS = 128, /* for which W's rows fill the tiles */
   DECODE_COLUMNS = 256,
   ALIGNMENT = 256
 };
@@ -277,12 +276,9 @@ static ml_cuda_status decode(const ml_layer *layer, ml_rows x, void *mixed, void
   enum { SHARED_BYTES = 227 << 10, SLACK_BYTES = 16 << 10, MAX_STAGES = 24 };
   int64_t T = layer->tokens, C = layer->columns, n = layer->d_out, depth = layer->d_in,
           blocks = layer->gpu->multiprocessors;
-  int width = 8;
-  while (width < T) {
-    width *= 2;
-  }
+  int width = T <= 8 ? 8 : T <= 32 ? 32 : T <= 64 ? 64 : 128;
   /* Narrow tiles, until there is one for every multiprocessor; but of many tokens every tile reads x, too. */
-  int rows = 128, least = width <= 16 ? 16 : (int)min_(width, 128);
+  int rows = 128, least = width == 8 ? 16 : width < 128 ? 32 : 64;
   while (rows > least && ceil_div(n, rows) * 2 <= blocks) {
     rows /= 2;
   }
@@ -379,13 +375,13 @@ ml_cuda_status ml_layer_forward(const ml_layer *layer, ml_rows x, void *y, void 
   if (way == ML_BY_TORCH || !is_aligned(x.data) || x.row % 8 != 0) {
     return ML_CUDA_UNSUPPORTED;
   }
-  bool is_few = way == ML_BY_DECODE && layer->tokens <= FEW_TOKENS;
-  ml_cuda_status status = is_few ? few(layer, x, p.mixed, hidden) : prepare(layer, &p);
-  if (status == ML_CUDA_OK && !is_few && way != ML_BY_FUSED) {
-    status = project(layer, &p, narrow, x, false);
+  if (way == ML_BY_DECODE) {
+    ml_cuda_status status = few(layer, x, p.mixed, hidden);
+    return status == ML_CUDA_OK ? decode(layer, x, p.mixed, y) : status;
   }
-  if (status == ML_CUDA_OK && way == ML_BY_DECODE) {
-    return decode(layer, x, p.mixed, y);
+  ml_cuda_status status = prepare(layer, &p);
+  if (status == ML_CUDA_OK && way != ML_BY_FUSED) {
+    status = project(layer, &p, narrow, x, false);
   }
   return status == ML_CUDA_OK ? dual(layer, &p, narrow, x, y, false, way == ML_BY_FUSED) : status;
 }
