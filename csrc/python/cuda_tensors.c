@@ -499,7 +499,7 @@ PyObject *set_cuda_way(PyObject *module, PyObject *name) {
     return NULL;
   }
   if (ml_force_way(text) != ML_CUDA_OK) {
-    PyErr_Format(PyExc_ValueError, "name must be 'torch', 'decode', 'dual', 'fused' or None, got %R", name);
+    PyErr_Format(PyExc_ValueError, "name must be 'torch', 'decode', 'dual', 'fused', 'shared' or None, got %R", name);
     return NULL;
   }
   Py_RETURN_NONE;
