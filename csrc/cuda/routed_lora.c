@@ -75,17 +75,23 @@ static bool shrinks_are_free(const ml_layer *layer, int64_t n) {
   return idle > 0 && each * (layer->columns == 64 ? 36 : 50) <= 100;
 }
 
-/* The widest tiles for which shared.cu's clusters still reach every multiprocessor but a few, and have one tile each; 0: none. */
-static int shared_width(const ml_layer *layer, int64_t n) {
-  enum { SHARE = 8 };
+/* Tiles and clusters of shared.cu: the widest tiles and the largest clusters with which every block has one tile and at least half of
+ * the multiprocessors have a block. Clusters are taken from groups of 16 multiprocessors. */
+typedef struct {
+  int width, share; /* 0: none will do */
+} shared_shape;
+
+static shared_shape shared_shape_of(const ml_layer *layer, int64_t n) {
   int64_t blocks = layer->gpu->multiprocessors / 16 * 16, row_tiles = ceil_div(layer->tokens, ROWS);
   for (int width = 256; width >= 128; width /= 2) {
-    int64_t all = row_tiles * round_up(ceil_div(n, width), SHARE);
-    if (all <= blocks && (all * 2 > blocks || width == 128)) {
-      return width;
+    for (int share = 8; share >= 4; share /= 2) {
+      int64_t all = row_tiles * round_up(ceil_div(n, width), share);
+      if (all <= blocks && (all * 2 > blocks || width == 128)) {
+        return (shared_shape){width, share};
+      }
     }
   }
-  return 0;
+  return (shared_shape){0, 0};
 }
 
 ml_way ml_layer_way(const ml_layer *layer, bool backward) {
@@ -95,7 +101,8 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
   }
   int64_t n = backward ? layer->d_in : layer->d_out;
   bool can[] = {true, !backward && layer->tokens <= DECODE_TOKENS && layer->columns <= DECODE_COLUMNS, true,
-                layer->columns <= 128 && idle_blocks(layer, n) > 0, layer->columns == 64 && shared_width(layer, n) > 0};
+                layer->columns <= 128 && idle_blocks(layer, n) > 0,
+                layer->columns == 64 && shared_shape_of(layer, n).width > 0};
   int way = atomic_load(&forced);
   if (way >= 0 && can[way]) {
     return (ml_way)way;
@@ -274,10 +281,10 @@ static ml_cuda_status dual(const ml_layer *layer, const places *p, ml_narrow nar
 /* The same, with the shrink shared by the blocks of a cluster. */
 static ml_cuda_status shared(const ml_layer *layer, const places *p, ml_narrow narrow, ml_rows x, void *y,
                              bool backward) {
-  enum { SHARE = 8 };
   int64_t T = layer->tokens, C = layer->columns;
   int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
-  int width = shared_width(layer, n), stages = width == 256 ? 3 : 4;
+  shared_shape shape = shared_shape_of(layer, n);
+  int width = shape.width, stages = width == 256 ? 3 : 4;
   const void *b = backward ? p->prepared.a : p->prepared.b, *shrink = backward ? p->prepared.b : p->prepared.a;
   ml_tensor_map maps[5];
   ml_cuda_status status;
@@ -292,12 +299,12 @@ static ml_cuda_status shared(const ml_layer *layer, const places *p, ml_narrow n
   const void *bias = backward ? NULL : layer->bias;
   int n_ = (int)n, depth_ = (int)depth;
   void *arguments[] = {&maps[0], &maps[1], &maps[2], &maps[3], &maps[4], &narrow, &bias, &n_, &depth_};
-  ml_variant variant = {ML_SHARED, {layer->f16, backward, (int16_t)width, SHARE, bias != NULL}};
+  ml_variant variant = {ML_SHARED, {layer->f16, backward, (int16_t)width, (int16_t)shape.share, bias != NULL}};
   return launch(layer, variant, "ml_shared",
-                (ml_launch){.grid = (unsigned)(ceil_div(T, ROWS) * round_up(ceil_div(n, width), SHARE)),
+                (ml_launch){.grid = (unsigned)(ceil_div(T, ROWS) * round_up(ceil_div(n, width), shape.share)),
                             .block = 384,
                             .shared_bytes = (unsigned)(stages * (16384 + width * 128 + 8192) + 32768 + 16384 + 4096),
-                            .cluster = SHARE,
+                            .cluster = (unsigned)shape.share,
                             .early = true},
                 arguments);
 }
