@@ -45,8 +45,8 @@ typedef struct {
   float *factors; /* as in ml_narrow */
   int *experts;
   float *scalings;
-  unsigned *sync; /* [n_sync] zeros */
-  int tokens, columns, n_experts, d_in, d_out, n_sync;
+  unsigned *flags; /* [n_flags] zeros */
+  int tokens, columns, n_experts, d_in, d_out, n_flags;
 } ml_prepared;
 
 /* The narrow side of a layer, [T, C]: what comes out of a shrink, and what becomes of it there.

@@ -45,7 +45,17 @@ void ml_cuda_set_places(const char *nvrtc, const char *cache);
 /* ---- kernels ---- */
 
 /* The sources that are embedded, by the names of their files. */
-typedef enum { ML_PREPARE, ML_MIX, ML_ROUTE, ML_DUAL, ML_PROJECT, ML_COLLECT, ML_DECODE, ML_N_SOURCES } ml_source;
+typedef enum {
+  ML_PREPARE,
+  ML_MIX,
+  ML_ROUTE,
+  ML_DUAL,
+  ML_PROJECT,
+  ML_COLLECT,
+  ML_FEW,
+  ML_DECODE,
+  ML_N_SOURCES
+} ml_source;
 
 /* One compiled form of a source: the GPU's architecture and the values of the macros that the source names in its first
  * line, as in "//options: ML_F16 ML_COLS". Options that a source doesn't name are 0. */

@@ -6,12 +6,12 @@
  * backward, where y is the gradient of x and x that of y, w [k, n] and b [C, n] are MN-major: no copy is turned.
  *
  * With ML_COLS (64, 128: C) the shrink that makes `mixed` runs inside: blocks that would have one tile less than others
- * first compute it, 128 rows at a time, and raise a flag for those rows. Blocks number themselves in the order in which they
- * start, and the shrinking ones are the first, so nobody waits for a block that has not started. Without ML_COLS the kernel
- * before has made it.
+ * first compute it, 128 rows at a time, and raise a flag for those rows, flags[i] for 128i.., which are zeros at the
+ * beginning. The shrinking blocks are the first, which start before all others and wait for nobody. Without ML_COLS the
+ * kernel before has made it.
  *
- * A block is a warp that loads and two warpgroups that multiply, on tiles of 128 rows by ML_WIDTH (128, 256) columns.
- * sync[0] counts blocks, sync[1 + i] flags of rows 128i..: zeros at the beginning.
+ * A block is a warp that loads and two warpgroups that multiply, on tiles of 128 rows by ML_WIDTH (128, 256) columns. x and w
+ * are older than the kernel before this one, so they stream in while that one still runs.
  */
 #include "hopper.cuh"
 
@@ -24,22 +24,30 @@ enum {
   Y_BYTES = 64 * 128, /* a box on its way out; each warpgroup has two */
   BARRIERS = STAGES * STAGE_BYTES + 4 * Y_BYTES,
 #if ML_COLS
-  PIECE_BYTES = X_BYTES + ML_COLS * 128,     /* 64 elements of a shrink's sum */
-  PIECES = STAGE_BYTES / PIECE_BYTES,        /* in a stage */
-  SHRINK_BYTES = PIECES * PIECE_BYTES,
+  SHRINK_BYTES = X_BYTES + ML_COLS * 128,
+  SHRINK_STAGES = STAGES * STAGE_BYTES / SHRINK_BYTES,
 #endif
   BANDS = 16 /* of rows that are walked through together, so that both operands stay in the second cache */
 };
 
+/* Stages of shared memory that are filled and emptied in turn, each with two barriers. */
+template <int N, int BYTES>
 struct ring {
-  u32 base;
+  u32 memory, barriers;
   int stage;
   u32 phase;
-  DEVICE u32 data() const { return base + stage * STAGE_BYTES; }
-  DEVICE u32 full() const { return base + BARRIERS + 8 * stage; }
-  DEVICE u32 empty(int s) const { return base + BARRIERS + 8 * (STAGES + s); }
+  DEVICE u32 data() const { return memory + stage * BYTES; }
+  DEVICE u32 full() const { return barriers + 8 * stage; }
+  DEVICE u32 empty(int s) const { return barriers + 8 * (N + s); }
+  DEVICE void begin() const {
+    for (int s = 0; s < N; s++) {
+      barrier_init(barriers + 8 * s, 1);
+      barrier_init(empty(s), 2);
+    }
+  }
+  DEVICE void wait_empty() const { barrier_wait(empty(stage), phase ^ 1); }
   DEVICE void next() {
-    if (++stage == STAGES) {
+    if (++stage == N) {
       stage = 0;
       phase ^= 1;
     }
@@ -78,6 +86,26 @@ DEVICE void multiply_tile(float (&d)[SIZE], u32 x, u32 factor, bool first) {
 #endif
 #pragma unroll
   for (int k = 0; k < 4; k++) multiply<0, ML_BACKWARD>(d, a + DEPTH_STEP_K * k, b + step * k, !(first && k == 0));
+}
+
+/* d = what the ring brings in so many steps: the warpgroup's 64 rows of x, each time, times a factor's tile. */
+template <int SIZE, class RING>
+DEVICE void sum_tiles(float (&d)[SIZE], RING &r, int steps, int group) {
+  bool tells = (threadIdx.x & 127) == 0;
+  int before = 0;
+  for (int k = 0; k < steps; k++) {
+    barrier_wait(r.full(), r.phase);
+    products_begin();
+    multiply_tile(d, r.data() + group * 8192, r.data() + X_BYTES, k == 0);
+    products_commit();
+    products_wait<1>();
+    if (k > 0 && tells) barrier_arrive(r.empty(before));
+    before = r.stage;
+    r.next();
+  }
+  products_wait<0>();
+  if (tells) barrier_arrive(r.empty(before));
+  settle(d);
 }
 
 /* One warpgroup's 64 rows of a tile, rounded, through shared memory. */
@@ -121,75 +149,61 @@ DEVICE void store_tile(const float (&d)[ML_WIDTH / 2], u32 boxes, const tensor_m
 extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
     const __grid_constant__ tensor_map x, const __grid_constant__ tensor_map w, const __grid_constant__ tensor_map mixed,
     const __grid_constant__ tensor_map b, const __grid_constant__ tensor_map y, const __grid_constant__ tensor_map factor,
-    const __grid_constant__ ml_narrow shrunk, const u16 *bias, int n, int depth, int shrinkers, u32 *sync) {
+    const __grid_constant__ ml_narrow shrunk, const u16 *bias, int n, int depth, int shrinkers, u32 *flags) {
   extern __shared__ char memory[];
-  ring r = {(shared_address(memory) + 1023) & ~1023u, 0, 0};
-  u32 number = r.base + BARRIERS + 8 * 2 * STAGES;
+  u32 base = (shared_address(memory) + 1023) & ~1023u;
+  ring<STAGES, STAGE_BYTES> r = {base, base + BARRIERS, 0, 0};
   int row_tiles = (shrunk.tokens + ROWS - 1) / ROWS, col_tiles = (n + ML_WIDTH - 1) / ML_WIDTH;
   int tiles = row_tiles * col_tiles, depth_x = (depth + 63) / 64, steps = depth_x + shrunk.columns / 64;
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; s++) {
-      barrier_init(r.base + BARRIERS + 8 * s, 1);
-      barrier_init(r.empty(s), 2);
-    }
-    barrier_init_done();
+  int block = blockIdx.x, blocks = gridDim.x;
+  int begin = blocks - 1 - block; /* the first blocks have one tile less, where not all have the same */
 #if ML_COLS
-    wait_for_predecessor();
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(number), "r"(atomicAdd(sync, 1u)) : "memory");
+  ring<SHRINK_STAGES, SHRINK_BYTES> shrink = {base, base + BARRIERS + 16 * STAGES, 0, 0};
 #endif
+  if (threadIdx.x == 0) {
+    r.begin();
+#if ML_COLS
+    shrink.begin();
+#endif
+    barrier_init_done();
   }
   __syncthreads();
-#if ML_COLS
-  if (threadIdx.x != 0) wait_for_predecessor();
-  int block;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(block) : "r"(number) : "memory");
-  int pieces = (depth_x + PIECES - 1) / PIECES;
-#else
-  int block = blockIdx.x;
-#endif
-  int blocks = gridDim.x, begin = blocks - 1 - block; /* the first blocks have one tile less, where not all have the same */
 
   if (threadIdx.x < 128) {
     registers_give<40>();
     if (threadIdx.x == 0) {
 #if ML_COLS
       if (block < shrinkers) {
+        wait_for_predecessor();
         for (int i = block; i < row_tiles; i += shrinkers) {
-          for (int k = 0; k < pieces; k++, r.next()) {
-            barrier_wait(r.empty(r.stage), r.phase ^ 1);
-            barrier_expect(r.full(), SHRINK_BYTES);
-            for (int p = 0; p < PIECES; p++) {
-              u32 to = r.data() + p * PIECE_BYTES;
-              load_box(to, &x, r.full(), (k * PIECES + p) * 64, i * ROWS);
-              load_factor(to + X_BYTES, &factor, r.full(), (k * PIECES + p) * 64, 0, ML_COLS);
-            }
+          for (int k = 0; k < depth_x; k++, shrink.next()) {
+            shrink.wait_empty();
+            barrier_expect(shrink.full(), SHRINK_BYTES);
+            load_box(shrink.data(), &x, shrink.full(), k * 64, i * ROWS);
+            load_factor(shrink.data() + X_BYTES, &factor, shrink.full(), k * 64, 0, ML_COLS);
           }
         }
+        for (int s = 0; s < SHRINK_STAGES; s++, shrink.next()) shrink.wait_empty(); /* tiles take their place */
       }
-#else
-      bool ready = false;
 #endif
+      bool waited = false;
       for (int t = begin; t < tiles; t += blocks) {
         place at = place_of(t, row_tiles, col_tiles);
         for (int k = 0; k < steps; k++, r.next()) {
           bool wide = k < depth_x;
           int within = (wide ? k : k - depth_x) * 64;
-          barrier_wait(r.empty(r.stage), r.phase ^ 1);
+          r.wait_empty();
           barrier_expect(r.full(), STAGE_BYTES);
           if (k == depth_x) {
+            if (!waited) wait_for_predecessor();
+            waited = true;
 #if ML_COLS
             u32 raised;
             do {
-              asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(sync + 1 + at.row / ROWS) : "memory");
+              asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flags + at.row / ROWS) : "memory");
             } while (raised < 2);
-            fence_all();
-#else
-            if (!ready) {
-              wait_for_predecessor();
-              fence_all();
-              ready = true;
-            }
 #endif
+            fence_all();
           }
           load_factor(r.data() + X_BYTES, wide ? &w : &b, r.full(), within, at.col, ML_WIDTH);
           load_box(r.data(), wide ? &x : &mixed, r.full(), within, at.row);
@@ -199,55 +213,25 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
   } else {
     registers_stay<232>();
     int group = (threadIdx.x >> 7) - 1, t = threadIdx.x & 127;
-    int line = group * 64 + (t >> 5) * 16 + ((t & 31) >> 2);
 #if ML_COLS
     if (block < shrinkers) {
+      wait_for_predecessor();
       for (int i = block; i < row_tiles; i += shrinkers) {
         float d[ML_COLS / 2];
-        int before = 0;
-        for (int k = 0; k < pieces; k++) {
-          barrier_wait(r.full(), r.phase);
-          products_begin();
-#pragma unroll
-          for (int p = 0; p < PIECES; p++) {
-            u32 at = r.data() + p * PIECE_BYTES;
-            multiply_tile(d, at + group * 8192, at + X_BYTES, k == 0 && p == 0);
-          }
-          products_commit();
-          products_wait<1>();
-          if (k > 0 && t == 0) barrier_arrive(r.empty(before));
-          before = r.stage;
-          r.next();
-        }
-        products_wait<0>();
-        if (t == 0) barrier_arrive(r.empty(before));
-        settle(d);
-        finish_shrink(d, shrunk, i * ROWS + line, 0);
+        sum_tiles(d, shrink, depth_x, group);
+        finish_shrink(d, shrunk, i * ROWS + group * 64 + (t >> 5) * 16 + ((t & 31) >> 2), 0);
         fence_all();
         __threadfence();
         warpgroup_sync(1 + group);
-        if (t == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(sync + 1 + i) : "memory");
+        if (t == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(flags + i) : "memory");
       }
     }
 #endif
     for (int tile = begin; tile < tiles; tile += blocks) {
       place at = place_of(tile, row_tiles, col_tiles);
       float d[ML_WIDTH / 2];
-      int before = 0;
-      for (int k = 0; k < steps; k++) {
-        barrier_wait(r.full(), r.phase);
-        products_begin();
-        multiply_tile(d, r.data() + group * 8192, r.data() + X_BYTES, k == 0);
-        products_commit();
-        products_wait<1>();
-        if (k > 0 && t == 0) barrier_arrive(r.empty(before));
-        before = r.stage;
-        r.next();
-      }
-      products_wait<0>();
-      if (t == 0) barrier_arrive(r.empty(before));
-      settle(d);
-      store_tile(d, r.base + STAGES * STAGE_BYTES + group * 2 * Y_BYTES, &y, at.row + group * 64, at.col, n, bias, group);
+      sum_tiles(d, r, steps, group);
+      store_tile(d, base + STAGES * STAGE_BYTES + group * 2 * Y_BYTES, &y, at.row + group * 64, at.col, n, bias, group);
     }
     if (t == 0) stores_done();
   }

@@ -51,5 +51,5 @@ extern "C" __global__ void ml_prepare(const __grid_constant__ ml_adapters adapte
   }
   if (thread < blocks) out.experts[thread] = adapters.expert_of[thread];
   if (thread < out.n_experts) out.scalings[thread] = adapters.of[thread].scaling;
-  for (u64 i = thread; i < out.n_sync; i += threads) out.sync[i] = 0;
+  for (u64 i = thread; i < out.n_flags; i += threads) out.flags[i] = 0;
 }

@@ -3,7 +3,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
-enum { ROWS = 128, FEW_TOKENS = 64, ALIGNMENT = 256 };
+enum { ROWS = 128, FEW_TOKENS = 64, FEW_COLUMNS = 256, ALIGNMENT = 256 };
 
 static int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -76,7 +76,7 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
     return ML_BY_TORCH;
   }
   int64_t n = backward ? layer->d_in : layer->d_out;
-  bool can[] = {true, !backward && layer->tokens <= FEW_TOKENS, true,
+  bool can[] = {true, !backward && layer->tokens <= FEW_TOKENS && layer->columns <= FEW_COLUMNS, true,
                 layer->columns <= 128 && idle_blocks(layer, n) > 0};
   int way = atomic_load(&forced);
   if (way >= 0 && can[way]) {
@@ -100,7 +100,7 @@ typedef struct {
   size_t bytes;
 } places;
 
-static int n_sync(const ml_layer *layer) { return 1 + (int)ceil_div(layer->tokens, ROWS); }
+static int n_flags(const ml_layer *layer) { return (int)ceil_div(layer->tokens, ROWS); }
 
 static places places_in(const ml_layer *layer, char *workspace, bool backward) {
   size_t T = (size_t)layer->tokens, C = (size_t)layer->columns, N = (size_t)layer->n_experts, used = 0;
@@ -115,7 +115,7 @@ static places places_in(const ml_layer *layer, char *workspace, bool backward) {
   PLACE(p.prepared.factors, T * N * 4);
   PLACE(p.prepared.experts, C / 8 * 4);
   PLACE(p.prepared.scalings, N * 4);
-  PLACE(p.prepared.sync, (size_t)n_sync(layer) * 4);
+  PLACE(p.prepared.flags, (size_t)n_flags(layer) * 4);
   PLACE(p.mixed, T * C * 2);
   if (backward) {
     PLACE(p.weighted, T * C * 2);
@@ -127,7 +127,7 @@ static places places_in(const ml_layer *layer, char *workspace, bool backward) {
   p.prepared.n_experts = layer->n_experts;
   p.prepared.d_in = (int)layer->d_in;
   p.prepared.d_out = (int)layer->d_out;
-  p.prepared.n_sync = n_sync(layer);
+  p.prepared.n_flags = n_flags(layer);
   p.bytes = used;
   return p;
 }
@@ -237,9 +237,9 @@ static ml_cuda_status dual(const ml_layer *layer, const places *p, ml_narrow nar
   }
   const void *bias = backward ? NULL : layer->bias;
   int n_ = (int)n, depth_ = (int)depth, shrinkers = fused ? (int)idle_blocks(layer, n) : 0;
-  void *sync = p->prepared.sync;
+  void *flags = p->prepared.flags;
   void *arguments[] = {&maps[0], &maps[1], &maps[2], &maps[3], &maps[4],   &maps[5],
-                       &narrow,  &bias,    &n_,      &depth_,  &shrinkers, &sync};
+                       &narrow,  &bias,    &n_,      &depth_,  &shrinkers, &flags};
   int64_t blocks = min_(layer->gpu->multiprocessors, fused ? INT32_MAX : tiles_of(layer, n));
   ml_variant variant = {ML_DUAL, {layer->f16, backward, (int16_t)width, (int16_t)(fused ? C : 0), bias != NULL}};
   return launch(layer, variant, "ml_dual",
@@ -250,30 +250,56 @@ static ml_cuda_status dual(const ml_layer *layer, const places *p, ml_narrow nar
                 arguments);
 }
 
-static ml_cuda_status decode(const ml_layer *layer, const places *p, ml_rows x, void *y) {
-  int64_t T = layer->tokens, C = layer->columns, n = layer->d_out, depth = layer->d_in;
-  int width = T <= 8 ? 8 : T <= 16 ? 16 : T <= 32 ? 32 : 64, stages = width > 32 ? 4 : 5;
-  ml_tensor_map maps[4];
+/* H of a few tokens, and s w H. */
+static ml_cuda_status few(const ml_layer *layer, ml_rows x, void *mixed, void *hidden) {
+  long long x_row = x.row;
+  int tokens = (int)layer->tokens, depth = (int)layer->d_in, columns = layer->columns;
+  void *arguments[] = {(void *)(uintptr_t)&layer->adapters,
+                       (void *)(uintptr_t)&layer->weights,
+                       &x.data,
+                       &x_row,
+                       &mixed,
+                       &hidden,
+                       &tokens,
+                       &depth,
+                       &columns};
+  return launch(layer, (ml_variant){ML_FEW, {layer->f16, layer->f32_adapters}}, "ml_few",
+                (ml_launch){.grid = (unsigned)columns, .block = 256}, arguments);
+}
+
+static ml_cuda_status decode(const ml_layer *layer, ml_rows x, void *mixed, void *y) {
+  enum { SHARED_BYTES = 227 << 10, SLACK_BYTES = 16 << 10, MAX_STAGES = 24 };
+  int64_t T = layer->tokens, C = layer->columns, n = layer->d_out, depth = layer->d_in,
+          blocks = layer->gpu->multiprocessors;
+  int width = T <= 8 ? 8 : T <= 16 ? 16 : T <= 32 ? 32 : 64;
+  /* Narrow tiles, until there is one for every multiprocessor; but of many tokens every tile reads x, too. */
+  int rows = 128, least = width <= 16 ? 16 : width;
+  while (rows > least && ceil_div(n, rows) * 2 <= blocks) {
+    rows /= 2;
+  }
+  int64_t tiles = ceil_div(n, rows);
+  unsigned cluster = 1;
+  while (cluster < 8 && tiles * cluster * 2 <= blocks && depth / (cluster * 2) >= 512) {
+    cluster *= 2;
+  }
+  int stage = (rows > 32 ? 1 : 2) * (rows + width) * 128, narrow = (int)C / 64 * (rows + width) * 128;
+  int stages = (int)min_((SHARED_BYTES - SLACK_BYTES - narrow) / stage, MAX_STAGES);
+  ml_tensor_map maps[3];
   ml_cuda_status status;
   if ((status = map_of(layer, &maps[0], x.data, T, depth, x.row, width)) != ML_CUDA_OK ||
-      (status = map_of(layer, &maps[1], layer->weight, n, depth, layer->weight_row, ROWS)) != ML_CUDA_OK ||
-      (status = map_of(layer, &maps[2], p->mixed, T, C, C, width)) != ML_CUDA_OK ||
-      (status = map_of(layer, &maps[3], p->prepared.b, n, C, C, ROWS)) != ML_CUDA_OK) {
+      (status = map_of(layer, &maps[1], layer->weight, n, depth, layer->weight_row, rows)) != ML_CUDA_OK ||
+      (status = map_of(layer, &maps[2], mixed, T, C, C, width)) != ML_CUDA_OK) {
     return status;
-  }
-  int64_t tiles = ceil_div(n, ROWS);
-  unsigned cluster = 1;
-  while (cluster < 8 && tiles * cluster * 2 <= 2 * (int64_t)layer->gpu->multiprocessors &&
-         depth / (cluster * 2) >= 256) {
-    cluster *= 2;
   }
   const void *bias = layer->bias;
   int T_ = (int)T, n_ = (int)n, depth_ = (int)depth, C_ = (int)C;
-  void *arguments[] = {&maps[0], &maps[1], &maps[2], &maps[3], &y, &bias, &T_, &n_, &depth_, &C_};
-  return launch(layer, (ml_variant){ML_DECODE, {layer->f16, (int16_t)width, bias != NULL}}, "ml_decode",
+  void *arguments[] = {&maps[0], &maps[1], &maps[2], (void *)(uintptr_t)&layer->adapters, &y, &bias, &T_, &n_,
+                       &depth_,  &C_,      &stages};
+  ml_variant variant = {ML_DECODE, {layer->f16, layer->f32_adapters, (int16_t)width, (int16_t)rows, bias != NULL}};
+  return launch(layer, variant, "ml_decode",
                 (ml_launch){.grid = (unsigned)(tiles * cluster),
-                            .block = 384,
-                            .shared_bytes = (unsigned)(stages * (16384 + width * 128) + 2048),
+                            .block = rows > 64 ? 384 : 256,
+                            .shared_bytes = (unsigned)(stages * stage + narrow + SLACK_BYTES),
                             .cluster = cluster,
                             .early = true},
                 arguments);
@@ -344,14 +370,15 @@ ml_cuda_status ml_layer_forward(const ml_layer *layer, ml_rows x, void *y, void 
   if (way == ML_BY_TORCH || !is_aligned(x.data) || x.row % 8 != 0) {
     return ML_CUDA_UNSUPPORTED;
   }
+  if (way == ML_BY_DECODE) {
+    ml_cuda_status status = few(layer, x, p.mixed, hidden);
+    return status == ML_CUDA_OK ? decode(layer, x, p.mixed, y) : status;
+  }
   ml_cuda_status status = prepare(layer, &p);
   if (status == ML_CUDA_OK && way != ML_BY_FUSED) {
     status = project(layer, &p, narrow, x, false);
   }
-  if (status == ML_CUDA_OK) {
-    status = way == ML_BY_DECODE ? decode(layer, &p, x, y) : dual(layer, &p, narrow, x, y, false, way == ML_BY_FUSED);
-  }
-  return status;
+  return status == ML_CUDA_OK ? dual(layer, &p, narrow, x, y, false, way == ML_BY_FUSED) : status;
 }
 
 ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_y, const void *hidden, void *grad_x,

@@ -28,7 +28,7 @@ typedef struct {
 /* How a layer is computed: a pure function of shape, dtype and GPU. */
 typedef enum {
   ML_BY_TORCH,  /* two products of torch's, with ml_layer_mix between them */
-  ML_BY_DECODE, /* project.cu, then decode.cu: few tokens, forward */
+  ML_BY_DECODE, /* few.cu, then decode.cu: few tokens, forward */
   ML_BY_DUAL,   /* project.cu, then dual.cu */
   ML_BY_FUSED   /* dual.cu with the shrink inside */
 } ml_way;
