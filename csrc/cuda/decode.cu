@@ -2,7 +2,7 @@
 /* A layer for a few tokens, on Hopper: y = x W^T + mixed B^T (+ bias), when all time goes into reading W.
  *
  * The product is turned, y^T [n, T] = W x^T, so that W's rows fill the tiles: ML_ROWS (16, 32, 64, 128) of them in a block, with
- * up to ML_TOKENS (8, 16, 32, 64) tokens. A product has 64 rows: where the tile has fewer, it multiplies what lies behind them,
+ * up to ML_TOKENS (8, 32, 64, 128) tokens. A product has 64 rows: where the tile has fewer, it multiplies what lies behind them,
  * too, which is left. The blocks of a
  * cluster share the sum over W and add what they have in the order of their ranks. The first of them also adds the narrow
  * side, with B as the experts have it: its rows are rounded into shared memory while W streams in, and so is `mixed` when the
@@ -19,9 +19,17 @@ enum {
   CONSUMERS = GROUPS * 128
 };
 
-/* Eight elements of a row of B, of which n are there, from element `at` on. */
-DEVICE uint4 eight_of_b(const void *b, u64 at, int n) {
+/* Eight elements of a row of B, of which n are there, from element `at` on; aligned: that is a multiple of 8. */
+DEVICE uint4 eight_of_b(const void *b, u64 at, int n, bool aligned) {
   float v[8];
+  if (aligned) {
+#if ML_F32_ADAPTERS
+    float4 low = *(const float4 *)((const float *)b + at), high = *(const float4 *)((const float *)b + at + 4);
+    return {narrow(low.x, low.y), narrow(low.z, low.w), narrow(high.x, high.y), narrow(high.z, high.w)};
+#else
+    return *(const uint4 *)((const u16 *)b + at);
+#endif
+  }
 #pragma unroll
   for (int i = 0; i < 8; i++) {
 #if ML_F32_ADAPTERS
@@ -59,9 +67,8 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
   }
   __syncthreads();
 
-  float d[ML_TOKENS / 2];
-  bool multiplies = t < CONSUMERS;
-  if (!multiplies) {
+  if (t >= CONSUMERS) {
+    if (GROUPS == 2) registers_give<40>();
     if (t == CONSUMERS) {
       for (int i = 0, s = 0, phase = 1; i < steps; i++) {
         barrier_wait(empty + 8 * s, phase);
@@ -80,56 +87,66 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
         for (int i = 0; i < boxes; i++) load_box(of_mixed + i * X_BOX, &mixed, narrow_side, i * 64, 0);
       }
     }
-  } else {
-    if (rank == 0) { /* B's rows, in the 128-byte swizzle */
-      for (int i = t; i < ML_ROWS * columns / 8; i += CONSUMERS) {
-        int line = i / (columns / 8), block = i % (columns / 8);
-        const ml_adapter &adapter = adapters.of[adapters.expert_of[block]];
-        int r = block * 8 - adapter.column;
-        uint4 v = {0, 0, 0, 0};
-        if (row + line < n && r < adapter.rank) v = eight_of_b(adapter.b, (u64)(row + line) * adapter.rank + r, adapter.rank - r);
-        u32 to = of_b + block / 8 * W_BOX + line * 128 + ((block % 8 ^ (line & 7)) << 4);
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-      }
-      fence_shared();
-      if (GROUPS == 1) warpgroup_sync(1);
-      else warpgroups_sync();
+    __syncwarp();
+    if (ranks > 1) { /* as below */
+      __syncthreads();
+      cluster_sync();
+      cluster_sync();
     }
-    int group = t >> 7, before = 0;
-    bool tells = (t & 127) == 0;
-    for (int i = 0, s = 0, phase = 0; i < steps; i++) {
-      barrier_wait(full + 8 * s, phase);
-      products_begin();
+    return;
+  }
+
+  if (GROUPS == 2) registers_stay<232>();
+  if (rank == 0) { /* B's rows, in the 128-byte swizzle */
+    for (int i = t; i < ML_ROWS * columns / 8; i += CONSUMERS) {
+      int line = i / (columns / 8), block = i % (columns / 8);
+      const ml_adapter &adapter = adapters.of[adapters.expert_of[block]];
+      int r = block * 8 - adapter.column;
+      uint4 v = {0, 0, 0, 0};
+      if (row + line < n && r < adapter.rank)
+        v = eight_of_b(adapter.b, (u64)(row + line) * adapter.rank + r, adapter.rank - r, adapter.rank % 8 == 0);
+      u32 to = of_b + block / 8 * W_BOX + line * 128 + ((block % 8 ^ (line & 7)) << 4);
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    }
+    fence_shared();
+    if (GROUPS == 1) warpgroup_sync(1);
+    else warpgroups_sync();
+  }
+  float d[ML_TOKENS / 2];
+  int group = t >> 7, before = 0;
+  bool tells = (t & 127) == 0;
+  for (int i = 0, s = 0, phase = 0; i < steps; i++) {
+    barrier_wait(full + 8 * s, phase);
+    products_begin();
 #pragma unroll
-      for (int p = 0; p < PARTS; p++) {
-        u32 at = base + s * STAGE_BYTES + p * (W_BOX + X_BOX);
-        multiply_box(d, at + group * 8192, at + W_BOX, i == 0 && p == 0);
-      }
-      products_commit();
-      products_wait<1>();
-      if (i > 0 && tells) barrier_arrive(empty + 8 * before);
-      before = s;
-      if (++s == stages) s = 0, phase ^= 1;
+    for (int p = 0; p < PARTS; p++) {
+      u32 at = base + s * STAGE_BYTES + p * (W_BOX + X_BOX);
+      multiply_box(d, at + group * 8192, at + W_BOX, i == 0 && p == 0);
     }
-    if (rank == 0) {
-      barrier_wait(narrow_side, 0);
-      products_begin();
-      for (int i = 0; i < boxes; i++) multiply_box(d, of_b + i * W_BOX + group * 8192, of_mixed + i * X_BOX, steps + i == 0);
-      products_commit();
-    }
-    products_wait<0>();
-    settle(d);
+    products_commit();
+    products_wait<1>();
+    if (i > 0 && tells) barrier_arrive(empty + 8 * before);
+    before = s;
+    if (++s == stages) s = 0, phase ^= 1;
+  }
+  if (rank == 0) {
+    barrier_wait(narrow_side, 0);
+    products_begin();
+    for (int i = 0; i < boxes; i++) multiply_box(d, of_b + i * W_BOX + group * 8192, of_mixed + i * X_BOX, steps + i == 0);
+    products_commit();
+  }
+  products_wait<0>();
+  settle(d);
+  if (ranks > 1) {
     if (steps == 0 && rank > 0) {
 #pragma unroll
       for (int i = 0; i < ML_TOKENS / 2; i++) d[i] = 0;
     }
-  }
-  if (ranks > 1) {
     __syncthreads(); /* nothing is on its way into shared memory any more: partial sums take its place */
-    if (multiplies) keep_part(base + t * 16, d);
+    keep_part(base + t * 16, d);
     cluster_sync();
   }
-  if (multiplies && (t >> 5) * ranks / (GROUPS * 4) == rank) { /* each block finishes the rows of some warps */
+  if ((t >> 5) * ranks / (GROUPS * 4) == rank) { /* each block finishes the rows of some warps */
     if (ranks > 1) sum_parts(d, base + t * 16, ranks);
 #pragma unroll
     for (int half = 0; half < 2; half++) {

@@ -245,6 +245,9 @@ static ml_cuda_status ready(const ml_gpu *gpu, ml_kernel *kernel, int shared_byt
   if (result == ML_CU_SUCCESS) result = enter(gpu, &pushed);
   if (result == ML_CU_SUCCESS)
     result = cu.cuKernelSetAttribute(ML_CU_FUNCTION_SHARED_BYTES, shared_bytes, kernel->kernel, gpus[at].device);
+  /* A multiprocessor divides its memory anew only while it is idle; a kernel that starts early is to find it divided so. */
+  if (result == ML_CU_SUCCESS)
+    result = cu.cuKernelSetAttribute(ML_CU_FUNCTION_SHARED_PERCENT, 100, kernel->kernel, gpus[at].device);
   if (result == ML_CU_SUCCESS) result = cu.cuKernelGetFunction(&function, kernel->kernel);
   leave(pushed);
   if (result != ML_CU_SUCCESS) return refused(result, kernel->entry);

@@ -26,7 +26,8 @@ enum {
   ML_CU_DEVICE_MINOR = 76,
   ML_CU_DEVICE_SHARED_BYTES = 97, /* of a block, at most */
 
-  ML_CU_FUNCTION_SHARED_BYTES = 8, /* dynamic ones, at most */
+  ML_CU_FUNCTION_SHARED_BYTES = 8,   /* dynamic ones, at most */
+  ML_CU_FUNCTION_SHARED_PERCENT = 9, /* what of a multiprocessor's memory is shared memory while the function runs */
 
   ML_CU_LAUNCH_CLUSTER = 4,
   ML_CU_LAUNCH_EARLY = 6, /* programmatic stream serialization */

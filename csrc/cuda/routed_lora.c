@@ -3,7 +3,12 @@
 #include <stdatomic.h>
 #include <string.h>
 
-enum { ROWS = 128, FEW_TOKENS = 64, FEW_COLUMNS = 256, ALIGNMENT = 256 };
+enum {
+  ROWS = 128,
+  DECODE_TOKENS = 128, /* for which W's rows fill the tiles */
+  DECODE_COLUMNS = 256,
+  ALIGNMENT = 256
+};
 
 static int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -76,7 +81,7 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
     return ML_BY_TORCH;
   }
   int64_t n = backward ? layer->d_in : layer->d_out;
-  bool can[] = {true, !backward && layer->tokens <= FEW_TOKENS && layer->columns <= FEW_COLUMNS, true,
+  bool can[] = {true, !backward && layer->tokens <= DECODE_TOKENS && layer->columns <= DECODE_COLUMNS, true,
                 layer->columns <= 128 && idle_blocks(layer, n) > 0};
   int way = atomic_load(&forced);
   if (way >= 0 && can[way]) {
@@ -264,16 +269,16 @@ static ml_cuda_status few(const ml_layer *layer, ml_rows x, void *mixed, void *h
                        &depth,
                        &columns};
   return launch(layer, (ml_variant){ML_FEW, {layer->f16, layer->f32_adapters}}, "ml_few",
-                (ml_launch){.grid = (unsigned)columns, .block = 256}, arguments);
+                (ml_launch){.grid = (unsigned)(columns * ceil_div(tokens, 8)), .block = 256}, arguments);
 }
 
 static ml_cuda_status decode(const ml_layer *layer, ml_rows x, void *mixed, void *y) {
   enum { SHARED_BYTES = 227 << 10, SLACK_BYTES = 16 << 10, MAX_STAGES = 24 };
   int64_t T = layer->tokens, C = layer->columns, n = layer->d_out, depth = layer->d_in,
           blocks = layer->gpu->multiprocessors;
-  int width = T <= 8 ? 8 : T <= 16 ? 16 : T <= 32 ? 32 : 64;
+  int width = T <= 8 ? 8 : T <= 32 ? 32 : T <= 64 ? 64 : 128;
   /* Narrow tiles, until there is one for every multiprocessor; but of many tokens every tile reads x, too. */
-  int rows = 128, least = width <= 16 ? 16 : width;
+  int rows = 128, least = width == 8 ? 16 : width < 128 ? 32 : 64;
   while (rows > least && ceil_div(n, rows) * 2 <= blocks) {
     rows /= 2;
   }
