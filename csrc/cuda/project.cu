@@ -1,29 +1,49 @@
-//options: ML_F16 ML_BACKWARD ML_COLS
+//options: ML_F16 ML_BACKWARD ML_COLS ML_TALL
 /* The shrink, forward and backward: out [T, C] = x [T, K] times a narrow factor, and what finish_shrink makes of it.
  *
  *   forward   H = x A^T: factor A [C, K], boxes [ML_COLS, 64], which run along the sum
  *   backward  P = g B:   x is g, factor B [K, C], boxes [64, 64], which run along the columns
  *
- * A cluster of 1, 2, 4 or 8 blocks computes 128 rows; each of its blocks sums over its part of K, and then they add
- * the parts, each block for the rows of some warps. Columns go ML_COLS (64, 128 or 256) at a time, one tile after the
- * other.
+ * A cluster of 1 to 8 blocks computes 128 rows, or 256 with ML_TALL, which reads the factor half as often and has room
+ * for 128 columns; each of its blocks sums over its part of K, and then they add the parts, each block for some of the
+ * rows. Columns go ML_COLS (64, 128 or 256) at a time, one tile after the other.
  *
- * Boxes of x: [128, 64]. Launch: cluster * ceil(T / 128) blocks of 384 threads, two warpgroups that multiply and one of
+ * Boxes of x: [128, 64]. Launch: cluster * ceil(T / rows) blocks of 384 threads, two warpgroups that multiply and one of
  * which a thread has the copy engine read for them; RING + 2048 bytes of shared memory.
  */
 #include "hopper.cuh"
 
 enum {
-  ROWS = 128,
+  BANDS = ML_TALL ? 2 : 1, /* of 128 rows */
+  ROWS = 128 * BANDS,
   DEPTH = 64,       /* of a step */
   RING = 192 << 10, /* bytes of loads in flight */
   BOX = 64 * DEPTH * 2,
   X_BYTES = ROWS * DEPTH * 2,
   STAGE = X_BYTES + ML_COLS * DEPTH * 2,
   STAGES = RING / STAGE,
-  CONSUMERS = 256
+  CONSUMERS = 256,
+  BAND_PART = ML_COLS / 8 * PART_STEP /* bytes of a part of a sum */
 };
-static_assert(ROWS * ML_COLS * 4 <= RING, "the parts of a sum are kept where the ring was");
+static_assert(BANDS * BAND_PART <= RING, "the parts of a sum are kept where the ring was");
+static_assert(BANDS * ML_COLS <= 256, "they fit into the registers");
+
+/* Brings near what finish_shrink will read of rows `row` and `row + 8`, while there is nothing else to do. */
+DEVICE void touch(const void *p) {
+  u32 unused;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(unused) : "l"(p));
+}
+DEVICE void touch_rows(const ml_narrow &n, int row) {
+  int lane = threadIdx.x % 32;
+  for (int i = 32 * lane; i < n.columns / 8; i += 32 * 32) touch(n.experts + i);
+  for (int t = row; t < row + 16 && t < n.tokens; t += 8) {
+    for (int i = lane % 4 * 32; i < n.n_experts; i += 128) touch(n.factors + (u64)t * n.n_experts + i);
+#if ML_BACKWARD
+    for (int i = lane % 4 * 64; n.hidden && i < n.columns; i += 256)
+      touch((const u16 *)n.hidden + (u64)t * n.columns + i);
+#endif
+  }
+}
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     ml_project(const __grid_constant__ tensor_map x, const __grid_constant__ tensor_map factor,
@@ -48,7 +68,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     auto load_x = [&](int i, int step) {
       u32 to = ring + i % STAGES * STAGE, barrier = full + 8 * (i % STAGES);
       barrier_expect(barrier, STAGE);
-      load_box(to, &x, barrier, (begin + step) * DEPTH, first_row);
+#pragma unroll
+      for (int band = 0; band < BANDS; band++)
+        load_box(to + band * 2 * BOX, &x, barrier, (begin + step) * DEPTH, first_row + 128 * band);
     };
     auto load_factor = [&](int i, int step, int column) {
       u32 to = ring + i % STAGES * STAGE + X_BYTES, barrier = full + 8 * (i % STAGES);
@@ -76,23 +98,23 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
           load_factor(i, step, tile * ML_COLS);
         }
       __syncwarp();
-      if (blocks > 1) {
-        cluster_sync();
-        cluster_sync();
-      }
+      cluster_sync();
+      cluster_sync();
     }
     return;
   }
 
   registers_stay<232>();
   wait_for_predecessor();
-  int row = first_row + 16 * warp + threadIdx.x % 32 / 4;
-  bool finishes = warp / (8 / blocks) == rank;
-  u32 part = ring + 16 * threadIdx.x;
+  /* The rows are 16 for each warp and band: this block finishes those of [own, end). */
+  int own = 8 * BANDS * rank / blocks + warp, end = 8 * BANDS * (rank + 1) / blocks, lane = threadIdx.x % 32;
+  for (int i = own; i < end; i += 8) touch_rows(side, first_row + 16 * i + lane / 4);
   for (int tile = 0; tile < tiles; tile++) {
-    float d[ML_COLS / 2];
+    float d[BANDS][ML_COLS / 2];
 #pragma unroll
-    for (int i = 0; i < ML_COLS / 2; i++) d[i] = 0;
+    for (int band = 0; band < BANDS; band++)
+#pragma unroll
+      for (int i = 0; i < ML_COLS / 2; i++) d[band][i] = 0;
     for (int step = 0; step < steps; step++) {
       int i = tile * steps + step;
       u32 stage = ring + i % STAGES * STAGE;
@@ -102,20 +124,27 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       products_begin();
 #pragma unroll
       for (int k = 0; k < DEPTH / 16; k++)
-        multiply<0, ML_BACKWARD>(d, a + k * DEPTH_STEP_K, b + k * (ML_BACKWARD ? DEPTH_STEP_MN : DEPTH_STEP_K), 1);
+#pragma unroll
+        for (int band = 0; band < BANDS; band++)
+          multiply<0, ML_BACKWARD>(d[band], a + band * (2 * BOX >> 4) + k * DEPTH_STEP_K,
+                                   b + k * (ML_BACKWARD ? DEPTH_STEP_MN : DEPTH_STEP_K), 1);
       products_commit();
       products_wait<0>(); /* at once: memory, not the products, sets the pace, so that a stage is free early */
       if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * (i % STAGES));
     }
-    settle(d);
-    if (blocks > 1) {
-      warpgroups_sync(); /* both have read all stages */
-      keep_part(part, d);
-      cluster_sync();
-      if (finishes) sum_parts(d, part, blocks);
-      fence_shared(); /* the ring's next loads */
-      cluster_sync();
+    warpgroups_sync(); /* both have read all stages */
+#pragma unroll
+    for (int band = 0; band < BANDS; band++) {
+      settle(d[band]);
+      keep_part(ring + band * BAND_PART + 16 * threadIdx.x, d[band]);
     }
-    if (finishes) finish_shrink(d, side, row, tile * ML_COLS);
+    cluster_sync();
+    for (int i = own; i < end; i += 8) {
+      float sum[ML_COLS / 2];
+      sum_parts(sum, ring + i / 8 * BAND_PART + i % 8 * 512 + 16 * lane, blocks);
+      finish_shrink(sum, side, first_row + 16 * i + lane / 4, tile * ML_COLS);
+    }
+    fence_shared(); /* the ring's next loads */
+    cluster_sync(); /* no block may go on while others read its part */
   }
 }
