@@ -1,4 +1,5 @@
-"""Builds ``moelora._core``: the C core, one kernel file per instruction set, the Python border and an OpenBLAS.
+"""Builds ``moelora._core``: the C core, one kernel file per instruction set, the host side of the CUDA kernels with
+their sources as text, the Python border and an OpenBLAS.
 
 The environment variable ``MOELORA_BLAS`` says where the base product's BLAS comes from:
 
@@ -36,14 +37,21 @@ CFLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fvisibility=hidden", "-pt
 
 SOURCES = [
     path.as_posix()
-    for pattern in ("core/*.c", "core/kernels/*.c", "python/*.c")
+    for pattern in ("core/*.c", "core/kernels/*.c", "cuda/*.c", "python/*.c")
     for path in sorted(Path("csrc").glob(pattern))
     if (X86_64 or path.stem not in X86_KERNEL_FLAGS) and (ARM64 or path.stem != "neon")
 ]
 
+# What NVRTC compiles at run time; no toolkit is needed here.
+CUDA_SOURCES = [
+    *sorted(Path("csrc/cuda").glob("*.cu")),
+    *sorted(Path("csrc/cuda").glob("*.cuh")),
+    Path("csrc/cuda/arguments.h"),
+]
+
 
 class BuildExtension(build_ext):
-    """Adds the kernels' own flags, NumPy's headers and the BLAS."""
+    """Adds the kernels' own flags, the CUDA sources, NumPy's headers and the BLAS."""
 
     def finalize_options(self):
         super().finalize_options()
@@ -63,6 +71,7 @@ class BuildExtension(build_ext):
         import numpy
 
         ext.include_dirs.append(numpy.get_include())
+        ext.sources.append(self._embed_cuda_sources())
         shutil.rmtree(self._libs(), ignore_errors=True)
         blas = os.environ.get("MOELORA_BLAS") or ("bundled" if sys.platform == "linux" else "none")
         if blas == "bundled":
@@ -82,6 +91,17 @@ class BuildExtension(build_ext):
 
         self.compiler._compile = compile_with_kernel_flags
         super().build_extension(ext)
+
+    def _embed_cuda_sources(self):
+        """Write the CUDA sources down as a C file, which defines ml_cuda_files; return its path."""
+        lines = ['#include "program.h"', "const ml_file ml_cuda_files[] = {"]
+        for path in CUDA_SOURCES:
+            text = ",".join(map(str, [*path.read_bytes(), 0]))
+            lines.append(f'    {{"{path.name}", (const unsigned char[]){{{text}}}}},')
+        embedded = Path(self.build_temp, "cuda_sources.c")
+        embedded.parent.mkdir(parents=True, exist_ok=True)
+        embedded.write_text("\n".join([*lines, "    {NULL, NULL},", "};", ""]))
+        return embedded.as_posix()
 
     def _link_bundled_openblas(self, ext):
         """Place a renamed OpenBLAS beside the extension and link with it.
@@ -132,7 +152,7 @@ setup(
             "moelora._core",
             SOURCES,
             depends=[path.as_posix() for path in sorted(Path("csrc").rglob("*.h"))],
-            include_dirs=["csrc/core"],
+            include_dirs=["csrc/core", "csrc/cuda"],
             extra_compile_args=CFLAGS,
             extra_link_args=["-pthread"],
             libraries=["m", "dl"] if sys.platform == "linux" else [],

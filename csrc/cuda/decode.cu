@@ -76,24 +76,12 @@ extern "C" __global__ __launch_bounds__(384, 2) void ml_decode(
     }
   }
   __syncthreads(); /* nothing is on its way into shared memory any more: partial sums take its place */
-  u32 part = base + (group * (ML_TOKENS / 2) * 128 + t) * 4;
-  if (group >= 0 && ranks > 1) {
-#pragma unroll
-    for (int i = 0; i < ML_TOKENS / 2; i++)
-      asm volatile("st.shared.f32 [%0], %1;" ::"r"(part + i * 512), "f"(d[i]) : "memory");
-  }
+  u32 part = base + (group * 128 + t) * 16;
+  if (group >= 0 && ranks > 1) keep_part(part, d);
   if (ranks > 1) cluster_sync();
   int warp = group * 4 + (t >> 5);
   if (group >= 0 && warp * ranks / 8 == rank) { /* each block finishes the rows of some warps */
-    if (ranks > 1) {
-#pragma unroll
-      for (int i = 0; i < ML_TOKENS / 2; i++) d[i] = 0;
-      for (int other = 0; other < ranks; other++) {
-        u32 there = address_in(other, part);
-#pragma unroll
-        for (int i = 0; i < ML_TOKENS / 2; i++) d[i] += load_shared_of_cluster(there + i * 512);
-      }
-    }
+    if (ranks > 1) sum_parts(d, part, ranks);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       int column = row + warp * 16 + ((t & 31) >> 2) + 8 * half;

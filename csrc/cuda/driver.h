@@ -36,9 +36,10 @@ typedef struct {
 /* Opens the driver at the first call. *gpu lives as long as the process. */
 ml_cuda_status ml_gpu_at(int ordinal, const ml_gpu **gpu);
 
-/* Where NVRTC and the cache of compiled kernels are looked for, before all other places; NULL: only there. Copies are
- * made. The places, in this order: libraries that this process has loaded, `nvrtc` (the path of a libnvrtc), the dynamic
- * loader's own search. The cache is `cache`, else $MOELORA_CACHE, else $XDG_CACHE_HOME/moelora, else ~/.cache/moelora. */
+/* Where NVRTC and the cache of compiled kernels are looked for; NULL leaves a place as it was, "" takes it back. Copies are
+ * made. NVRTC's places, in this order: libraries that this process has loaded, `nvrtc` (the path of a libnvrtc), the
+ * dynamic loader's own search. The cache is `cache`, else $MOELORA_CACHE, else $XDG_CACHE_HOME/moelora, else
+ * ~/.cache/moelora. */
 void ml_cuda_set_places(const char *nvrtc, const char *cache);
 
 /* ---- kernels ---- */
@@ -54,16 +55,16 @@ typedef struct {
   int16_t options[ML_MAX_OPTIONS];
 } ml_variant;
 
-typedef struct ml_kernel ml_kernel; /* for any GPU of the architecture; lives as long as the process */
+typedef struct ml_kernel ml_kernel; /* for the GPUs that it was asked for; lives as long as the process */
 
 /* The function `entry` of a variant: from memory, from the cache on disk, or compiled now (about a second). Thread-safe.
  * A variant that failed once fails at once from then on. `shared_bytes`: dynamic shared memory it may be launched with. */
 ml_cuda_status ml_kernel_of(const ml_gpu *gpu, const ml_variant *variant, const char *entry, int shared_bytes,
                             ml_kernel **kernel);
 
-/* Compiles a variant for an architecture such as "sm_90a" without a driver or a GPU, past the cache; *log, where there is
- * anything to say, is the compiler's text (the caller frees it). */
-ml_cuda_status ml_variant_compile(const ml_variant *variant, const char *arch, size_t *cubin_bytes, char **log);
+/* Compiles a variant for an architecture such as "sm_90a" without a driver or a GPU, past the cache. *cubin, and *log where
+ * there is anything to say, the compiler's text, are the caller's to free. */
+ml_cuda_status ml_variant_compile(const ml_variant *variant, const char *arch, void **cubin, size_t *bytes, char **log);
 
 /* ---- launches ---- */
 

@@ -1,5 +1,6 @@
 #include "routed_lora.h"
 
+#include <stdatomic.h>
 #include <string.h>
 
 enum { ROWS = 128, FEW_TOKENS = 64, ALIGNMENT = 256 };
@@ -44,31 +45,50 @@ static int64_t idle_blocks(const ml_layer *layer, int64_t n) {
   return left == 0 ? 0 : blocks - left;
 }
 
+static const char *const way_names[] = {"torch", "decode", "dual", "fused"};
+static atomic_int forced = -1;
+
+const char *ml_way_name(ml_way way) { return way_names[way]; }
+
+ml_cuda_status ml_force_way(const char *name) {
+  int way = name == NULL ? -1 : (int)(sizeof way_names / sizeof *way_names) - 1;
+  while (way >= 0 && strcmp(way_names[way], name) != 0) {
+    way--;
+  }
+  if (name != NULL && way < 0) {
+    return ML_CUDA_VALUE;
+  }
+  atomic_store(&forced, way);
+  return ML_CUDA_OK;
+}
+
+/* Whether the fused kernel's first blocks have nothing to do for as long as the shrinks take. Measured: a shrink of 128 rows takes
+ * .36 (64 columns) or .5 (128) of the time of a tile. */
+static bool shrinks_are_free(const ml_layer *layer, int64_t n) {
+  int64_t idle = idle_blocks(layer, n);
+  int64_t each = idle == 0 ? 0 : ceil_div(ceil_div(layer->tokens, ROWS), idle);
+  return idle > 0 && each * (layer->columns == 64 ? 36 : 50) <= 100;
+}
+
 ml_way ml_layer_way(const ml_layer *layer, bool backward) {
   if (!ml_layer_has_kernels(layer) || layer->weight == NULL || !is_aligned(layer->weight) ||
       layer->weight_row % 8 != 0) {
     return ML_BY_TORCH;
   }
-  if (!backward && layer->tokens <= FEW_TOKENS) {
+  int64_t n = backward ? layer->d_in : layer->d_out;
+  bool can[] = {true, !backward && layer->tokens <= FEW_TOKENS, true,
+                layer->columns <= 128 && idle_blocks(layer, n) > 0};
+  int way = atomic_load(&forced);
+  if (way >= 0 && can[way]) {
+    return (ml_way)way;
+  }
+  if (can[ML_BY_DECODE]) {
     return ML_BY_DECODE;
   }
-  int64_t n = backward ? layer->d_in : layer->d_out, idle = idle_blocks(layer, n);
   if (tiles_of(layer, n) * 2 < layer->gpu->multiprocessors) {
     return ML_BY_TORCH; /* whose products split the sum */
   }
-  /* Measured: a shrink of 128 rows takes .36 (64 columns) or .5 (128) of the time of a tile. */
-  if (layer->columns <= 128 && idle > 0) {
-    int64_t each = ceil_div(ceil_div(layer->tokens, ROWS), idle);
-    if (each * (layer->columns == 64 ? 36 : 50) <= 100) {
-      return ML_BY_FUSED;
-    }
-  }
-  return ML_BY_DUAL;
-}
-
-const char *ml_way_name(ml_way way) {
-  static const char *const names[] = {"torch", "decode", "dual", "fused"};
-  return names[way];
+  return can[ML_BY_FUSED] && shrinks_are_free(layer, n) ? ML_BY_FUSED : ML_BY_DUAL;
 }
 
 /* ---- the workspace ---- */
@@ -161,6 +181,16 @@ static ml_cuda_status factor_map(const ml_layer *layer, bool backward, ml_tensor
   return backward ? map_of(layer, map, data, depth, n, row, 64) : map_of(layer, map, data, n, depth, row, width);
 }
 
+/* Over how many blocks a sum is cut that `blocks` of them would compute whole, into `parts` at most: as many as fill half to two thirds
+ * of the multiprocessors, which is where memory was measured to be fastest. */
+static unsigned cluster_for(const ml_layer *layer, int64_t blocks, int64_t parts) {
+  unsigned cluster = 1;
+  while (cluster < 8 && blocks * cluster * 3 <= layer->gpu->multiprocessors && cluster * 2 <= parts) {
+    cluster *= 2;
+  }
+  return cluster;
+}
+
 /* H = x A^T, or P = g B, and what becomes of it. */
 static ml_cuda_status project(const ml_layer *layer, const places *p, ml_narrow narrow, ml_rows x, bool backward) {
   enum { STAGE_BYTES = 4 * 49152 + 2048 };
@@ -173,10 +203,7 @@ static ml_cuda_status project(const ml_layer *layer, const places *p, ml_narrow 
                       : factor_map(layer, false, &factor, p->prepared.a, layer->columns, depth, depth, cols);
   }
   int64_t blocks = ceil_div(layer->tokens, ROWS);
-  unsigned cluster = 1;
-  while (cluster < 8 && blocks * cluster * 2 <= layer->gpu->multiprocessors && depth / (cluster * 2) >= 256) {
-    cluster *= 2;
-  }
+  unsigned cluster = cluster_for(layer, blocks, depth / 256);
   int depth_ = (int)depth;
   void *arguments[] = {&x_map, &factor, &narrow, &depth_};
   return status != ML_CUDA_OK
@@ -281,10 +308,7 @@ static ml_cuda_status collect(const ml_layer *layer, const places *p, ml_rows x,
   }
   int chunks = C > 64 ? 2 : 1;
   int64_t tiles = (a_tiles + b_tiles) * ceil_div(C, 64 * chunks);
-  unsigned cluster = 1;
-  while (cluster < 8 && tiles * cluster * 2 <= 2 * (int64_t)layer->gpu->multiprocessors && T / (cluster * 2) >= 128) {
-    cluster *= 2;
-  }
+  unsigned cluster = cluster_for(layer, tiles, T / 128);
   const int *experts = p->prepared.experts;
   int T_ = (int)T, d_in = (int)layer->d_in, d_out = (int)layer->d_out, C_ = (int)C;
   void *arguments[] = {&maps[0], &maps[1], &maps[2], &maps[3], &to, &experts, &T_, &d_in, &d_out, &C_, &a_tiles};

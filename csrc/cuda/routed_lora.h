@@ -37,6 +37,8 @@ typedef enum {
 ml_cuda_status ml_layer_begin(ml_layer *layer);
 ml_way ml_layer_way(const ml_layer *layer, bool backward);
 const char *ml_way_name(ml_way way);
+/* From now on every layer that can be computed so is; NULL: by the rule again. ML_CUDA_VALUE: no name of a way. */
+ml_cuda_status ml_force_way(const char *name);
 bool ml_layer_has_kernels(const ml_layer *layer); /* of Hopper's: project.cu and collect.cu, which need no weight */
 
 /* Rows [T, width] of 16-bit elements, `row` elements apart. */

@@ -1,4 +1,5 @@
-/* moelora._core: the border between Python and the core, the only C beside arrays.c and tensors.c that sees Python.h.
+/* moelora._core: the border between Python and the core, the only C beside arrays.c, tensors.c and cuda.c that sees
+ * Python.h.
  *
  * No arithmetic happens here. An entry checks everything while it holds the GIL, releases it around one call of the
  * core, and leaves through `done`. moelora.functional documents the NumPy entries, _core.pyi the positions of their
@@ -11,6 +12,7 @@
 #include <math.h>
 
 #include "compiler.h"
+#include "cuda.h"
 #include "module.h"
 
 module_state *state_of(PyObject *module) { return PyModule_GetState(module); }
@@ -1032,10 +1034,26 @@ static PyMethodDef methods[] = {
     FAST(plain_call),
     FAST(forward_tensors),
     FAST(backward_tensors),
+    FAST(cuda_call),
+    FAST(cuda_forward),
+    FAST(cuda_backward),
+    FAST(cuda_prepare),
+    FAST(cuda_mix),
+    FAST(cuda_mix_backward),
+    FAST(cuda_way),
+    {"set_cuda_way", set_cuda_way, METH_O, NULL},
     FAST(route_tensors),
     FAST(route_backward_tensors),
     FAST(route),
     FAST(route_backward),
+    FAST(cuda_compile),
+    FAST(cuda_cubin),
+    FAST(set_cuda_places),
+    {"cuda_sources", cuda_sources, METH_NOARGS, NULL},
+    {"cuda_driver", cuda_driver, METH_NOARGS, NULL},
+    {"cuda_compiler", cuda_compiler, METH_NOARGS, NULL},
+    {"cuda_cache", cuda_cache, METH_NOARGS, NULL},
+    {"cuda_device", cuda_device, METH_O, NULL},
     {"set_num_threads", set_num_threads, METH_O, NULL},
     {"get_num_threads", get_num_threads, METH_NOARGS, NULL},
     {"set_isa", set_isa, METH_O, NULL},

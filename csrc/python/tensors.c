@@ -6,45 +6,8 @@
 #include <math.h>
 
 #include "compiler.h"
+#include "exchange.h"
 #include "module.h"
-
-/* ---- the part of DLPack's ABI, major version 1, that is used here ---- */
-
-enum { DL_MAJOR = 1, DL_CPU = 1, DL_INT = 0, DL_FLOAT = 2, DL_BFLOAT = 4, DL_BOOL = 6 };
-
-typedef struct {
-  void *data;
-  struct {
-    int32_t type, id;
-  } device;
-  int32_t ndim;
-  struct {
-    uint8_t code, bits;
-    uint16_t lanes;
-  } dtype;
-  int64_t *shape, *strides; /* [ndim]; strides count elements */
-  uint64_t byte_offset;
-} dl_tensor;
-
-/* A tensor that is owned; who has it calls delete, or gives it away. */
-typedef struct dl_owned {
-  uint32_t major, minor;
-  void *context;
-  void (*delete)(struct dl_owned *);
-  uint64_t flags;
-  dl_tensor tensor;
-} dl_owned;
-
-typedef void dl_raise(void *context, const char *kind, const char *message);
-
-struct dl_exchange_api {
-  uint32_t major, minor;
-  const dl_exchange_api *older;
-  int (*allocate)(dl_tensor *prototype, dl_owned **out, void *context, dl_raise *raise);
-  void (*unused)(void);
-  int (*wrap)(dl_owned *tensor, void **out);  /* takes the tensor; other than 0: an exception is set */
-  int (*read)(void *tensor, dl_tensor *view); /* NULL: not offered. Borrows; other than 0: an exception is set */
-};
 
 static const dl_exchange_api *find_exchange(PyObject *tensor_type) {
   PyObject *capsule = PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__");
@@ -68,6 +31,8 @@ int visit_torch(const torch_api *torch, visitproc visit, void *arg) {
   Py_VISIT(torch->float32);
   Py_VISIT(torch->float64);
   Py_VISIT(torch->bfloat16);
+  Py_VISIT(torch->float16);
+  Py_VISIT(torch->empty_cuda);
   return 0;
 }
 
@@ -83,11 +48,13 @@ void clear_torch(torch_api *torch) {
   Py_CLEAR(torch->float32);
   Py_CLEAR(torch->float64);
   Py_CLEAR(torch->bfloat16);
+  Py_CLEAR(torch->float16);
+  Py_CLEAR(torch->empty_cuda);
 }
 
-/* (Tensor, Parameter, empty, empty_like, linear, float32, float64, bfloat16) -> bool */
+/* (Tensor, Parameter, empty, empty_cuda, empty_like, linear, float32, float64, bfloat16, float16) -> bool */
 PyObject *use_torch(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
-  if (!takes("use_torch", 8, n_args)) {
+  if (!takes("use_torch", 10, n_args)) {
     return NULL;
   }
   torch_api *torch = &state_of(module)->torch;
@@ -96,12 +63,11 @@ PyObject *use_torch(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
   torch->parameter = Py_NewRef(args[1]);
   torch->is_neg = PyObject_GetAttrString(args[0], "is_neg");
   torch->requires_grad = PyUnicode_InternFromString("requires_grad");
-  torch->empty = Py_NewRef(args[2]);
-  torch->empty_like = Py_NewRef(args[3]);
-  torch->linear = Py_NewRef(args[4]);
-  torch->float32 = Py_NewRef(args[5]);
-  torch->float64 = Py_NewRef(args[6]);
-  torch->bfloat16 = Py_NewRef(args[7]);
+  PyObject **const fields[] = {&torch->empty,   &torch->empty_cuda, &torch->empty_like, &torch->linear,
+                               &torch->float32, &torch->float64,    &torch->bfloat16,   &torch->float16};
+  for (int i = 0; i < 8; i++) {
+    *fields[i] = Py_NewRef(args[2 + i]);
+  }
   if (torch->is_neg == NULL || torch->requires_grad == NULL) {
     clear_torch(torch);
     return NULL;
@@ -112,8 +78,7 @@ PyObject *use_torch(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
 
 /* ---- one tensor ---- */
 
-/* Whether the core may read obj's memory, as far as type and place go. The view lives as long as obj. */
-static bool view_of(const torch_api *torch, PyObject *obj, dl_tensor *view) {
+bool view_on(const torch_api *torch, int32_t device_type, PyObject *obj, dl_tensor *view) {
   PyObject *type = (PyObject *)Py_TYPE(obj);
   if (torch->exchange == NULL || (type != torch->tensor && type != torch->parameter)) {
     return false;
@@ -122,13 +87,18 @@ static bool view_of(const torch_api *torch, PyObject *obj, dl_tensor *view) {
     PyErr_Clear();
     return false;
   }
-  if (view->device.type != DL_CPU || (view->strides == NULL && view->ndim > 0)) {
+  if (view->device.type != device_type || (view->strides == NULL && view->ndim > 0)) {
     return false;
   }
   if (view->data != NULL) {
     view->data = (char *)view->data + view->byte_offset;
   }
   return true;
+}
+
+/* Whether the core may read obj's memory, as far as type and place go. */
+static bool view_of(const torch_api *torch, PyObject *obj, dl_tensor *view) {
+  return view_on(torch, DL_CPU, obj, view);
 }
 
 /* Whether the tensor's numbers are the negatives of what its memory holds, which a view does not say. */
@@ -353,8 +323,7 @@ static int64_t experts_in(PyObject *adapters) {
 
 /* ---- is it the plain case? ---- */
 
-/* lora_A and lora_B, two lists or tuples of as many items, as one tuple; None where they are something else. */
-static PyObject *joined(PyObject *lora_A, PyObject *lora_B) {
+PyObject *joined(PyObject *lora_A, PyObject *lora_B) {
   bool lists = PyList_CheckExact(lora_A) && PyList_CheckExact(lora_B);
   bool tuples = PyTuple_CheckExact(lora_A) && PyTuple_CheckExact(lora_B);
   if (!lists && !tuples) {
@@ -370,8 +339,7 @@ static PyObject *joined(PyObject *lora_A, PyObject *lora_B) {
   return both;
 }
 
-/* A float for all experts, or a list or tuple, as a tuple; None where it is something else. */
-static PyObject *spread_scaling(PyObject *scaling, Py_ssize_t n) {
+PyObject *spread_scaling(PyObject *scaling, Py_ssize_t n) {
   if (PyList_CheckExact(scaling) || PyTuple_CheckExact(scaling)) {
     return PySequence_Tuple(scaling);
   }
@@ -411,6 +379,14 @@ static int any_of(const torch_api *torch, PyObject *const *tensors, Py_ssize_t n
 
 static int negated(const torch_api *torch, PyObject *tensor) { return is_negated(torch, tensor); }
 
+bool any_negated(const torch_api *torch, PyObject *const *tensors, Py_ssize_t n) {
+  return any_of(torch, tensors, n, negated) != 0;
+}
+
+int any_requires_grad(const torch_api *torch, PyObject *const *tensors, Py_ssize_t n) {
+  return any_of(torch, tensors, n, requires_grad);
+}
+
 /* (x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
  * -> None, or (adapters, scaling, total_rank, requires_grad) */
 PyObject *plain_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
@@ -449,12 +425,12 @@ PyObject *plain_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
     goto done;
   }
   PyObject *const others[] = {x, weights, base, weight, bias};
-  if (any_of(c.torch, others, 5, negated) || any_of(c.torch, factors, 2 * c.core.n_experts, negated)) {
+  if (any_negated(c.torch, others, 5) || any_negated(c.torch, factors, 2 * c.core.n_experts)) {
     plain = NO;
     goto done;
   }
-  int required = any_of(c.torch, factors, 2 * c.core.n_experts, requires_grad);
-  required = required == 0 ? any_of(c.torch, others, 3, requires_grad) : required;
+  int required = any_requires_grad(c.torch, factors, 2 * c.core.n_experts);
+  required = required == 0 ? any_requires_grad(c.torch, others, 3) : required;
   result = required < 0
                ? NULL
                : Py_BuildValue("OOLO", adapters, scaling, (long long)c.total_rank, required ? Py_True : Py_False);
@@ -474,8 +450,7 @@ done:
  * until anybody else runs. Then everything is read.
  */
 
-/* A tensor, its rows without gaps; NULL with an exception. */
-static PyObject *new_dense(const tensor_call *c, ml_dtype dtype, int axes, const int64_t *sizes) {
+PyObject *new_dense(PyObject *empty, PyObject *dtype, int axes, const int64_t *sizes) {
   int64_t stride = 1;
   PyObject *shape = PyTuple_New(axes), *strides = PyTuple_New(axes), *tensor = NULL;
   for (int i = axes - 1; shape != NULL && strides != NULL && i >= 0; i--) {
@@ -484,13 +459,17 @@ static PyObject *new_dense(const tensor_call *c, ml_dtype dtype, int axes, const
     stride = ML_MUL_OVERFLOWS(stride, sizes[i], &stride) ? INT64_MAX : stride; /* torch refuses that */
   }
   if (!PyErr_Occurred()) {
-    PyObject *const dtypes[] = {
-        [ML_F32] = c->torch->float32, [ML_F64] = c->torch->float64, [ML_BF16] = c->torch->bfloat16};
-    tensor = PyObject_CallFunctionObjArgs(c->torch->empty, shape, strides, dtypes[dtype], NULL);
+    tensor = PyObject_CallFunctionObjArgs(empty, shape, strides, dtype, NULL);
   }
   Py_XDECREF(strides);
   Py_XDECREF(shape);
   return tensor;
+}
+
+static PyObject *new_on_cpu(const tensor_call *c, ml_dtype dtype, int axes, const int64_t *sizes) {
+  PyObject *const dtypes[] = {
+      [ML_F32] = c->torch->float32, [ML_F64] = c->torch->float64, [ML_BF16] = c->torch->bfloat16};
+  return new_dense(c->torch->empty, dtypes[dtype], axes, sizes);
 }
 
 /* A tensor with `width` numbers for each token; NULL with an exception. */
@@ -498,7 +477,7 @@ static PyObject *new_rows(const tensor_call *c, ml_dtype dtype, int64_t width) {
   int64_t sizes[3];
   memcpy(sizes, c->shape, sizeof sizes);
   sizes[c->axes - 1] = width;
-  return new_dense(c, dtype, c->axes, sizes);
+  return new_on_cpu(c, dtype, c->axes, sizes);
 }
 
 /* A tensor for the gradient of another one, which autograd wants to have the same strides; NULL with an exception. */
@@ -507,7 +486,7 @@ static PyObject *new_like(const tensor_call *c, PyObject *like) {
   ml_dtype dtype;
   if (view_of(c->torch, like, &view) && read_dtype(&view, &dtype) && view.ndim == 2 && view.strides[1] == 1 &&
       view.strides[0] == view.shape[1]) {
-    return new_dense(c, dtype, 2, view.shape);
+    return new_on_cpu(c, dtype, 2, view.shape);
   }
   return PyObject_CallOneArg(c->torch->empty_like, like); /* takes longer */
 }
@@ -677,7 +656,7 @@ PyObject *backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n
     goto done;
   }
   PyObject *const *saved = &PyTuple_GET_ITEM(args[0], 0), *const *adapters = saved + N_SAVED;
-  if (any_of(c.torch, &grad_y, 1, negated) || any_of(c.torch, saved, n_saved, negated)) {
+  if (any_negated(c.torch, &grad_y, 1) || any_negated(c.torch, saved, n_saved)) {
     plain = NO;
     goto done;
   }
@@ -748,8 +727,7 @@ static PyObject *new_tensor(const torch_api *torch, uint8_t code, uint8_t bits, 
   return torch->exchange->wrap(owned, &tensor) == 0 ? tensor : NULL;
 }
 
-/* Whether `ndim` leading axes are as good as one, of n numbers that lie `stride` apart, in memory that is there. */
-static bool is_one_axis(const dl_tensor *view, int ndim, int64_t *n, int64_t *stride) {
+bool is_one_axis(const dl_tensor *view, int ndim, int64_t *n, int64_t *stride) {
   *n = 1;
   *stride = 0;
   for (int i = ndim - 1; i >= 0; i--) {
@@ -841,7 +819,7 @@ PyObject *route_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_ar
   }
   /* First, for a mode may answer this in Python, and pointers are good only until anybody else runs. */
   PyObject *const read[] = {args[0], args[1]};
-  if (c.torch->exchange == NULL || any_of(c.torch, read, 2, negated) ||
+  if (c.torch->exchange == NULL || any_negated(c.torch, read, 2) ||
       !read_route(&c, args[0], args[1], args[3], args[4])) {
     Py_RETURN_NONE;
   }
@@ -908,7 +886,7 @@ PyObject *route_backward_tensors(PyObject *module, PyObject *const *args, Py_ssi
   const int64_t *indices = NULL;
   ml_matrix grad_weights = {0};
   dl_tensor grad_sums = {0};
-  if (c.torch->exchange == NULL || any_of(c.torch, args, 5, negated) ||
+  if (c.torch->exchange == NULL || any_negated(c.torch, args, 5) ||
       !read_route(&c, args[2], args[3], args[5], args[6]) || !read_indices(&c, args[4], &indices) ||
       !read_matrix_like_logits(&c, args[0], &grad_weights)) {
     Py_RETURN_NONE;

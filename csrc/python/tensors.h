@@ -14,8 +14,9 @@ typedef struct {
   PyObject *is_neg;             /* torch.Tensor.is_neg */
   PyObject *requires_grad;      /* the name of the attribute */
   PyObject *empty;              /* (shape, strides, dtype) -> a new CPU tensor */
+  PyObject *empty_cuda;         /* the same on the current GPU */
   PyObject *empty_like, *linear;
-  PyObject *float32, *float64, *bfloat16;
+  PyObject *float32, *float64, *bfloat16, *float16;
   const dl_exchange_api *exchange;
 } torch_api;
 
@@ -28,6 +29,14 @@ PyObject *are_plain(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *plain_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *forward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
+PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
+PyObject *cuda_forward(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
+PyObject *cuda_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
+PyObject *cuda_prepare(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
+PyObject *cuda_mix(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
+PyObject *cuda_mix_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
+PyObject *cuda_way(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
+PyObject *set_cuda_way(PyObject *module, PyObject *name);
 PyObject *route_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *route_backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 

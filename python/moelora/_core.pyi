@@ -1,6 +1,7 @@
 """The C extension. `moelora.functional` documents what its functions do; here are the positions of the arguments."""
 
 from collections.abc import Callable, Iterable, Sequence
+from os import PathLike
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
 
 import numpy as np
@@ -106,11 +107,13 @@ def use_torch(
     Tensor: type,
     Parameter: type,
     empty: Callable[[Any, Any, Any], Any],
+    empty_cuda: Callable[[Any, Any, Any], Any],
     empty_like: Callable[[Any], Any],
     linear: Callable[[Any, Any, Any], Any],
     float32: Any,
     float64: Any,
     bfloat16: Any,
+    float16: Any,
     /,
 ) -> bool: ...
 def are_plain(*tensors: Any) -> bool: ...
@@ -149,6 +152,74 @@ def backward_tensors(
     n_threads: int,
     /,
 ) -> tuple[Any, ...] | None: ...
+
+# The same on a GPU: x, the base and y of bfloat16 or float16, adapters of that dtype or of float32, without gaps, weights of
+# any of these.
+
+def cuda_call(
+    x: Any,
+    lora_A: Any,
+    lora_B: Any,
+    routing_weights: Any,
+    scaling: Any,
+    base_output: Any,
+    weight: Any,
+    bias: Any,
+    /,
+) -> tuple[tuple[Any, ...], tuple[float, ...], bool] | None: ...
+def cuda_forward(
+    x: Any,
+    adapters: tuple[Any, ...],
+    routing_weights: Any,
+    scaling: tuple[float, ...],
+    weight: Any,
+    bias: Any,
+    top_k: int,
+    keep_hidden: bool,
+    /,
+) -> tuple[Any, Any] | None: ...
+def cuda_backward(
+    saved: tuple[Any, ...],
+    needs_input_grad: tuple[bool, ...],
+    scaling: tuple[float, ...],
+    grad_y: Any,
+    top_k: int,
+    /,
+) -> tuple[Any, ...] | None: ...
+def cuda_prepare(
+    x: Any,
+    adapters: tuple[Any, ...],
+    routing_weights: Any,
+    scaling: tuple[float, ...],
+    top_k: int,
+    backward: bool,
+    /,
+) -> tuple[Any, Any, Any, Any, Any] | None: ...
+def cuda_mix(
+    x: Any,
+    adapters: tuple[Any, ...],
+    routing_weights: Any,
+    scaling: tuple[float, ...],
+    top_k: int,
+    hidden: Any,
+    workspace: Any,
+    /,
+) -> None: ...
+def cuda_mix_backward(
+    grad_y: Any,
+    adapters: tuple[Any, ...],
+    routing_weights: Any,
+    scaling: tuple[float, ...],
+    top_k: int,
+    hidden: Any,
+    grad_w: Any,
+    workspace: Any,
+    /,
+) -> None: ...
+def set_cuda_way(name: str | None, /) -> None: ...
+def cuda_way(
+    major: int, multiprocessors: int, tokens: int, d_in: int, d_out: int, ranks: int, backward: bool, /
+) -> str: ...
 def route_tensors(
     logits: Any,
     mask: Any,
@@ -179,3 +250,14 @@ def get_base_product() -> str | None: ...
 def base_limits() -> tuple[int, int]: ...
 def threading_layer() -> str: ...
 def blas_config() -> str: ...
+
+# CUDA. Errors of the driver and of the compiler are RuntimeErrors.
+
+def cuda_sources() -> tuple[tuple[str, tuple[str, ...], bool], ...]: ...  # (file, options, for Hopper alone)
+def cuda_compile(source: str, options: tuple[int, ...], arch: str, /) -> tuple[bytes, str | None]: ...  # (cubin, log)
+def cuda_cubin(source: str, options: tuple[int, ...], arch: str, /) -> bytes: ...  # from the cache where it is there
+def set_cuda_places(nvrtc: str | PathLike[str] | None, cache: str | PathLike[str] | None, /) -> None: ...
+def cuda_driver() -> tuple[int, int]: ...  # (1000 major + 10 minor of the CUDA it supports, number of GPUs)
+def cuda_compiler() -> tuple[int, int]: ...  # (major, minor) of NVRTC
+def cuda_cache() -> str | None: ...
+def cuda_device(ordinal: int, /) -> tuple[int, int, int]: ...  # (major, minor, multiprocessors)

@@ -1,10 +1,12 @@
-"""The settings of this process (threads, instruction set) and what was built."""
+"""The settings of this process (threads, instruction set), what was built and what was found."""
 
+import importlib.util
 import json
 import os
 import platform
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -28,6 +30,7 @@ __all__ = [
     "get_base_product",
     "get_isa",
     "get_num_threads",
+    "open_nvrtc",
     "set_base_product",
     "set_isa",
     "set_num_threads",
@@ -155,6 +158,57 @@ def _base_rule() -> str:
     return f"own in float32 for fewer than {product} tokens, in the backward {transposed}; torch for others"
 
 
+def open_nvrtc() -> tuple[int, int]:
+    """Open NVRTC, CUDA's run-time compiler, and return its version.
+
+    One that this process has loaded is taken, else that of NVIDIA's wheels, which torch depends on, else what the
+    dynamic loader finds.
+
+    Raises
+    ------
+    RuntimeError
+        There is none, or what it compiles is too young for the driver.
+    """
+    try:
+        driver = _core.cuda_driver()[0] // 1000
+    except RuntimeError:
+        driver = sys.maxsize  # compiling needs none
+    nvidia = importlib.util.find_spec("nvidia")  # a namespace: nothing is imported
+    folders = (nvidia and nvidia.submodule_search_locations) or ()
+    found = [path for folder in folders for path in Path(folder).glob("*/lib/libnvrtc.so.*")]
+    versions = {int(path.suffix[1:]): path for path in found if path.suffix[1:].isdigit()}
+    _core.set_cuda_places(versions.get(max((v for v in versions if v <= driver), default=0)), None)
+    version = _core.cuda_compiler()
+    if version[0] > driver:
+        raise RuntimeError(f"NVRTC {version[0]}.{version[1]} is too young for a driver of CUDA {driver}")
+    return version
+
+
+def _cuda_config() -> dict[str, Any]:
+    if os.environ.get("MOELORA_CUDA") == "0" or not HAS_EXT:
+        return {"kernels": "switched off by MOELORA_CUDA=0" if HAS_EXT else "none without the C extension"}
+    config: dict[str, Any] = {"cache": _core.cuda_cache()}
+    try:
+        version, n_gpus = _core.cuda_driver()
+        config["driver"] = f"CUDA {version // 1000}.{version % 1000 // 10}"
+        config["gpus"] = [_describe_gpu(ordinal) for ordinal in range(n_gpus)]
+    except RuntimeError as error:
+        config["driver"] = str(error)
+    try:
+        config["nvrtc"] = "{}.{}".format(*open_nvrtc())
+    except RuntimeError as error:
+        config["nvrtc"] = str(error)
+    return config
+
+
+def _describe_gpu(ordinal: int) -> str:
+    try:
+        major, minor, multiprocessors = _core.cuda_device(ordinal)
+    except RuntimeError as error:
+        return str(error)
+    return f"compute capability {major}.{minor}, {multiprocessors} multiprocessors"
+
+
 @overload
 def show_config() -> None: ...
 @overload
@@ -189,6 +243,7 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
         "threads": {"number": get_num_threads(), "layer": _core.threading_layer() if HAS_EXT else "none"},
         "base product": {"set": get_base_product(), "rule": _base_rule()},
         "blas": {"name": _core.blas_config() if HAS_EXT else "NumPy's"},
+        "cuda": _cuda_config(),
         "python": {"version": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()},
     }
     if mode == "dicts":

@@ -476,7 +476,7 @@ def test_routings_keep_no_tensor_alive():
 
 def test_arguments_are_counted():
     for name, n in (
-        ("use_torch", 8),
+        ("use_torch", 10),
         ("plain_call", 8),
         ("forward_tensors", 11),
         ("backward_tensors", 7),
@@ -495,8 +495,8 @@ def test_a_torch_without_the_exchange_api_is_left_alone():
     class Tensor:
         is_neg = None
 
-    functions = (autograd._empty, torch.empty_like, torch.nn.functional.linear)
-    functions += (torch.float32, torch.float64, torch.bfloat16)
+    functions = (autograd._empty, autograd._empty_cuda, torch.empty_like, torch.nn.functional.linear)
+    functions += (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     try:
         assert core.use_torch(Tensor, Tensor, *functions) is False
         assert not core.are_plain(torch.ones(1)) and not core.are_plain(Tensor())

@@ -32,8 +32,8 @@ def products_of_torch(monkeypatch):
         return F.linear(x, weight, bias)
 
     def use(function):
-        types = (torch.Tensor, nn.Parameter, autograd._empty, torch.empty_like, function)
-        types += (torch.float32, torch.float64, torch.bfloat16)
+        types = (torch.Tensor, nn.Parameter, autograd._empty, autograd._empty_cuda, torch.empty_like, function)
+        types += (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         assert autograd._core.use_torch(*types)
 
     use(linear)

@@ -14,6 +14,7 @@ from torch.utils._device import DeviceContext
 
 from moelora import runtime
 from moelora.functional import HAS_EXT
+from moelora.nn.cuda import on_gpu
 from moelora.nn.dropout import draw_seed, dropped_grads, dropped_linear
 
 if HAS_EXT:
@@ -24,11 +25,14 @@ if HAS_EXT:
     def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
 
+    def _empty_cuda(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
     # The same without a dispatch, which is what torch.compile's own code allocates with.
     _empty = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", _empty)
-    if not _core.use_torch(
-        Tensor, torch.nn.Parameter, _empty, torch.empty_like, F.linear, torch.float32, torch.float64, torch.bfloat16
-    ):
+    _empty_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty_cuda)
+    _dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    if not _core.use_torch(Tensor, torch.nn.Parameter, _empty, _empty_cuda, torch.empty_like, F.linear, *_dtypes):
         warnings.warn(
             f"torch {torch.__version__} has no DLPack C exchange API that moelora knows; plain torch is used, which is "
             "slow",
@@ -145,19 +149,25 @@ def routed_lora(
     tensor([6., 6., 6., 6., 6.])
     """
     plain: tuple[tuple[Tensor, ...], tuple[float, ...], int | None, bool] | None = None
+    y: Tensor | None
     lead = torch.Size()
     if (top_k is None or (type(top_k) is int and top_k >= 1)) and _is_unwatched():
         # The plain case costs no more than a few looks from C. All that is unusual, or wrong, goes on below.
         plain = _plain_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
         if plain is not None and (torch._C._is_any_autocast_enabled() or (top_k or 0) > len(plain[1])):
             plain = None
+        if plain is None and on_gpu(x):
+            y = _on_gpu(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
+            if y is not None:
+                return y
     if plain is None:
         call = _check(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
         tensors = [t for t in (call.x, call.routing_weights, call.base_output, call.weight, call.bias) if t is not None]
         tensors += call.lora_A
         tensors += call.lora_B
         if not call.x.numel() or not uses_core(*tensors):
-            return _formula(call)
+            y = _on_gpu(*call) if on_gpu(call.x) and _is_unwatched() else None
+            return _formula(call) if y is None else y
         x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p = call
         if x.dim() > 3:
             lead = x.shape[:-2]
@@ -175,7 +185,6 @@ def routed_lora(
         _draw(_probabilities(dropout_p, len(scales))),
         total_rank,
     )
-    y: Tensor
     if needs_grad and torch.is_grad_enabled():
         y = _apply(x, routing_weights, base_output, (weight, bias), settings, *adapters)
     else:
@@ -595,6 +604,169 @@ def _formula_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Te
     grad_A: Sequence[Tensor | None] = grads_A or [None] * n
     inputs = zip((grad_x, grad_w, *grad_A, *grad_B), (grad_y, routing_weights, *adapters), strict=True)
     return [None if g is None else _as(t.dtype, g) for g, t in inputs]
+
+
+# ---- on a GPU ----
+
+
+def _on_gpu(
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    routing_weights: Tensor,
+    scaling: float | Sequence[float],
+    base_output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    top_k: int | None,
+    dropout_p: float | Sequence[float],
+) -> Tensor | None:
+    """What the CUDA kernels make of plain tensors on the current GPU; None where something is not plain."""
+    if not ROUND_ADAPTERS or torch._C._is_any_autocast_enabled():
+        return None
+    plain = _core.cuda_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
+    if plain is None:
+        return None
+    adapters, scales, needs_grad = plain
+    if (top_k or 0) > len(scales) or any(_probabilities(dropout_p, len(scales))):
+        return None
+    settings = (scales, None if top_k == len(scales) else top_k, None, None)
+    if needs_grad and torch.is_grad_enabled():
+        return _apply_on_gpu(x, routing_weights, base_output, (weight, bias), settings, *adapters)
+    y, _ = _gpu_forward(x, routing_weights, base_output, (weight, bias), settings, adapters, keep_hidden=False)
+    return y
+
+
+def _gpu_forward(
+    x: Tensor,
+    routing_weights: Tensor,
+    base_output: Tensor | None,
+    frozen: tuple[Tensor | None, Tensor | None],
+    settings: _Settings,
+    adapters: tuple[Tensor, ...],
+    *,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """y, and hidden [..., C] with the experts' columns as the kernels lay them."""
+    scaling, top_k, *_ = settings
+    weight, bias = frozen
+    if weight is not None:
+        done = _core.cuda_forward(x, adapters, routing_weights, scaling, weight, bias, top_k or 0, keep_hidden)
+        if done is not None:
+            return done[0], done[1]
+        base_output = F.linear(x, weight, bias)
+    call = (x, adapters, routing_weights, scaling, top_k or 0)
+    workspace, stacked_a, stacked_b, mixed, _ = _core.cuda_prepare(*call, False)
+    hidden = x.flatten(0, -2) @ stacked_a.t()
+    _core.cuda_mix(*call, hidden, workspace)
+    y = mixed @ stacked_b.t() if base_output is None else torch.addmm(base_output.flatten(0, -2), mixed, stacked_b.t())
+    return y.view(*x.shape[:-1], y.shape[-1]), hidden.view(*x.shape[:-1], hidden.shape[-1]) if keep_hidden else None
+
+
+class _RoutedLoRAOnGPU(torch.autograd.Function):
+    """The CUDA kernels under autograd; arguments as those of `_RoutedLoRA`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        routing_weights: Tensor,
+        base_output: Tensor | None,
+        frozen: tuple[Tensor | None, Tensor | None],
+        settings: _Settings,
+        *adapters: Tensor,
+    ) -> Tensor:
+        n, need = len(settings[0]), ctx.needs_input_grad
+        keep_hidden = need[1] or True in need[-n:]
+        y, hidden = _gpu_forward(x, routing_weights, base_output, frozen, settings, adapters, keep_hidden=keep_hidden)
+        ctx.settings = settings[:2]
+        kept_x = x if True in need[-2 * n : -n] else None
+        ctx.save_for_backward(kept_x, hidden, routing_weights, frozen[0] if need[0] else None, *adapters)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+        need = ctx.needs_input_grad
+        if not (need[0] or need[1] or True in need[_N_NODE:]):
+            return (None, None, grad_y, *(None,) * (len(need) - 3))
+        saved = ctx.saved_tensors
+        scaling, top_k = ctx.settings
+        twice = torch.is_grad_enabled()  # create_graph
+        grads: Sequence[Tensor | None] | None = None
+        if _is_unwatched():
+            grads = _core.cuda_backward(saved, need, scaling, grad_y, top_k or 0)
+            if grads is None and on_gpu(grad_y):
+                grads = _products_backward(ctx, saved, grad_y)
+        if grads is None:
+            if twice:
+                raise RuntimeError(_TWICE)
+            grads = _gpu_formula_backward(ctx, saved, grad_y)
+        if twice:
+            kept = [None if i in (3, 4) else g for i, g in enumerate(grads)]
+            return tuple(_refuse_twice(kept, [grad_y, *saved]))
+        return tuple(grads)
+
+
+_apply_on_gpu: Callable[..., Tensor] = super(torch.autograd.Function, _RoutedLoRAOnGPU).apply
+
+
+def _products_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None] | None:
+    """Gradients of the node's arguments by torch's products, what lies between them by kernels; None: not plain."""
+    x, hidden, routing_weights, weight, *adapters = saved
+    need, (scaling, top_k) = ctx.needs_input_grad, ctx.settings
+    n, call = len(scaling), (grad_y, tuple(adapters), routing_weights, scaling, top_k or 0)
+    prepared = _core.cuda_prepare(*call, True)
+    if prepared is None:
+        return None
+    workspace, stacked_a, stacked_b, mixed, weighted = prepared
+    g = grad_y.flatten(0, -2)
+    torch.mm(g, stacked_b, out=mixed)
+    grad_w = torch.empty_like(routing_weights, memory_format=torch.contiguous_format) if need[1] else None
+    _core.cuda_mix_backward(*call, hidden, grad_w, workspace)
+    grads: list[Tensor | None] = [None, grad_w, grad_y if need[2] else None, None, None]
+    if need[0]:
+        base = None if weight is None else g @ weight
+        grad_x = mixed @ stacked_a if base is None else torch.addmm(base, mixed, stacked_a)
+        grads[0] = grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1])
+    columns = [0]
+    for a in adapters[:n]:
+        columns.append(columns[-1] - (-a.shape[0] // 8) * 8)
+    for first, left, right in ((0, mixed, x), (n, weighted, grad_y)):
+        wanted = need[_N_NODE + first : _N_NODE + first + n]
+        dtype = adapters[first].dtype
+        stacked = torch.mm(left.t(), right.flatten(0, -2), out_dtype=dtype) if True in wanted else None
+        for e, adapter in enumerate(adapters[first : first + n]):
+            if stacked is None or not wanted[e]:
+                grads.append(None)
+                continue
+            rank = adapter.shape[0 if first == 0 else 1]
+            rows = stacked[columns[e] : columns[e] + rank]
+            grads.append(rows if first == 0 else rows.t().contiguous())
+    return grads
+
+
+def _gpu_formula_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None]:
+    """The same where the kernels can't read grad_y: batched by vmap (is_grads_batched), a subclass, traced."""
+    x, _, routing_weights, weight, *adapters = saved
+    need, (scaling, top_k) = ctx.needs_input_grad, ctx.settings
+    n, dtype = len(scaling), grad_y.dtype
+    ranks = [a.shape[0] for a in adapters[:n]]
+    a, b = torch.cat(adapters[:n]).to(dtype), torch.cat(adapters[n:], 1).to(dtype)
+    if x is None:  # then nothing below depends on its values
+        x = grad_y.new_zeros((*grad_y.shape[:-1], a.shape[1]))
+    leaves = [t.detach().requires_grad_() for t in (x, routing_weights, a, b)]
+    with torch.enable_grad():
+        h = F.linear(leaves[0], leaves[2])
+        y = F.linear(_mix(h, leaves[1], ranks, scaling, top_k), leaves[3])
+    grad_x, grad_w, grad_a, grad_b = torch.autograd.grad(y, leaves, grad_y)
+    if weight is not None:
+        grad_x = grad_x + grad_y @ weight
+    grads = [grad_x, grad_w, grad_y, None, None, *grad_a.split(ranks, -2), *grad_b.split(ranks, -1)]
+    inputs = [None, routing_weights, None, None, None, *adapters]
+    return [
+        None if g is None or not needed else g if like is None else g.to(like.dtype)
+        for g, like, needed in zip(grads, inputs, need, strict=True)
+    ]
 
 
 def _core_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,528 @@
+/* The door for torch tensors on a GPU in their plain case: bfloat16 or float16 rows, adapters of that dtype or float32 without
+ * gaps, all on the current device. As in tensors.c, what is not plain gets the answer None. */
+#include <math.h>
+
+#include "compiler.h"
+#include "exchange.h"
+#include "module.h"
+#include "routed_lora.h"
+
+typedef struct {
+  const torch_api *torch;
+  ml_layer layer;
+  int axes; /* of x: 2 or 3 */
+  int64_t shape[3];
+  int32_t device;
+} cuda_call_;
+
+typedef enum { NO = 0, YES = 1, ERROR = -1 } answer;
+
+static bool is_of(const dl_tensor *view, uint8_t code, uint8_t bits) {
+  return view->data != NULL && view->dtype.code == code && view->dtype.bits == bits && view->dtype.lanes == 1;
+}
+
+static bool is_narrow(const cuda_call_ *c, const dl_tensor *view) {
+  return is_of(view, c->layer.f16 ? DL_FLOAT : DL_BFLOAT, 16);
+}
+
+static bool view_here(const cuda_call_ *c, PyObject *obj, dl_tensor *view) {
+  return view_on(c->torch, DL_CUDA, obj, view) && view->device.id == c->device;
+}
+
+/* What decides dtype, tokens and device of the call: x, or the gradient of its output. Its rows, `width` in all. */
+static answer read_shape(cuda_call_ *c, PyObject *module, PyObject *obj, ml_rows *rows, int64_t *width) {
+  dl_tensor view;
+  int64_t tokens;
+  memset(c, 0, sizeof *c);
+  c->torch = &state_of(module)->torch;
+  if (!view_on(c->torch, DL_CUDA, obj, &view) || (view.ndim != 2 && view.ndim != 3)) {
+    return NO;
+  }
+  c->device = view.device.id;
+  c->axes = view.ndim;
+  memcpy(c->shape, view.shape, (size_t)view.ndim * sizeof *view.shape);
+  c->layer.f16 = is_of(&view, DL_FLOAT, 16);
+  if ((!c->layer.f16 && !is_of(&view, DL_BFLOAT, 16)) || view.strides[view.ndim - 1] != 1 ||
+      !is_one_axis(&view, view.ndim - 1, &tokens, &rows->row) || tokens < 1) {
+    return NO;
+  }
+  *width = view.shape[view.ndim - 1];
+  rows->data = view.data;
+  rows->row = tokens == 1 ? *width : rows->row;
+  c->layer.tokens = tokens;
+  if (ml_gpu_at(c->device, &c->layer.gpu) != ML_CUDA_OK) {
+    return NO;
+  }
+  if (c->torch->exchange->stream(DL_CUDA, c->device, &c->layer.stream) != 0) {
+    return ERROR;
+  }
+  return YES;
+}
+
+/* More rows such as those, of `width`. */
+static bool read_rows(const cuda_call_ *c, PyObject *obj, int64_t width, ml_rows *rows) {
+  dl_tensor view;
+  int64_t tokens;
+  if (!view_here(c, obj, &view) || !is_narrow(c, &view) || view.ndim != c->axes || view.strides[view.ndim - 1] != 1 ||
+      view.shape[view.ndim - 1] != width || !is_one_axis(&view, view.ndim - 1, &tokens, &rows->row)) {
+    return false;
+  }
+  for (int i = 0; i < c->axes - 1; i++) {
+    if (view.shape[i] != c->shape[i]) {
+      return false;
+    }
+  }
+  rows->data = view.data;
+  rows->row = tokens == 1 ? width : rows->row;
+  return true;
+}
+
+static bool read_adapter(const cuda_call_ *c, PyObject *obj, dl_tensor *view) {
+  return view_here(c, obj, view) && (c->layer.f32_adapters ? is_of(view, DL_FLOAT, 32) : is_narrow(c, view)) &&
+         view->ndim == 2 && view->strides[1] == 1 && (view->strides[0] == view->shape[1] || view->shape[0] == 1) &&
+         view->shape[0] > 0 && view->shape[1] > 0;
+}
+
+/* adapters: the N A's, then the N B's. */
+static bool read_experts(cuda_call_ *c, PyObject *adapters) {
+  Py_ssize_t n = PyTuple_CheckExact(adapters) ? PyTuple_GET_SIZE(adapters) : 0;
+  dl_tensor a, b;
+  if (n < 2 || n % 2 != 0 || n / 2 > ML_MAX_EXPERTS || !view_here(c, PyTuple_GET_ITEM(adapters, 0), &a)) {
+    return false;
+  }
+  c->layer.n_experts = (int)(n / 2);
+  c->layer.f32_adapters = is_of(&a, DL_FLOAT, 32);
+  for (Py_ssize_t e = 0; e < n / 2; e++) {
+    if (!read_adapter(c, PyTuple_GET_ITEM(adapters, e), &a) ||
+        !read_adapter(c, PyTuple_GET_ITEM(adapters, n / 2 + e), &b) || a.shape[0] != b.shape[1] ||
+        a.shape[0] > ML_MAX_COLUMNS || (e > 0 && (a.shape[1] != c->layer.d_in || b.shape[0] != c->layer.d_out))) {
+      return false;
+    }
+    c->layer.adapters.of[e].a = a.data;
+    c->layer.adapters.of[e].b = b.data;
+    c->layer.adapters.of[e].rank = (int)a.shape[0];
+    c->layer.d_in = a.shape[1];
+    c->layer.d_out = b.shape[0];
+  }
+  return true;
+}
+
+/* [N], [B, N] where x has three axes, or one row for each token: the number of axes decides. */
+static bool read_weights(cuda_call_ *c, PyObject *obj, int64_t top_k) {
+  dl_tensor view;
+  ml_weights *w = &c->layer.weights;
+  int n = c->layer.n_experts;
+  if (!view_here(c, obj, &view) || view.ndim < 1 || view.ndim > c->axes || view.shape[view.ndim - 1] != n ||
+      top_k < 0 || top_k > n) {
+    return false;
+  }
+  w->dtype = is_of(&view, DL_FLOAT, 32) ? ML_CUDA_F32 : is_of(&view, DL_BFLOAT, 16) ? ML_CUDA_BF16 : ML_CUDA_F16;
+  if (w->dtype == ML_CUDA_F16 && !is_of(&view, DL_FLOAT, 16)) {
+    return false;
+  }
+  int64_t seq = c->shape[c->axes - 2];
+  for (int i = 0; i < view.ndim - 1; i++) {
+    if (view.shape[i] != c->shape[i]) {
+      return false;
+    }
+  }
+  bool own = view.ndim == c->axes;
+  w->data = view.data;
+  w->top_k = top_k == n ? 0 : (int)top_k;
+  w->seq = (int)seq;
+  w->n_experts = n;
+  w->stride = view.strides[view.ndim - 1];
+  w->seq_stride = own ? view.strides[view.ndim - 2] : 0;
+  w->batch_stride = c->axes == 3 && view.ndim > 1 ? view.strides[0] : 0;
+  c->layer.share = own ? 1 : view.ndim == 2 ? seq : c->layer.tokens;
+  return true;
+}
+
+/* A tuple of a finite float for each expert. */
+static bool read_scalings(cuda_call_ *c, PyObject *scalings) {
+  if (!PyTuple_CheckExact(scalings) || PyTuple_GET_SIZE(scalings) != c->layer.n_experts) {
+    return false;
+  }
+  for (int e = 0; e < c->layer.n_experts; e++) {
+    PyObject *scaling = PyTuple_GET_ITEM(scalings, e);
+    if (!PyFloat_CheckExact(scaling) || !isfinite(PyFloat_AS_DOUBLE(scaling))) {
+      return false;
+    }
+    c->layer.adapters.of[e].scaling = (float)PyFloat_AS_DOUBLE(scaling);
+  }
+  return true;
+}
+
+/* The frozen base, None or [d_out, d_in] with rows of unit stride; without such rows torch computes it (data == NULL). */
+static bool read_frozen(cuda_call_ *c, PyObject *weight, PyObject *bias) {
+  dl_tensor view;
+  if (weight != Py_None) {
+    if (!view_here(c, weight, &view) || !is_narrow(c, &view) || view.ndim != 2 || view.shape[0] != c->layer.d_out ||
+        view.shape[1] != c->layer.d_in) {
+      return false;
+    }
+    c->layer.weight = view.strides[1] == 1 ? view.data : NULL;
+    c->layer.weight_row = view.strides[0];
+  }
+  if (bias != Py_None) {
+    if (weight == Py_None || !view_here(c, bias, &view) || !is_narrow(c, &view) || view.ndim != 1 ||
+        view.shape[0] != c->layer.d_out) {
+      return false;
+    }
+    c->layer.bias = view.data;
+    if (view.strides[0] != 1 && view.shape[0] > 1) {
+      c->layer.weight = NULL;
+    }
+  }
+  return true;
+}
+
+static PyObject *raise_cuda(void) {
+  PyErr_Format(PyExc_RuntimeError, "moelora's CUDA kernels: %s", ml_cuda_message());
+  return NULL;
+}
+
+static PyObject *narrow_dtype(const cuda_call_ *c) { return c->layer.f16 ? c->torch->float16 : c->torch->bfloat16; }
+
+/* [..., width] for x's tokens. */
+static PyObject *new_rows(const cuda_call_ *c, int64_t width) {
+  int64_t sizes[3];
+  memcpy(sizes, c->shape, sizeof sizes);
+  sizes[c->axes - 1] = width;
+  return new_dense(c->torch->empty_cuda, narrow_dtype(c), c->axes, sizes);
+}
+
+/* Memory for a call, as 16-bit elements. */
+static PyObject *new_workspace(const cuda_call_ *c, size_t bytes) {
+  int64_t sizes[1] = {(int64_t)(bytes / 2)};
+  return new_dense(c->torch->empty_cuda, narrow_dtype(c), 1, sizes);
+}
+
+/* Where a new tensor's elements are; it is one of ours, so that can't fail. NULL for None. */
+static void *data_of(const cuda_call_ *c, PyObject *tensor) {
+  dl_tensor view;
+  return tensor != NULL && tensor != Py_None && view_here(c, tensor, &view) ? view.data : NULL;
+}
+
+/* ---- is it the plain case? ---- */
+
+/* (x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
+ * -> None, or (adapters, scaling, requires_grad) */
+PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+  if (!takes("cuda_call", 8, n_args)) {
+    return NULL;
+  }
+  cuda_call_ c;
+  ml_rows x, unused;
+  int64_t d_in;
+  PyObject *weights = args[3], *base = args[5], *weight = args[6], *bias = args[7];
+  answer plain = read_shape(&c, module, args[0], &x, &d_in);
+  if (plain != YES) {
+    return plain == ERROR ? NULL : Py_NewRef(Py_None);
+  }
+  PyObject *scaling = NULL, *result = NULL, *adapters = joined(args[1], args[2]);
+  if (adapters == NULL) {
+    return NULL;
+  }
+  plain = read_experts(&c, adapters) && d_in == c.layer.d_in;
+  if (plain == YES && (scaling = spread_scaling(args[4], c.layer.n_experts)) == NULL) {
+    plain = ERROR;
+  }
+  plain = plain == YES ? read_scalings(&c, scaling) && read_weights(&c, weights, 0) && read_frozen(&c, weight, bias) &&
+                             (base == Py_None || (weight == Py_None && read_rows(&c, base, c.layer.d_out, &unused))) &&
+                             ml_layer_begin(&c.layer) == ML_CUDA_OK
+                       : plain;
+  if (plain == YES) {
+    PyObject *const others[] = {args[0], weights, base, weight, bias};
+    PyObject *const *factors = &PyTuple_GET_ITEM(adapters, 0);
+    Py_ssize_t n = PyTuple_GET_SIZE(adapters);
+    if (any_negated(c.torch, others, 5) || any_negated(c.torch, factors, n)) {
+      plain = NO;
+    } else {
+      int frozen = any_requires_grad(c.torch, others + 3, 2);
+      int required = any_requires_grad(c.torch, factors, n);
+      required = required == 0 ? any_requires_grad(c.torch, others, 3) : required;
+      plain = frozen < 0 || required < 0 ? ERROR : frozen > 0 ? NO : YES;
+      if (plain == YES) {
+        result = Py_BuildValue("OOO", adapters, scaling, required ? Py_True : Py_False);
+      }
+    }
+  }
+  if (plain == NO) {
+    result = Py_NewRef(Py_None);
+  }
+  Py_XDECREF(scaling);
+  Py_DECREF(adapters);
+  return result;
+}
+
+/* ---- forward and backward ----
+ *
+ * New tensors come first: making them may run other code, and pointers are good only until anybody else runs.
+ */
+
+/* (x, adapters, routing_weights, scaling, weight, bias, top_k, keep_hidden) -> (y, hidden or None); None: by torch's products */
+PyObject *cuda_forward(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+  int64_t top_k, d_in;
+  if (!takes("cuda_forward", 8, n_args) || !read_int64(args[6], "top_k", &top_k)) {
+    return NULL;
+  }
+  cuda_call_ c;
+  ml_rows x;
+  answer plain = read_shape(&c, module, args[0], &x, &d_in);
+  plain = plain == YES ? read_experts(&c, args[1]) && d_in == c.layer.d_in && read_weights(&c, args[2], top_k) &&
+                             read_scalings(&c, args[3]) && read_frozen(&c, args[4], args[5]) &&
+                             ml_layer_begin(&c.layer) == ML_CUDA_OK && ml_layer_way(&c.layer, false) != ML_BY_TORCH
+                       : plain;
+  if (plain != YES) {
+    return plain == ERROR ? NULL : Py_NewRef(Py_None);
+  }
+  PyObject *result = NULL, *y = new_rows(&c, c.layer.d_out), *workspace = NULL, *hidden = NULL;
+  if (y == NULL || (workspace = new_workspace(&c, ml_layer_forward_bytes(&c.layer))) == NULL ||
+      (hidden = args[7] == Py_True ? new_rows(&c, c.layer.columns) : Py_NewRef(Py_None)) == NULL) {
+    goto done;
+  }
+  ml_cuda_status status;
+  void *to = data_of(&c, y), *kept = data_of(&c, hidden), *memory = data_of(&c, workspace);
+  Py_BEGIN_ALLOW_THREADS;
+  status = ml_layer_forward(&c.layer, x, to, kept, memory);
+  Py_END_ALLOW_THREADS;
+  if (status == ML_CUDA_OK) {
+    result = PyTuple_Pack(2, y, hidden);
+  } else if (status == ML_CUDA_UNSUPPORTED) {
+    result = Py_NewRef(Py_None);
+  } else {
+    raise_cuda();
+  }
+done:
+  Py_XDECREF(hidden);
+  Py_XDECREF(workspace);
+  Py_XDECREF(y);
+  return result;
+}
+
+/* As in tensors.c: the tensors that a forward saved, then its adapters; the arguments of its node, then the adapters. */
+enum { SAVED_X, SAVED_HIDDEN, SAVED_ROUTING_WEIGHTS, SAVED_WEIGHT, N_SAVED };
+enum { NODE_X, NODE_ROUTING_WEIGHTS, NODE_BASE_OUTPUT, NODE_FROZEN, NODE_SETTINGS, N_NODE };
+
+/* A tensor in the shape of another one, without gaps, in its dtype. */
+static PyObject *new_like(const cuda_call_ *c, PyObject *like) {
+  dl_tensor view;
+  if (!view_here(c, like, &view)) {
+    PyErr_SetString(PyExc_ValueError, "expected a tensor of the call's device");
+    return NULL;
+  }
+  bool wide = view.dtype.bits == 32;
+  PyObject *narrow = view.dtype.code == DL_BFLOAT ? c->torch->bfloat16 : c->torch->float16;
+  return new_dense(c->torch->empty_cuda, wide ? c->torch->float32 : narrow, view.ndim, view.shape);
+}
+
+static PyObject *new_grads(const cuda_call_ *c, PyObject *const *saved, PyObject *needed, PyObject *grad_y) {
+  Py_ssize_t n = PyTuple_GET_SIZE(needed);
+  PyObject *grads = PyTuple_New(n);
+  for (Py_ssize_t i = 0; grads != NULL && i < n; i++) {
+    PyObject *grad;
+    if (PyTuple_GET_ITEM(needed, i) != Py_True || i == NODE_FROZEN || i == NODE_SETTINGS) {
+      grad = Py_NewRef(Py_None);
+    } else if (i == NODE_BASE_OUTPUT) {
+      grad = Py_NewRef(grad_y);
+    } else if (i == NODE_X) {
+      grad = new_rows(c, c->layer.d_in);
+    } else {
+      grad = new_like(c, saved[i == NODE_ROUTING_WEIGHTS ? SAVED_ROUTING_WEIGHTS : i - N_NODE + N_SAVED]);
+    }
+    if (grad == NULL) {
+      Py_CLEAR(grads);
+    } else {
+      PyTuple_SET_ITEM(grads, i, grad);
+    }
+  }
+  return grads;
+}
+
+/* (saved, needs_input_grad, scaling, grad_y, top_k) -> the gradients of the node's arguments; None: by torch's products */
+PyObject *cuda_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+  int64_t top_k, d_out;
+  if (!takes("cuda_backward", 5, n_args) || !read_int64(args[4], "top_k", &top_k)) {
+    return NULL;
+  }
+  PyObject *needed = args[1], *grad_y = args[3], *grads = NULL, *workspace = NULL;
+  Py_ssize_t n_saved = PyTuple_CheckExact(args[0]) ? PyTuple_GET_SIZE(args[0]) : 0;
+  if (n_saved <= N_SAVED || !PyTuple_CheckExact(needed) || PyTuple_GET_SIZE(needed) != n_saved - N_SAVED + N_NODE) {
+    return Py_NewRef(Py_None);
+  }
+  PyObject *const *saved = &PyTuple_GET_ITEM(args[0], 0);
+  cuda_call_ c;
+  ml_rows g, x = {0}, hidden = {0};
+  answer plain = read_shape(&c, module, grad_y, &g, &d_out);
+  PyObject *adapters = plain == YES ? PyTuple_GetSlice(args[0], N_SAVED, n_saved) : NULL;
+  if (adapters == NULL) {
+    return plain == NO ? Py_NewRef(Py_None) : NULL;
+  }
+  bool need_x = PyTuple_GET_ITEM(needed, NODE_X) == Py_True;
+  plain = !any_negated(c.torch, &grad_y, 1) && !any_negated(c.torch, saved, n_saved) && read_experts(&c, adapters) &&
+          d_out == c.layer.d_out && read_weights(&c, saved[SAVED_ROUTING_WEIGHTS], top_k) &&
+          read_scalings(&c, args[2]) && read_frozen(&c, saved[SAVED_WEIGHT], Py_None) &&
+          (saved[SAVED_X] == Py_None || read_rows(&c, saved[SAVED_X], c.layer.d_in, &x)) &&
+          ml_layer_begin(&c.layer) == ML_CUDA_OK &&
+          (saved[SAVED_HIDDEN] == Py_None || read_rows(&c, saved[SAVED_HIDDEN], c.layer.columns, &hidden)) &&
+          ml_layer_has_kernels(&c.layer) && (!need_x || ml_layer_way(&c.layer, true) != ML_BY_TORCH);
+  if (plain != YES || (grads = new_grads(&c, saved, needed, grad_y)) == NULL ||
+      (workspace = new_workspace(&c, ml_layer_backward_bytes(&c.layer))) == NULL) {
+    goto done;
+  }
+  ml_adapters into;
+  memset(&into, 0, sizeof into);
+  for (int e = 0; e < c.layer.n_experts; e++) {
+    into.of[e].a = data_of(&c, PyTuple_GET_ITEM(grads, N_NODE + e));
+    into.of[e].b = data_of(&c, PyTuple_GET_ITEM(grads, N_NODE + c.layer.n_experts + e));
+  }
+  void *grad_x = data_of(&c, PyTuple_GET_ITEM(grads, NODE_X)), *memory = data_of(&c, workspace);
+  void *grad_w = data_of(&c, PyTuple_GET_ITEM(grads, NODE_ROUTING_WEIGHTS));
+  ml_cuda_status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = ml_layer_backward(&c.layer, x, g, hidden.data, grad_x, grad_w, &into, memory);
+  Py_END_ALLOW_THREADS;
+  if (status == ML_CUDA_UNSUPPORTED) {
+    plain = NO;
+  } else if (status != ML_CUDA_OK) {
+    Py_CLEAR(grads);
+    raise_cuda();
+  }
+done:
+  if (plain == NO) {
+    Py_XSETREF(grads, Py_NewRef(Py_None));
+  }
+  Py_XDECREF(workspace);
+  Py_DECREF(adapters);
+  return grads;
+}
+
+/* ---- between torch's products ---- */
+
+/* The layer of (x or grad_y, adapters, routing_weights, scaling, top_k), without its base. */
+static answer read_mixture(cuda_call_ *c, PyObject *module, PyObject *const *args, bool backward, int64_t *width) {
+  int64_t top_k;
+  ml_rows unused;
+  if (!read_int64(args[4], "top_k", &top_k)) {
+    return ERROR;
+  }
+  answer plain = read_shape(c, module, args[0], &unused, width);
+  return plain == YES ? read_experts(c, args[1]) && *width == (backward ? c->layer.d_out : c->layer.d_in) &&
+                            read_weights(c, args[2], top_k) && read_scalings(c, args[3]) &&
+                            ml_layer_begin(&c->layer) == ML_CUDA_OK
+                      : plain;
+}
+
+/* A part [rows, cols] of the workspace, as a tensor. */
+static PyObject *part_of(PyObject *workspace, const void *memory, const void *part, int64_t rows, int64_t cols) {
+  long long at = ((const char *)part - (const char *)memory) / 2;
+  return PyObject_CallMethod(workspace, "as_strided", "((LL)(LL)L)", (long long)rows, (long long)cols, (long long)cols,
+                             1LL, at);
+}
+
+/* (x or grad_y, adapters, routing_weights, scaling, top_k, backward)
+ * -> (workspace, stacked A [C, d_in], stacked B [d_out, C], mixed [T, C], backward: weighted [T, C], else None), or None */
+PyObject *cuda_prepare(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+  if (!takes("cuda_prepare", 6, n_args)) {
+    return NULL;
+  }
+  cuda_call_ c;
+  int64_t width;
+  bool backward = args[5] == Py_True;
+  answer plain = read_mixture(&c, module, args, backward, &width);
+  if (plain != YES) {
+    return plain == ERROR ? NULL : Py_NewRef(Py_None);
+  }
+  PyObject *parts[5] = {0}, *result = NULL;
+  parts[0] = new_workspace(&c, backward ? ml_layer_backward_bytes(&c.layer) : ml_layer_forward_bytes(&c.layer));
+  if (parts[0] == NULL) {
+    return NULL;
+  }
+  void *memory = data_of(&c, parts[0]);
+  ml_places places = ml_layer_places(&c.layer, memory);
+  ml_cuda_status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = ml_layer_prepare(&c.layer, memory);
+  Py_END_ALLOW_THREADS;
+  if (status != ML_CUDA_OK) {
+    raise_cuda();
+  } else if ((parts[1] = part_of(parts[0], memory, places.stacked_a, c.layer.columns, c.layer.d_in)) != NULL &&
+             (parts[2] = part_of(parts[0], memory, places.stacked_b, c.layer.d_out, c.layer.columns)) != NULL &&
+             (parts[3] = part_of(parts[0], memory, places.mixed, c.layer.tokens, c.layer.columns)) != NULL &&
+             (parts[4] = backward ? part_of(parts[0], memory, places.weighted, c.layer.tokens, c.layer.columns)
+                                  : Py_NewRef(Py_None)) != NULL) {
+    result = PyTuple_Pack(5, parts[0], parts[1], parts[2], parts[3], parts[4]);
+  }
+  for (int i = 0; i < 5; i++) {
+    Py_XDECREF(parts[i]);
+  }
+  return result;
+}
+
+/* (x, adapters, routing_weights, scaling, top_k, hidden, workspace); or, backward, (grad_y, adapters, routing_weights, scaling, top_k,
+ * hidden, grad_w or None, workspace) */
+static PyObject *mix(PyObject *module, PyObject *const *args, bool backward, PyObject *grad_w, PyObject *workspace) {
+  cuda_call_ c;
+  int64_t width;
+  answer plain = read_mixture(&c, module, args, backward, &width);
+  void *memory = plain == YES ? data_of(&c, workspace) : NULL, *hidden = memory == NULL ? NULL : data_of(&c, args[5]);
+  if (memory == NULL) {
+    if (plain != ERROR) {
+      PyErr_SetString(PyExc_ValueError, "expected the tensors that cuda_prepare took and made");
+    }
+    return NULL;
+  }
+  void *grad = data_of(&c, grad_w);
+  ml_cuda_status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = backward ? ml_layer_mix_backward(&c.layer, hidden, grad, memory) : ml_layer_mix(&c.layer, hidden, memory);
+  Py_END_ALLOW_THREADS;
+  return status == ML_CUDA_OK ? Py_NewRef(Py_None) : raise_cuda();
+}
+
+PyObject *cuda_mix(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+  return takes("cuda_mix", 7, n_args) ? mix(module, args, false, Py_None, args[6]) : NULL;
+}
+
+PyObject *cuda_mix_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+  return takes("cuda_mix_backward", 8, n_args) ? mix(module, args, true, args[6], args[7]) : NULL;
+}
+
+/* ---- which way ---- */
+
+/* (name or None) */
+PyObject *set_cuda_way(PyObject *module, PyObject *name) {
+  (void)module;
+  const char *text = name == Py_None ? NULL : PyUnicode_AsUTF8(name);
+  if (text == NULL && name != Py_None) {
+    return NULL;
+  }
+  if (ml_force_way(text) != ML_CUDA_OK) {
+    PyErr_Format(PyExc_ValueError, "name must be 'torch', 'decode', 'dual', 'fused' or None, got %R", name);
+    return NULL;
+  }
+  Py_RETURN_NONE;
+}
+
+/* (major, multiprocessors, tokens, d_in, d_out, ranks, backward) -> the name of the way of a layer whose memory is aligned */
+PyObject *cuda_way(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+  (void)module;
+  int64_t numbers[6];
+  if (!takes("cuda_way", 7, n_args)) {
+    return NULL;
+  }
+  for (int i = 0; i < 6; i++) {
+    static const char *const names[] = {"major", "multiprocessors", "tokens", "d_in", "d_out", "ranks"};
+    if (!read_int64(args[i], names[i], &numbers[i])) {
+      return NULL;
+    }
+  }
+  ml_gpu gpu = {.major = (int)numbers[0], .multiprocessors = (int)numbers[1]};
+  ml_layer layer = {.gpu = &gpu, .tokens = numbers[2], .d_in = numbers[3], .d_out = numbers[4], .n_experts = 1};
+  static _Alignas(16) const char weight[16];
+  layer.weight = weight;
+  layer.adapters.of[0].rank = (int)numbers[5];
+  bool plain = ml_layer_begin(&layer) == ML_CUDA_OK;
+  return PyUnicode_FromString(ml_way_name(plain ? ml_layer_way(&layer, args[6] == Py_True) : ML_BY_TORCH));
+}

@@ -1,0 +1,54 @@
+"""Whether moelora's own kernels can run on a GPU."""
+
+import os
+import warnings
+
+import torch
+
+from moelora import runtime
+
+if runtime.HAS_EXT:
+    from moelora import _core
+
+__all__ = ["available", "on_gpu"]
+
+_known: dict[int, bool] = {}
+_warned = False
+
+
+def on_gpu(x: object) -> bool:
+    """Return whether x is a tensor on a device that moelora's CUDA kernels can run on."""
+    return isinstance(x, torch.Tensor) and x.is_cuda and available(x.device)
+
+
+def available(device: torch.device) -> bool:
+    """Return whether moelora's kernels can run on a CUDA device; torch's operations do where they can't.
+
+    The first answer for a device is kept. Why they can't run is said in one RuntimeWarning for the process, but for
+    MOELORA_CUDA=0 in the environment, a missing extension, and a torch that is not built for CUDA.
+    """
+    ordinal = torch.cuda.current_device() if device.index is None else device.index
+    known = _known.get(ordinal)
+    if known is None:
+        known = _known[ordinal] = _look(ordinal)
+    return known
+
+
+def _look(ordinal: int) -> bool:
+    global _warned
+    if os.environ.get("MOELORA_CUDA") == "0" or not runtime.HAS_EXT or torch.version.cuda is None:
+        return False
+    try:
+        _core.cuda_device(ordinal)
+        runtime.open_nvrtc()
+    except RuntimeError as error:
+        if not _warned:
+            _warned = True
+            warnings.warn(
+                f"moelora's CUDA kernels can't be used, torch's operations are: {error} (MOELORA_CUDA=0 switches the "
+                "kernels off without a warning)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return False
+    return True
