@@ -28,19 +28,16 @@ enum {
 static_assert(BANDS * BAND_PART <= RING, "the parts of a sum are kept where the ring was");
 static_assert(BANDS * ML_COLS <= 256, "they fit into the registers");
 
-/* Brings near what finish_shrink will read of rows `row` and `row + 8`, while there is nothing else to do. */
-DEVICE void touch(const void *p) {
-  u32 unused;
-  asm volatile("ld.global.u32 %0, [%1];" : "=r"(unused) : "l"(p));
-}
-DEVICE void touch_rows(const ml_narrow &n, int row) {
+DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
+/* What finish_shrink will read of rows `row` and `row + 8`, while there is nothing else to do. */
+DEVICE void prefetch_rows(const ml_narrow &n, int row) {
   int lane = threadIdx.x % 32;
-  for (int i = 32 * lane; i < n.columns / 8; i += 32 * 32) touch(n.experts + i);
+  for (int i = 32 * lane; i < n.columns / 8; i += 32 * 32) prefetch(n.experts + i);
   for (int t = row; t < row + 16 && t < n.tokens; t += 8) {
-    for (int i = lane % 4 * 32; i < n.n_experts; i += 128) touch(n.factors + (u64)t * n.n_experts + i);
+    for (int i = lane % 4 * 32; i < n.n_experts; i += 128) prefetch(n.factors + (u64)t * n.n_experts + i);
 #if ML_BACKWARD
     for (int i = lane % 4 * 64; n.hidden && i < n.columns; i += 256)
-      touch((const u16 *)n.hidden + (u64)t * n.columns + i);
+      prefetch((const u16 *)n.hidden + (u64)t * n.columns + i);
 #endif
   }
 }
@@ -108,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   wait_for_predecessor();
   /* The rows are 16 for each warp and band: this block finishes those of [own, end). */
   int own = 8 * BANDS * rank / blocks + warp, end = 8 * BANDS * (rank + 1) / blocks, lane = threadIdx.x % 32;
-  for (int i = own; i < end; i += 8) touch_rows(side, first_row + 16 * i + lane / 4);
+  for (int i = own; i < end; i += 8) prefetch_rows(side, first_row + 16 * i + lane / 4);
   for (int tile = 0; tile < tiles; tile++) {
     float d[BANDS][ML_COLS / 2];
 #pragma unroll
