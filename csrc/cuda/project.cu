@@ -1,32 +1,28 @@
-//options: ML_F16 ML_BACKWARD ML_COLS ML_TALL
+//options: ML_F16 ML_BACKWARD ML_COLS
 /* The shrink, forward and backward: out [T, C] = x [T, K] times a narrow factor, and what finish_shrink makes of it.
  *
  *   forward   H = x A^T: factor A [C, K], boxes [ML_COLS, 64], which run along the sum
  *   backward  P = g B:   x is g, factor B [K, C], boxes [64, 64], which run along the columns
  *
- * A cluster of 1 to 8 blocks computes 128 rows, or 256 with ML_TALL, which reads the factor half as often and has room
- * for 128 columns; each of its blocks sums over its part of K, and then they add the parts, each block for some of the
- * rows. Columns go ML_COLS (64, 128 or 256) at a time, one tile after the other.
+ * A cluster of 1 to 8 blocks computes 128 rows; each of its blocks sums over its part of K, and then they add the parts,
+ * each block for some of the rows. Columns go ML_COLS (64, 128 or 256) at a time, one tile after the other.
  *
- * Boxes of x: [128, 64]. Launch: cluster * ceil(T / rows) blocks of 384 threads, two warpgroups that multiply and one of
+ * Boxes of x: [128, 64]. Launch: cluster * ceil(T / 128) blocks of 384 threads, two warpgroups that multiply and one of
  * which a thread has the copy engine read for them; RING + 2048 bytes of shared memory.
  */
 #include "hopper.cuh"
 
 enum {
-  BANDS = ML_TALL ? 2 : 1, /* of 128 rows */
-  ROWS = 128 * BANDS,
+  ROWS = 128,
   DEPTH = 64,       /* of a step */
   RING = 192 << 10, /* bytes of loads in flight */
   BOX = 64 * DEPTH * 2,
   X_BYTES = ROWS * DEPTH * 2,
   STAGE = X_BYTES + ML_COLS * DEPTH * 2,
   STAGES = RING / STAGE,
-  CONSUMERS = 256,
-  BAND_PART = ML_COLS / 8 * PART_STEP /* bytes of a part of a sum */
+  CONSUMERS = 256
 };
-static_assert(BANDS * BAND_PART <= RING, "the parts of a sum are kept where the ring was");
-static_assert(BANDS * ML_COLS <= 256, "they fit into the registers");
+static_assert(ROWS * ML_COLS * 4 <= RING, "the parts of a sum are kept where the ring was");
 
 DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 /* What finish_shrink will read of rows `row` and `row + 8`, while there is nothing else to do. */
@@ -65,9 +61,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     auto load_x = [&](int i, int step) {
       u32 to = ring + i % STAGES * STAGE, barrier = full + 8 * (i % STAGES);
       barrier_expect(barrier, STAGE);
-#pragma unroll
-      for (int band = 0; band < BANDS; band++)
-        load_box(to + band * 2 * BOX, &x, barrier, (begin + step) * DEPTH, first_row + 128 * band);
+      load_box(to, &x, barrier, (begin + step) * DEPTH, first_row);
     };
     auto load_factor = [&](int i, int step, int column) {
       u32 to = ring + i % STAGES * STAGE + X_BYTES, barrier = full + 8 * (i % STAGES);
@@ -95,23 +89,25 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
           load_factor(i, step, tile * ML_COLS);
         }
       __syncwarp();
-      cluster_sync();
-      cluster_sync();
+      if (blocks > 1) {
+        cluster_sync();
+        cluster_sync();
+      }
     }
     return;
   }
 
   registers_stay<232>();
   wait_for_predecessor();
-  /* The rows are 16 for each warp and band: this block finishes those of [own, end). */
-  int own = 8 * BANDS * rank / blocks + warp, end = 8 * BANDS * (rank + 1) / blocks, lane = threadIdx.x % 32;
-  for (int i = own; i < end; i += 8) prefetch_rows(side, first_row + 16 * i + lane / 4);
+  /* A warp has 16 rows of the sum, and this block finishes eighths [own of its first warp, end) of the rows. */
+  int own = 8 * rank / blocks + warp, end = 8 * (rank + 1) / blocks, lane = threadIdx.x % 32;
+  bool finishes = own < end;
+  int row = first_row + 16 * own + lane / 4;
+  if (finishes) prefetch_rows(side, row);
   for (int tile = 0; tile < tiles; tile++) {
-    float d[BANDS][ML_COLS / 2];
+    float d[ML_COLS / 2];
 #pragma unroll
-    for (int band = 0; band < BANDS; band++)
-#pragma unroll
-      for (int i = 0; i < ML_COLS / 2; i++) d[band][i] = 0;
+    for (int i = 0; i < ML_COLS / 2; i++) d[i] = 0;
     for (int step = 0; step < steps; step++) {
       int i = tile * steps + step;
       u32 stage = ring + i % STAGES * STAGE;
@@ -121,27 +117,22 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       products_begin();
 #pragma unroll
       for (int k = 0; k < DEPTH / 16; k++)
-#pragma unroll
-        for (int band = 0; band < BANDS; band++)
-          multiply<0, ML_BACKWARD>(d[band], a + band * (2 * BOX >> 4) + k * DEPTH_STEP_K,
-                                   b + k * (ML_BACKWARD ? DEPTH_STEP_MN : DEPTH_STEP_K), 1);
+        multiply<0, ML_BACKWARD>(d, a + k * DEPTH_STEP_K, b + k * (ML_BACKWARD ? DEPTH_STEP_MN : DEPTH_STEP_K), 1);
       products_commit();
-      products_wait<0>(); /* at once: memory, not the products, sets the pace, so that a stage is free early */
-      if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * (i % STAGES));
+      products_wait<1>();
+      if (step > 0 && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * ((i - 1) % STAGES));
     }
-    warpgroups_sync(); /* both have read all stages */
-#pragma unroll
-    for (int band = 0; band < BANDS; band++) {
-      settle(d[band]);
-      keep_part(ring + band * BAND_PART + 16 * threadIdx.x, d[band]);
+    products_wait<0>();
+    if (steps > 0 && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * ((tile * steps + steps - 1) % STAGES));
+    settle(d);
+    if (blocks > 1) {
+      warpgroups_sync(); /* both have read all stages */
+      keep_part(ring + 16 * threadIdx.x, d);
+      cluster_sync();
+      if (finishes) sum_parts(d, ring + 512 * own + 16 * lane, blocks);
+      fence_shared(); /* the ring's next loads */
+      cluster_sync(); /* no block may go on while others read its part */
     }
-    cluster_sync();
-    for (int i = own; i < end; i += 8) {
-      float sum[ML_COLS / 2];
-      sum_parts(sum, ring + i / 8 * BAND_PART + i % 8 * 512 + 16 * lane, blocks);
-      finish_shrink(sum, side, first_row + 16 * i + lane / 4, tile * ML_COLS);
-    }
-    fence_shared(); /* the ring's next loads */
-    cluster_sync(); /* no block may go on while others read its part */
+    if (finishes) finish_shrink(d, side, row, tile * ML_COLS);
   }
 }
