@@ -78,12 +78,12 @@ typedef struct {
 
 typedef struct {
   ml_routed_rows in;
-  void *weights;        /* [T, N] real, out */
-  long long *indices;   /* [T, k] out */
-  long long *counts;    /* [N] out */
-  void *prob_sums;      /* [N] real, out */
-  double *block_sums;   /* [blocks, N] what each block of threads adds to prob_sums; not used by a single block */
-  int *block_counts;    /* [blocks, N] and to counts */
+  void *weights;      /* [T, N] real, out */
+  long long *indices; /* [T, k] out */
+  long long *counts;  /* [N] out */
+  void *prob_sums;    /* [N] real, out */
+  double *block_sums; /* [blocks, N] what each block of threads adds to prob_sums; not used by a single block */
+  int *block_counts;  /* [blocks, N] and to counts */
   int blocks;
 } ml_route_forward;
 
@@ -91,7 +91,8 @@ typedef struct {
   ml_routed_rows in;
   const void *grad_weights; /* [T, N] real; NULL: zeros */
   long long grad_row, grad_col;
-  const void *grad_sums;    /* [N] real; NULL: zeros */
+  const void *grad_sums; /* [N] real; NULL: zeros */
+  long long grad_sums_stride;
   const long long *indices; /* [T, k] as the forward gave them */
   void *grad_logits;        /* [T, N] of the logits' dtype, out */
 } ml_route_gradient;

@@ -61,9 +61,8 @@ ml_cuda_status ml_cuda_route(const ml_route_place *place, ml_route_forward call,
   ml_cuda_status status = launch(place, in, "ml_route", shape, &call);
   if (status != ML_CUDA_OK || call.blocks == 1) return status;
   int lanes = lanes_of(in);
-  ml_launch sums = {.grid = (unsigned)((in->experts - 1) / lanes + 1),
-                    .block = SUM_THREADS,
-                    .early = place->gpu->major >= 9};
+  ml_launch sums = {
+      .grid = (unsigned)((in->experts - 1) / lanes + 1), .block = SUM_THREADS, .early = place->gpu->major >= 9};
   return launch(place, in, "ml_route_sums", sums, &call);
 }
 

@@ -6,12 +6,7 @@
  *
  * ML_LOGITS is the logits' dtype (ML_CUDA_F32 ...), ML_WIDTH the least power of 2 that holds N.
  */
-#include "arguments.h"
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-#define DEVICE __device__ __forceinline__
+#include "elements.cuh"
 
 enum {
   WIDTH = ML_WIDTH,
@@ -44,7 +39,7 @@ template <>
 struct dtype<ML_CUDA_BF16> {
   typedef float real;
   typedef u16 stored;
-  static DEVICE float widen(u16 x) { return __uint_as_float((u32)x << 16); }
+  static DEVICE float widen(u16 x) { return widen_bf16(x); }
   static DEVICE u16 narrow(float x) {
     u16 y;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
@@ -55,11 +50,7 @@ template <>
 struct dtype<ML_CUDA_F16> {
   typedef float real;
   typedef u16 stored;
-  static DEVICE float widen(u16 x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    return y;
-  }
+  static DEVICE float widen(u16 x) { return widen_f16(x); }
   static DEVICE u16 narrow(float x) {
     u16 y;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
@@ -244,9 +235,7 @@ DEVICE void load(const ml_routed_rows &in, int t, real (&x)[ITEMS]) {
 extern "C" __global__ void __launch_bounds__(THREADS) ml_route(const ml_route_forward a) {
   const ml_routed_rows &in = a.in;
   const real rate = (real)in.rate;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+  let_successor_start();
   double sums[ITEMS] = {};
   real part[ITEMS] = {};
   int counts[ITEMS] = {}, unflushed = 0;
@@ -309,9 +298,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) ml_route(const ml_route_fo
 
 /* counts and prob_sums from what the blocks of ml_route left. LANES experts a block. */
 extern "C" __global__ void __launch_bounds__(SUM_THREADS) ml_route_sums(const ml_route_forward a) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  wait_for_predecessor();
   const int first = blockIdx.x * LANES, e = first + threadIdx.x % LANES;
   double sums[1] = {};
   int counts[1] = {};
@@ -334,7 +321,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) ml_route_backward(const ml
   real grad_sums[ITEMS];
 #pragma unroll
   for (int i = 0; i < ITEMS; i++)
-    grad_sums[i] = a.grad_sums && expert(i) < in.experts ? ((const real *)a.grad_sums)[expert(i)] : (real)0;
+    grad_sums[i] = a.grad_sums && expert(i) < in.experts
+                       ? ((const real *)a.grad_sums)[expert(i) * a.grad_sums_stride]
+                       : (real)0;
 
   for (int first = blockIdx.x * GROUPS; first < in.tokens; first += gridDim.x * GROUPS) {
     const int t = first + threadIdx.x / LANES;
