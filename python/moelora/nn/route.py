@@ -45,7 +45,7 @@ def route(
     .. math:: p = \mathrm{softmax}(\mathrm{logits} / \mathrm{temperature})
 
     and of these each token's `top_k` largest are kept. Differentiable once in `logits`, through `weights` and
-    `prob_sums`. Plain CPU tensors run in the C core, plain CUDA tensors of up to 256 experts in kernels of moelora's, all
+    `prob_sums`. Plain CPU tensors run in the C core, plain CUDA tensors of up to 256 experts in moelora's kernels, all
     others in torch operations.
 
     Parameters
@@ -183,7 +183,7 @@ class _Route(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # Weights of all experts are the probabilities, and whoever uses them keeps them anyway.
         ctx.save_for_backward(computed[0] if constants[1] is None else logits, *constants)
-        ctx.options, ctx.dtype = (temperature, renormalize), logits.dtype
+        ctx.options = temperature, renormalize, logits.dtype
         ctx.set_materialize_grads(False)
         return computed
 
@@ -192,21 +192,23 @@ class _Route(torch.autograd.Function):
         if grad_weights is None and grad_prob_sums is None:
             return (None,) * 5
         kept, mask, indices = ctx.saved_tensors
-        more = (kept, mask, indices, *ctx.options)
+        temperature, renormalize, dtype = ctx.options
+        more = (kept, mask, indices, temperature, renormalize)
         grad: Tensor | None = None
         if kept.is_cuda and _is_unwatched():
-            grad = _core.cuda_route_backward(grad_weights, grad_prob_sums, *more, ctx.dtype)
-        if grad is None and grad_weights is None:
-            real = torch.float64 if ctx.dtype is torch.float64 else torch.float32
-            grad_weights = kept.new_zeros((), dtype=real).expand(kept.shape)
-        if not kept.is_cuda and _is_unwatched():
-            threads = runtime.get_num_threads()
-            grad = _core.route_backward_tensors(grad_weights, grad_prob_sums, *more, threads)
-            if grad is None:  # perhaps for its strides
-                dense_sums = None if grad_prob_sums is None else grad_prob_sums.contiguous()
-                grad = _core.route_backward_tensors(grad_weights.contiguous(), dense_sums, *more, threads)
+            grad = _core.cuda_route_backward(grad_weights, grad_prob_sums, *more, dtype)
         if grad is None:
-            grad = _formula_backward(grad_weights, grad_prob_sums, *more)
+            if grad_weights is None:
+                real = torch.float64 if dtype is torch.float64 else torch.float32
+                grad_weights = kept.new_zeros((), dtype=real).expand(kept.shape)
+            if not kept.is_cuda and _is_unwatched():
+                threads = runtime.get_num_threads()
+                grad = _core.route_backward_tensors(grad_weights, grad_prob_sums, *more, threads)
+                if grad is None:  # perhaps for its strides
+                    dense_sums = None if grad_prob_sums is None else grad_prob_sums.contiguous()
+                    grad = _core.route_backward_tensors(grad_weights.contiguous(), dense_sums, *more, threads)
+            if grad is None:
+                grad = _formula_backward(grad_weights, grad_prob_sums, *more)
         if torch.is_grad_enabled():  # create_graph
             (grad,) = _refuse_twice([grad], [kept, grad_weights, grad_prob_sums])
         return grad, None, None, None, None
