@@ -4,9 +4,11 @@
 
 #include <float.h>
 
-/* THREADS and SUM_THREADS as in route.cu. BLOCKS: of a multiprocessor, which is as many as run at once. A single block
- * of up to LONE_ROUNDS rounds needs no second kernel for the sums. */
-enum { MAX_EXPERTS = 256, THREADS = 256, SUM_THREADS = 1024, BLOCKS = 4, LONE_ROUNDS = 4 };
+/* A block takes as many tokens as it has room for, round after round.
+ *
+ * THREADS, SUM_THREADS: as in route.cu. BLOCKS: of a multiprocessor, which is as many as run at once. MAX_ROUNDS: of a
+ * block, for the sake of its sums. A single block needs no second kernel for the sums, which is faster up to LONE_ROUNDS. */
+enum { MAX_EXPERTS = 256, THREADS = 256, SUM_THREADS = 1024, BLOCKS = 4, MAX_ROUNDS = 32, LONE_ROUNDS = 2 };
 
 bool ml_cuda_routes(int64_t tokens, int64_t experts) {
   return tokens >= 0 && tokens <= 1 << 30 && experts >= 1 && experts <= MAX_EXPERTS;
@@ -20,14 +22,18 @@ static int width_of(const ml_routed_rows *in) {
 
 static int lanes_of(const ml_routed_rows *in) { return width_of(in) < 32 ? width_of(in) : 32; }
 
+static int rounds_of(const ml_routed_rows *in) {
+  int tokens = THREADS / lanes_of(in);
+  return in->tokens > 0 ? (in->tokens - 1) / tokens + 1 : 1;
+}
+
 static int blocks_for(const ml_route_place *place, const ml_routed_rows *in) {
-  int groups = THREADS / lanes_of(in), most = BLOCKS * place->gpu->multiprocessors;
-  int rounds = in->tokens > 0 ? (in->tokens - 1) / groups + 1 : 1;
-  return rounds < most ? rounds : most;
+  int rounds = rounds_of(in), most = BLOCKS * place->gpu->multiprocessors, least = (rounds - 1) / MAX_ROUNDS + 1;
+  return rounds < most ? rounds : least > most ? least : most;
 }
 
 static int forward_blocks(const ml_route_place *place, const ml_routed_rows *in) {
-  return in->tokens <= LONE_ROUNDS * (THREADS / lanes_of(in)) ? 1 : blocks_for(place, in);
+  return rounds_of(in) <= LONE_ROUNDS ? 1 : blocks_for(place, in);
 }
 
 int64_t ml_cuda_route_workspace(const ml_route_place *place, const ml_routed_rows *in) {
@@ -45,7 +51,8 @@ static void complete(const ml_route_place *place, ml_routed_rows *in) {
 
 static ml_cuda_status launch(const ml_route_place *place, const ml_routed_rows *in, const char *entry, ml_launch shape,
                              void *arguments) {
-  const ml_variant variant = {.source = ML_ROUTE, .options = {(int16_t)place->dtype, (int16_t)width_of(in)}};
+  const ml_variant variant = {.source = ML_ROUTE,
+                              .options = {(int16_t)place->dtype, (int16_t)width_of(in), in->top_k > 0}};
   ml_kernel *kernel;
   ml_cuda_status status = ml_kernel_of(place->gpu, &variant, entry, 0, &kernel);
   return status == ML_CUDA_OK ? ml_launch_kernel(place->gpu, kernel, &shape, place->stream, &arguments) : status;

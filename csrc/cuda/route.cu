@@ -1,10 +1,11 @@
-//options: ML_LOGITS ML_WIDTH
+//options: ML_LOGITS ML_WIDTH ML_TOP
 /* Routing: logits [T, N] to mixture weights [T, N], and back. What is computed is said at core/route.c.
  *
  * A token's row lies in the registers of LANES lanes of one warp: expert i * LANES + l is item i of lane l. Loads and
  * stores of an item are those of neighbours in memory, whatever N is. Lanes without an expert hold -inf.
  *
- * ML_LOGITS is the logits' dtype (ML_CUDA_F32 ...), ML_WIDTH the least power of 2 that holds N.
+ * ML_LOGITS is the logits' dtype (ML_CUDA_F32 ...), ML_WIDTH the least power of 2 that holds N, ML_TOP whether there is a
+ * top-k.
  */
 #include "elements.cuh"
 
@@ -15,7 +16,6 @@ enum {
   THREADS = 256, /* of a block: all experts, and no fewer */
   GROUPS = THREADS / LANES,
   SUM_THREADS = 1024,
-  SUM_ROUNDS = 32, /* one long chain of additions costs digits */
 };
 
 /* ---- dtypes ---- */
@@ -60,6 +60,9 @@ struct dtype<ML_CUDA_F16> {
 
 typedef dtype<ML_LOGITS> logit;
 typedef logit::real real;
+
+/* Of a multiprocessor: more registers for a thread would hide less of the time that memory takes. */
+enum { BLOCKS = sizeof(real) == 4 ? 4 : 2 };
 
 DEVICE real infinity() { return (real)__int_as_float(0x7f800000); }
 
@@ -185,20 +188,21 @@ struct total {
 };
 
 /* Of a block whose threads hold ITEMS_ of LANES_ experts each; expert e's total is what thread e gets. In a fixed order. */
-template <int LANES_, int ITEMS_, int WARPS>
-DEVICE total add_up(double (&sums)[ITEMS_], int (&counts)[ITEMS_]) {
+template <int LANES_, int ITEMS_, int WARPS, class T>
+DEVICE total add_up(T (&sums)[ITEMS_], int (&counts)[ITEMS_]) {
   __shared__ double all_sums[WARPS][LANES_ * ITEMS_];
   __shared__ int all_counts[WARPS][LANES_ * ITEMS_];
 #pragma unroll
   for (int i = 0; i < ITEMS_; i++) {
+    total of = {sums[i], counts[i]};
 #pragma unroll
     for (int step = LANES_; step < 32; step *= 2) {
-      sums[i] += __shfl_xor_sync(~0u, sums[i], step);
-      counts[i] += __shfl_xor_sync(~0u, counts[i], step);
+      of.sum += __shfl_xor_sync(~0u, of.sum, step);
+      of.count += __shfl_xor_sync(~0u, of.count, step);
     }
     if (threadIdx.x % 32 < LANES_) {
-      all_sums[threadIdx.x / 32][i * LANES_ + threadIdx.x % 32] = sums[i];
-      all_counts[threadIdx.x / 32][i * LANES_ + threadIdx.x % 32] = counts[i];
+      all_sums[threadIdx.x / 32][i * LANES_ + threadIdx.x % 32] = of.sum;
+      all_counts[threadIdx.x / 32][i * LANES_ + threadIdx.x % 32] = of.count;
     }
   }
   __syncthreads();
@@ -232,37 +236,36 @@ DEVICE void load(const ml_routed_rows &in, int t, real (&x)[ITEMS]) {
     x[i] = t < in.tokens && expert(i) < in.experts ? logit::widen(row[expert(i) * in.col]) : -infinity();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) ml_route(const ml_route_forward a) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ml_route(const ml_route_forward a) {
   const ml_routed_rows &in = a.in;
   const real rate = (real)in.rate;
   let_successor_start();
-  double sums[ITEMS] = {};
-  real part[ITEMS] = {};
-  int counts[ITEMS] = {}, unflushed = 0;
+  real sums[ITEMS] = {}; /* of few tokens: the host sees to it that the chains of additions stay short */
+  int counts[ITEMS] = {}, all_counts = 0;
 
   for (int first = blockIdx.x * GROUPS; first < in.tokens; first += gridDim.x * GROUPS) {
     const int t = first + threadIdx.x / LANES; /* whole warps go on together, past the last token too */
     const bool there = t < in.tokens, counted = counts_in_sums(in, t);
     real x[ITEMS];
-    key keys[ITEMS];
     load(in, t, x);
+    key keys[ITEMS];
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) keys[i] = expert(i) < in.experts ? key_of(x[i]) : (key)0;
     const bool good = softmax(x, rate, in.experts);
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) part[i] += counted ? x[i] : (real)0;
+    for (int i = 0; i < ITEMS; i++) sums[i] += counted ? x[i] : (real)0;
 
-    u32 kept = ~0u;
-    if (in.top_k) {
+    if (ML_TOP) {
 #pragma unroll
       for (int i = 0; i < ITEMS; i++)
         if (!good && keys[i]) keys[i] = 1; /* all alike */
-      kept = select(keys, in.top_k, there ? a.indices + (u64)t * in.top_k : 0);
+      const u32 kept = select(keys, in.top_k, there ? a.indices + (u64)t * in.top_k : 0);
       real norm = 0;
 #pragma unroll
       for (int i = 0; i < ITEMS; i++) {
         x[i] = kept >> i & 1 ? x[i] : (real)0;
         norm += x[i];
+        counts[i] += counted && kept >> i & 1;
       }
       if (in.renormalize) {
         norm = sum_of(norm);
@@ -272,21 +275,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) ml_route(const ml_route_fo
     }
     real *row = (real *)a.weights + (u64)t * in.experts;
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
+    for (int i = 0; i < ITEMS; i++)
       if (there && expert(i) < in.experts) row[expert(i)] = x[i];
-      counts[i] += counted && kept >> i & 1;
-    }
-    if (++unflushed == SUM_ROUNDS) {
-      unflushed = 0;
-#pragma unroll
-      for (int i = 0; i < ITEMS; i++) {
-        sums[i] += part[i];
-        part[i] = 0;
-      }
-    }
+    all_counts += counted;
   }
 #pragma unroll
-  for (int i = 0; i < ITEMS; i++) sums[i] += part[i];
+  for (int i = 0; i < ITEMS; i++)
+    if (!ML_TOP) counts[i] = all_counts;
 
   const total all = add_up<LANES, ITEMS, THREADS / 32>(sums, counts);
   const int e = threadIdx.x;
@@ -315,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS) ml_route_sums(const ml
 
 /* ---- backward ---- */
 
-extern "C" __global__ void __launch_bounds__(THREADS) ml_route_backward(const ml_route_gradient a) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ml_route_backward(const ml_route_gradient a) {
   const ml_routed_rows &in = a.in;
   const real rate = (real)in.rate;
   real grad_sums[ITEMS];
@@ -333,7 +328,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) ml_route_backward(const ml
 #pragma unroll
     for (int i = 0; i < ITEMS; i++)
       g[i] = a.grad_weights && there && expert(i) < in.experts ? upstream[expert(i) * a.grad_col] : (real)0;
-    if (in.top_k) {
+    if (ML_TOP) {
       load(in, t, p);
       softmax(p, rate, in.experts);
       const long long *indices = a.indices + (u64)t * in.top_k;
