@@ -73,7 +73,7 @@ def compare(logits, top_k, renormalize=True, mask=None, temperature=1.3, gradien
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", EXPERTS)
 def test_outputs_and_gradients_are_those_of_the_formula(calls, dtype, n):
     for top_k in {None, 1, min(2, n), min(8, n), n // 2 or None, n}:
@@ -85,7 +85,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(calls, dtype, n):
 
 @pytest.mark.parametrize("gradients", ["weights", "prob_sums"])
 @pytest.mark.parametrize("top_k", [None, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_output_alone_has_the_right_gradient(calls, dtype, top_k, gradients):
     compare(random_logits(9, 11, dtype=dtype), top_k, mask=random_mask(9), gradients=gradients)
     assert calls["cuda_route_backward"] == 1
@@ -109,7 +109,7 @@ def test_any_temperature(temperature):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [3, 8, 40, 200])
 def test_ties_go_to_the_lower_index(dtype, n):
     logits = random_logits(200, n, dtype=dtype).round()
@@ -120,7 +120,7 @@ def test_ties_go_to_the_lower_index(dtype, n):
         compare(logits, top_k)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("n", [6, 70])
 def test_the_larger_of_nearly_equal_logits_is_picked(dtype, n):
     logits = torch.ones(20, n, dtype=dtype, device="cuda")
@@ -128,7 +128,7 @@ def test_the_larger_of_nearly_equal_logits_is_picked(dtype, n):
     assert route(logits, top_k=2, temperature=100.0).indices.tolist() == [[n - 2, 0]] * 20
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [3, 8, 70])
 @pytest.mark.parametrize("top_k", [None, 1, 2])
 def test_a_bad_row_stays_alone_and_picks_its_first_experts(dtype, n, top_k):
@@ -155,7 +155,7 @@ def test_a_bad_row_stays_alone_and_picks_its_first_experts(dtype, n, top_k):
         lambda t: t[:1].expand(4, 6, 5),
     ],
 )
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layouts_do_not_matter(change, dtype):
     logits = change(random_logits(4, 6, 5, dtype=dtype))
     mask = random_mask(*logits.shape[:2][::-1]).t()
@@ -212,7 +212,7 @@ def test_every_element_is_written():
 
 
 @pytest.mark.parametrize("tokens", [16, 20_000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_cuda_graph_replays(dtype, tokens):
     logits = random_logits(tokens, 24, dtype=dtype).requires_grad_()
 
@@ -280,7 +280,7 @@ def test_double_backward_is_a_clear_error(top_k):
 
 
 @pytest.mark.parametrize(("top_k", "kept"), [(2, "logits"), (None, "weights")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_kept_must_not_change_before_the_backward(dtype, top_k, kept):
     inner = random_logits(2, 3, dtype=dtype).requires_grad_() * 1
     weights = route(inner, top_k=top_k).weights
