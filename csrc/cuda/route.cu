@@ -316,9 +316,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ml_route_backward(
   real grad_sums[ITEMS];
 #pragma unroll
   for (int i = 0; i < ITEMS; i++)
-    grad_sums[i] = a.grad_sums && expert(i) < in.experts
-                       ? ((const real *)a.grad_sums)[expert(i) * a.grad_sums_stride]
-                       : (real)0;
+    grad_sums[i] =
+        a.grad_sums && expert(i) < in.experts ? ((const real *)a.grad_sums)[expert(i) * a.grad_sums_stride] : (real)0;
 
   for (int first = blockIdx.x * GROUPS; first < in.tokens; first += gridDim.x * GROUPS) {
     const int t = first + threadIdx.x / LANES;
