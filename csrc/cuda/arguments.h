@@ -66,10 +66,10 @@ typedef struct {
 
 /* ---- routing; core/moelora.h has its meaning ----
  *
- * Strides count elements. What is computed is float64 for float64 logits and float32 for all others: "real". */
+ * Rows are `row` elements apart and have no gaps. What is computed is float64 for float64 logits and float32 for all others: "real". */
 typedef struct {
   const void *rows; /* [T, N] logits; backward without top-k: probabilities, which are real */
-  long long row, col;
+  long long row;
   const unsigned char *mask; /* [T]; NULL: all tokens count */
   long long mask_stride;
   double rate; /* 1 / temperature, within real's normal numbers */
@@ -90,7 +90,7 @@ typedef struct {
 typedef struct {
   ml_routed_rows in;
   const void *grad_weights; /* [T, N] real; NULL: zeros */
-  long long grad_row, grad_col;
+  long long grad_row;
   const void *grad_sums; /* [N] real; NULL: zeros */
   long long grad_sums_stride;
   const long long *indices; /* [T, k] as the forward gave them */

@@ -60,9 +60,7 @@ struct dtype<ML_CUDA_F16> {
 
 typedef dtype<ML_LOGITS> logit;
 typedef logit::real real;
-
-/* Of a multiprocessor: more registers for a thread would hide less of the time that memory takes. */
-enum { BLOCKS = sizeof(real) == 4 ? 4 : 2 };
+typedef dtype<sizeof(real) == 8 ? ML_CUDA_F64 : ML_CUDA_F32> computed;
 
 DEVICE real infinity() { return (real)__int_as_float(0x7f800000); }
 
@@ -228,29 +226,35 @@ DEVICE bool counts_in_sums(const ml_routed_rows &in, int t) {
   return t < in.tokens && (!in.mask || in.mask[t * in.mask_stride]);
 }
 
-/* Row t; -inf where there is no such expert or token. */
-DEVICE void load(const ml_routed_rows &in, int t, real (&x)[ITEMS]) {
-  const logit::stored *row = (const logit::stored *)in.rows + t * in.row;
+/* Row t; `fill` where there is no such expert or token. */
+template <class D>
+DEVICE void load(const void *rows, long long row, const ml_routed_rows &in, int t, real (&x)[ITEMS], real fill) {
+  const typename D::stored *own = (const typename D::stored *)rows + t * row + lane();
 #pragma unroll
-  for (int i = 0; i < ITEMS; i++)
-    x[i] = t < in.tokens && expert(i) < in.experts ? logit::widen(row[expert(i) * in.col]) : -infinity();
+  for (int i = 0; i < ITEMS; i++) x[i] = t < in.tokens && expert(i) < in.experts ? D::widen(own[i * LANES]) : fill;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ml_route(const ml_route_forward a) {
+extern "C" __global__ void __launch_bounds__(THREADS) ml_route(const ml_route_forward a) {
   const ml_routed_rows &in = a.in;
   const real rate = (real)in.rate;
   let_successor_start();
   real sums[ITEMS] = {}; /* of few tokens: the host sees to it that the chains of additions stay short */
   int counts[ITEMS] = {}, all_counts = 0;
 
-  for (int first = blockIdx.x * GROUPS; first < in.tokens; first += gridDim.x * GROUPS) {
+  const int stride = gridDim.x * GROUPS;
+  real next[ITEMS]; /* on their way while others are computed */
+  load<logit>(in.rows, in.row, in, blockIdx.x * GROUPS + threadIdx.x / LANES, next, -infinity());
+  for (int first = blockIdx.x * GROUPS; first < in.tokens; first += stride) {
     const int t = first + threadIdx.x / LANES; /* whole warps go on together, past the last token too */
     const bool there = t < in.tokens, counted = counts_in_sums(in, t);
     real x[ITEMS];
-    load(in, t, x);
     key keys[ITEMS];
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) keys[i] = expert(i) < in.experts ? key_of(x[i]) : (key)0;
+    for (int i = 0; i < ITEMS; i++) {
+      x[i] = next[i];
+      keys[i] = expert(i) < in.experts ? key_of(x[i]) : (key)0;
+    }
+    load<logit>(in.rows, in.row, in, t + stride, next, -infinity());
     const bool good = softmax(x, rate, in.experts);
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) sums[i] += counted ? x[i] : (real)0;
@@ -273,10 +277,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ml_route(const ml_
         for (int i = 0; i < ITEMS; i++) x[i] = kept >> i & 1 ? x[i] / norm : (real)0;
       }
     }
-    real *row = (real *)a.weights + (u64)t * in.experts;
+    real *own = (real *)a.weights + (u64)t * in.experts + lane();
 #pragma unroll
     for (int i = 0; i < ITEMS; i++)
-      if (there && expert(i) < in.experts) row[expert(i)] = x[i];
+      if (there && expert(i) < in.experts) own[i * LANES] = x[i];
     all_counts += counted;
   }
 #pragma unroll
@@ -310,7 +314,7 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS) ml_route_sums(const ml
 
 /* ---- backward ---- */
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ml_route_backward(const ml_route_gradient a) {
+extern "C" __global__ void __launch_bounds__(THREADS) ml_route_backward(const ml_route_gradient a) {
   const ml_routed_rows &in = a.in;
   const real rate = (real)in.rate;
   real grad_sums[ITEMS];
@@ -322,13 +326,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ml_route_backward(
   for (int first = blockIdx.x * GROUPS; first < in.tokens; first += gridDim.x * GROUPS) {
     const int t = first + threadIdx.x / LANES;
     const bool there = t < in.tokens, counted = counts_in_sums(in, t);
-    const real *upstream = (const real *)a.grad_weights + t * a.grad_row;
-    real p[ITEMS], g[ITEMS];
-#pragma unroll
-    for (int i = 0; i < ITEMS; i++)
-      g[i] = a.grad_weights && there && expert(i) < in.experts ? upstream[expert(i) * a.grad_col] : (real)0;
+    real p[ITEMS], g[ITEMS] = {};
+    if (a.grad_weights) load<computed>(a.grad_weights, a.grad_row, in, t, g, (real)0);
     if (ML_TOP) {
-      load(in, t, p);
+      load<logit>(in.rows, in.row, in, t, p, -infinity());
       softmax(p, rate, in.experts);
       const long long *indices = a.indices + (u64)t * in.top_k;
       u32 kept = 0;
@@ -350,9 +351,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ml_route_backward(
         for (int i = 0; i < ITEMS; i++) g[i] = kept >> i & 1 ? (g[i] - mean) / norm : (real)0;
       }
     } else {
-      const real *row = (const real *)in.rows + t * in.row;
-#pragma unroll
-      for (int i = 0; i < ITEMS; i++) p[i] = there && expert(i) < in.experts ? row[expert(i) * in.col] : (real)0;
+      load<computed>(in.rows, in.row, in, t, p, (real)0);
     }
     real dot = 0;
 #pragma unroll
@@ -361,9 +360,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) ml_route_backward(
       dot += g[i] * p[i];
     }
     dot = sum_of(dot);
-    logit::stored *row = (logit::stored *)a.grad_logits + (u64)t * in.experts;
+    logit::stored *own = (logit::stored *)a.grad_logits + (u64)t * in.experts + lane();
 #pragma unroll
     for (int i = 0; i < ITEMS; i++)
-      if (there && expert(i) < in.experts) row[expert(i)] = logit::narrow(p[i] * (g[i] - dot) * rate);
+      if (there && expert(i) < in.experts) own[i * LANES] = logit::narrow(p[i] * (g[i] - dot) * rate);
   }
 }

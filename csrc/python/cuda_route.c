@@ -51,19 +51,22 @@ static bool has_tokens_of_logits(const route_call *c, const dl_tensor *view, int
   return same;
 }
 
+static bool has_dense_rows(const dl_tensor *view) {
+  return view->strides[view->ndim - 1] == 1 || view->shape[view->ndim - 1] == 1;
+}
+
 /* What both directions share, save for the dtype; false: not the plain case, or an exception. */
 static bool read_rows(route_call *c, ml_routed_rows *in, PyObject *logits, PyObject *mask, PyObject *temperature,
                       PyObject *renormalize) {
   dl_tensor *view = &c->logits, padding;
   int64_t n_tokens, row, n, stride;
   if (c->torch->exchange == NULL || !view_on(c->torch, DL_CUDA, logits, view) || view->ndim < 1 ||
-      view->ndim > MAX_AXES || !is_one_axis(view, view->ndim - 1, &n_tokens, &row) ||
+      view->ndim > MAX_AXES || !has_dense_rows(view) || !is_one_axis(view, view->ndim - 1, &n_tokens, &row) ||
       !ml_cuda_routes(n_tokens, view->shape[view->ndim - 1])) {
     return false;
   }
   in->rows = view->data;
   in->row = row;
-  in->col = view->strides[view->ndim - 1];
   in->tokens = (int)n_tokens;
   in->experts = (int)view->shape[view->ndim - 1];
   if (mask != Py_None) {
@@ -196,12 +199,11 @@ static bool read_gradients(const route_call *c, PyObject *grad_weights, PyObject
   if (grad_weights != Py_None) {
     if (!view_here(c, grad_weights, &view) || !is_of(&view, DL_FLOAT, real_bits(c)) ||
         !has_tokens_of_logits(c, &view, c->logits.ndim) || view.shape[view.ndim - 1] != call->in.experts ||
-        !is_one_axis(&view, view.ndim - 1, &n, &stride)) {
+        !has_dense_rows(&view) || !is_one_axis(&view, view.ndim - 1, &n, &stride)) {
       return false;
     }
     call->grad_weights = view.data;
     call->grad_row = stride;
-    call->grad_col = view.strides[view.ndim - 1];
   }
   if (grad_sums != Py_None) {
     if (!view_here(c, grad_sums, &view) || !is_of(&view, DL_FLOAT, real_bits(c)) || view.ndim != 1 ||

@@ -194,24 +194,40 @@ class _Route(torch.autograd.Function):
         kept, mask, indices = ctx.saved_tensors
         temperature, renormalize, dtype = ctx.options
         more = (kept, mask, indices, temperature, renormalize)
+        if grad_weights is None and not kept.is_cuda:  # the kernels need no zeros
+            grad_weights = kept.new_zeros(()).expand(kept.shape)
         grad: Tensor | None = None
-        if kept.is_cuda and _is_unwatched():
-            grad = _core.cuda_route_backward(grad_weights, grad_prob_sums, *more, dtype)
+        if _is_unwatched():
+            grad = _plain_gradient(grad_weights, grad_prob_sums, *more, dtype)
+            if grad is None:  # perhaps for its strides
+                dense_weights = None if grad_weights is None else grad_weights.contiguous()
+                dense_sums = None if grad_prob_sums is None else grad_prob_sums.contiguous()
+                grad = _plain_gradient(dense_weights, dense_sums, *more, dtype)
         if grad is None:
-            if grad_weights is None:
-                real = torch.float64 if dtype is torch.float64 else torch.float32
-                grad_weights = kept.new_zeros((), dtype=real).expand(kept.shape)
-            if not kept.is_cuda and _is_unwatched():
-                threads = runtime.get_num_threads()
-                grad = _core.route_backward_tensors(grad_weights, grad_prob_sums, *more, threads)
-                if grad is None:  # perhaps for its strides
-                    dense_sums = None if grad_prob_sums is None else grad_prob_sums.contiguous()
-                    grad = _core.route_backward_tensors(grad_weights.contiguous(), dense_sums, *more, threads)
-            if grad is None:
-                grad = _formula_backward(grad_weights, grad_prob_sums, *more)
+            grad = _formula_backward(grad_weights, grad_prob_sums, *more)
         if torch.is_grad_enabled():  # create_graph
             (grad,) = _refuse_twice([grad], [kept, grad_weights, grad_prob_sums])
         return grad, None, None, None, None
+
+
+def _plain_gradient(
+    grad_weights: Tensor | None,
+    grad_prob_sums: Tensor | None,
+    kept: Tensor,
+    mask: Tensor | None,
+    indices: Tensor | None,
+    temperature: float,
+    renormalize: bool,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """What the C core or the kernels make of plain tensors; None where something is not plain. dtype: of the logits."""
+    call = (grad_weights, grad_prob_sums, kept, mask, indices, temperature, renormalize)
+    grad: Tensor | None
+    if kept.is_cuda:
+        grad = _core.cuda_route_backward(*call, dtype)
+    else:
+        grad = _core.route_backward_tensors(*call, runtime.get_num_threads())
+    return grad
 
 
 # What Function.apply comes down to where no torch.func transform is active.
@@ -220,7 +236,7 @@ _apply: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _R
 
 @torch.no_grad()
 def _formula_backward(
-    grad_weights: Tensor,
+    grad_weights: Tensor | None,
     grad_prob_sums: Tensor | None,
     kept: Tensor,
     mask: Tensor | None,
@@ -232,7 +248,7 @@ def _formula_backward(
     if kept.dtype is not torch.float64:
         kept = kept.float()
     p = kept if indices is None else torch.softmax(kept / temperature, -1)
-    grad_p = grad_weights
+    grad_p = torch.zeros_like(p) if grad_weights is None else grad_weights
     if indices is not None:
         g = grad_p.gather(-1, indices)
         if renormalize:
