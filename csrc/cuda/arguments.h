@@ -66,7 +66,8 @@ typedef struct {
 
 /* ---- routing; core/moelora.h has its meaning ----
  *
- * Rows are `row` elements apart and have no gaps. What is computed is float64 for float64 logits and float32 for all others: "real". */
+ * Rows are `row` elements apart and have no gaps. What is computed, "real", is float64 for float64 logits and float32
+ * for all others. */
 typedef struct {
   const void *rows; /* [T, N] logits; backward without top-k: probabilities, which are real */
   long long row;

@@ -1,13 +1,13 @@
-/* How many blocks route.cu's kernels are launched with, and in which variant. Sums over tokens are taken in an order that
- * follows from these, so they depend on shape, dtype and GPU alone. */
+/* How many blocks route.cu's kernels are launched with, and in which variant. Sums over tokens are taken in an order
+ * that follows from these, so they depend on shape, dtype and GPU alone. */
 #include "cuda_route.h"
 
 #include <float.h>
 
 /* A block takes as many tokens as it has room for, round after round.
  *
- * THREADS, SUM_THREADS: as in route.cu. BLOCKS: of a multiprocessor; on an H200 3 were up to 17 % faster than 4 where 256
- * experts meet 16384 tokens, and up to 9 % slower where they meet 4096. MAX_ROUNDS: of a block, for the sake of its sums.
+ * THREADS, SUM_THREADS: as in route.cu. BLOCKS: of a multiprocessor; on an H200 3 were up to 17 % faster than 4 where
+ * 256 experts meet 16384 tokens, and up to 9 % slower where they meet 4096. MAX_ROUNDS: of a block, for its sums.
  * A single block needs no second kernel for the sums, which is faster up to LONE_ROUNDS. */
 enum { MAX_EXPERTS = 256, THREADS = 256, SUM_THREADS = 1024, BLOCKS = 4, MAX_ROUNDS = 32, LONE_ROUNDS = 2 };
 

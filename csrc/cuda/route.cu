@@ -4,8 +4,8 @@
  * A token's row lies in the registers of LANES lanes of one warp: expert i * LANES + l is item i of lane l. Loads and
  * stores of an item are those of neighbours in memory, whatever N is. Lanes without an expert hold -inf.
  *
- * ML_LOGITS is the logits' dtype (ML_CUDA_F32 ...), ML_WIDTH the least power of 2 that holds N, ML_TOP whether there is a
- * top-k.
+ * ML_LOGITS is the logits' dtype (ML_CUDA_F32 ...), ML_WIDTH the least power of 2 that holds N, ML_TOP whether there is
+ * a top-k.
  */
 #include "elements.cuh"
 
@@ -128,8 +128,8 @@ DEVICE bool softmax(real (&x)[ITEMS], real rate, int experts) {
 }
 
 /* Which items have one of the k largest keys, ties to the lower expert, as bits. indices [k], where not NULL, gets their
- * experts in order. Two ways, which find the same: one expert after the other, or the rank of each, whose cost does not
- * depend on k. Keys of lanes without an expert are 0. */
+ * experts in order. Two ways, which find the same: one expert after the other, or the rank of each, whose cost is the
+ * same for every k. Keys of lanes without an expert are 0. */
 DEVICE u32 select(key (&keys)[ITEMS], int k, long long *indices) {
   u32 kept = 0;
   if (ITEMS > 1 && k * 4 <= WIDTH) {
@@ -185,7 +185,8 @@ struct total {
   int count;
 };
 
-/* Of a block whose threads hold ITEMS_ of LANES_ experts each; expert e's total is what thread e gets. In a fixed order. */
+/* Of a block whose threads hold ITEMS_ of LANES_ experts each; expert e's total is what thread e gets. The order
+ * is fixed. */
 template <int LANES_, int ITEMS_, int WARPS, class T>
 DEVICE total add_up(T (&sums)[ITEMS_], int (&counts)[ITEMS_]) {
   __shared__ double all_sums[WARPS][LANES_ * ITEMS_];

@@ -118,8 +118,8 @@ static PyObject *given(PyObject *result, ml_cuda_status status) {
   return NULL;
 }
 
-/* (logits, mask, top_k, temperature, renormalize) -> (weights, indices, counts, prob_sums), or None where this is not the
- * plain case */
+/* (logits, mask, top_k, temperature, renormalize) -> (weights, indices, counts, prob_sums), or None where this is not
+ * the plain case */
 PyObject *cuda_route(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
   PyObject *weights = NULL, *indices = NULL, *counts = NULL, *prob_sums = NULL, *room = NULL, *result = NULL;
   route_call c = {.torch = &state_of(module)->torch};
@@ -216,8 +216,8 @@ static bool read_gradients(const route_call *c, PyObject *grad_weights, PyObject
   return true;
 }
 
-/* (grad_weights, grad_prob_sums, kept, mask, indices, temperature, renormalize, dtype) -> grad_logits, or None where this is
- * not the plain case. kept are the logits, or without indices the weights; dtype is that of the logits. */
+/* (grad_weights, grad_prob_sums, kept, mask, indices, temperature, renormalize, dtype) -> grad_logits, or None where this
+ * is not the plain case. kept are the logits, or without indices the weights; dtype is that of the logits. */
 PyObject *cuda_route_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
   route_call c = {.torch = &state_of(module)->torch};
   ml_route_gradient call = {0};
