@@ -240,6 +240,20 @@ def route_backward_tensors(
     n_threads: int,
     /,
 ) -> Any: ...
+def cuda_route(
+    logits: Any, mask: Any, top_k: int | None, temperature: float, renormalize: bool, /
+) -> tuple[Any, Any, Any, Any] | None: ...
+def cuda_route_backward(
+    grad_weights: Any,
+    grad_prob_sums: Any,
+    kept: Any,
+    mask: Any,
+    indices: Any,
+    temperature: float,
+    renormalize: bool,
+    dtype: Any,
+    /,
+) -> Any: ...
 def set_num_threads(n: int | None, /) -> None: ...
 def get_num_threads() -> int: ...
 def set_isa(name: str | None, /) -> None: ...
