@@ -153,8 +153,8 @@ def backward_tensors(
     /,
 ) -> tuple[Any, ...] | None: ...
 
-# The same on a GPU: x, the base and y of bfloat16 or float16, adapters of that dtype or of float32, without gaps, weights of
-# any of these.
+# The same on a GPU: x, the base and y of bfloat16 or float16, adapters of that dtype or of float32, without gaps,
+# weights of any of these.
 
 def cuda_call(
     x: Any,

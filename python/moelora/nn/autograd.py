@@ -166,7 +166,7 @@ def routed_lora(
         tensors += call.lora_A
         tensors += call.lora_B
         if not call.x.numel() or not uses_core(*tensors):
-            y = _on_gpu(*call) if on_gpu(call.x) and _is_unwatched() else None
+            y = _on_gpu(*call) if _is_unwatched() and on_gpu(call.x) else None
             return _formula(call) if y is None else y
         x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p = call
         if x.dim() > 3:
@@ -697,14 +697,11 @@ class _RoutedLoRAOnGPU(torch.autograd.Function):
             grads = _core.cuda_backward(saved, need, scaling, grad_y, top_k or 0)
             if grads is None and on_gpu(grad_y):
                 grads = _products_backward(ctx, saved, grad_y)
-        if grads is None:
-            if twice:
-                raise RuntimeError(_TWICE)
-            grads = _gpu_formula_backward(ctx, saved, grad_y)
+        if grads is not None:
+            return tuple(_refuse_twice(grads, [grad_y, *saved]) if twice else grads)
         if twice:
-            kept = [None if i in (3, 4) else g for i, g in enumerate(grads)]
-            return tuple(_refuse_twice(kept, [grad_y, *saved]))
-        return tuple(grads)
+            raise RuntimeError(_TWICE)
+        return tuple(_gpu_formula_backward(ctx, saved, grad_y))
 
 
 _apply_on_gpu: Callable[..., Tensor] = super(torch.autograd.Function, _RoutedLoRAOnGPU).apply
