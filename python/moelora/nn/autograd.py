@@ -656,7 +656,8 @@ def _gpu_forward(
             return done[0], done[1]
         base_output = F.linear(x, weight, bias)
     call = (x, adapters, routing_weights, scaling, top_k or 0)
-    workspace, stacked_a, stacked_b, mixed, _ = _core.cuda_prepare(*call, False)
+    prepared: Any = _core.cuda_prepare(*call, False)
+    workspace, stacked_a, stacked_b, mixed, _ = prepared
     hidden = x.flatten(0, -2) @ stacked_a.t()
     _core.cuda_mix(*call, hidden, workspace)
     y = mixed @ stacked_b.t() if base_output is None else torch.addmm(base_output.flatten(0, -2), mixed, stacked_b.t())
