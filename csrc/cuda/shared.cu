@@ -1,6 +1,6 @@
 //options: ML_F16 ML_BACKWARD ML_WIDTH ML_SHARE ML_BIAS
 /* A layer in one kernel, as dual.cu, for so few tiles that every block has one, and 64 columns: no block has time to spare for the
- * shrink then, but the ML_SHARE (4, 8) blocks of a cluster, which have the same rows of x, share it.
+ * shrink then, but the ML_SHARE (2, 4, 8) blocks of a cluster, which have the same rows of x, share it.
  *
  * Each multiplies one part of x, which it has in shared memory anyway, with the shrink's factor, too. It sends what comes of it, the
  * warps' 16 rows each, to the blocks that finish those rows; they add the parts in the order of the ranks, scale, and
