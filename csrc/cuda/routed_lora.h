@@ -32,7 +32,8 @@ typedef enum {
   ML_BY_TORCH,  /* two products of torch's, with ml_layer_mix between them */
   ML_BY_DECODE, /* few.cu, then decode.cu: few tokens, forward */
   ML_BY_DUAL,   /* project.cu, or with dropout dropout.cu, then dual.cu */
-  ML_BY_FUSED   /* dual.cu with the shrink inside */
+  ML_BY_FUSED,  /* dual.cu with the shrink inside */
+  ML_BY_SHARED  /* shared.cu: a tile a multiprocessor, 64 columns */
 } ml_way;
 
 /* ML_CUDA_UNSUPPORTED: too many experts or columns, widths that are not multiples of 8, pointers that are not of 16. */
@@ -61,10 +62,10 @@ ml_cuda_status ml_layer_forward(const ml_layer *layer, ml_rows x, void *y, void 
 /* grad_x without gaps, NULL: not wanted. grad_w as the weights' own shape without gaps, in their dtype, or NULL. grads: a and b
  * are the gradients' arrays of every expert, in the adapters' dtype, or NULL. x may be NULL data where no a is wanted, hidden
  * where neither b nor grad_w is. Without a weight grad_x has to be NULL. With dropout, which any way has, it need not be, and
- * with a weight it holds g W already, to which the experts' part is added. */
+ * `adds`: it holds g W already, to which the experts' part is added. */
 size_t ml_layer_backward_bytes(const ml_layer *layer);
 ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_y, const void *hidden, void *grad_x,
-                                 void *grad_w, const ml_adapters *grads, void *workspace);
+                                 bool adds, void *grad_w, const ml_adapters *grads, void *workspace);
 
 /* ---- between torch's products: on any GPU from 8.0 on ---- */
 
