@@ -375,7 +375,17 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   of_token token[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) token[i] = token_part(dropout, first + 16 * warp + lane / 4 + 8 * i);
-  float sum[8][2][4] = {};
+  float sum[8][2][4]; /* from what is there: loads at the end could not overlap, since stores are between them */
+#pragma unroll
+  for (int k = 0; k < 8; k++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      int t = first + 16 * warp + lane / 4 + 8 * i, col = span * SPAN + 16 * k + 4 * (lane % 4);
+      uint2 before = {0, 0};
+      if (add && t < tokens && col < width) before = *(const uint2 *)(grad_x + (u64)t * width + col);
+      sum[k][0][2 * i] = low_of(before.x), sum[k][0][2 * i + 1] = high_of(before.x);
+      sum[k][1][2 * i] = low_of(before.y), sum[k][1][2 * i + 1] = high_of(before.y);
+    }
 
   for (int group = 0; group < slots.n; group += GROUP) {
     if (group > 0) __syncthreads();
@@ -449,18 +459,11 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   }
 
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    int t = first + 16 * warp + lane / 4 + 8 * i;
-    if (t >= tokens) continue;
+  for (int k = 0; k < 8; k++)
 #pragma unroll
-    for (int k = 0; k < 8; k++) {
-      int col = span * SPAN + 16 * k + 4 * (lane % 4);
-      if (col >= width) break;
-      uint2 *to = (uint2 *)(grad_x + (u64)t * width + col);
-      uint2 before = add ? *to : uint2{0, 0};
+    for (int i = 0; i < 2; i++) {
+      int t = first + 16 * warp + lane / 4 + 8 * i, col = span * SPAN + 16 * k + 4 * (lane % 4);
       const float *v0 = sum[k][0] + 2 * i, *v1 = sum[k][1] + 2 * i;
-      *to = {narrow(low_of(before.x) + v0[0], high_of(before.x) + v0[1]),
-             narrow(low_of(before.y) + v1[0], high_of(before.y) + v1[1])};
+      if (t < tokens && col < width) *(uint2 *)(grad_x + (u64)t * width + col) = {narrow(v0[0], v0[1]), narrow(v1[0], v1[1])};
     }
-  }
 }
