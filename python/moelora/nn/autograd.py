@@ -156,7 +156,7 @@ def routed_lora(
         plain = _plain_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
         if plain is not None and (torch._C._is_any_autocast_enabled() or (top_k or 0) > len(plain[1])):
             plain = None
-        if plain is None and on_gpu(x):
+        if plain is None and on_gpu(x) and not torch._C._is_any_autocast_enabled():
             y = _on_gpu(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
             if y is not None:
                 return y
@@ -622,7 +622,7 @@ def _on_gpu(
     dropout_p: float | Sequence[float],
 ) -> Tensor | None:
     """What the CUDA kernels make of plain tensors on the current GPU; None where something is not plain."""
-    if not ROUND_ADAPTERS or torch._C._is_any_autocast_enabled():
+    if not ROUND_ADAPTERS:
         return None
     plain = _core.cuda_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
     if plain is None:
