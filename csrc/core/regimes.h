@@ -15,6 +15,8 @@ typedef struct {
   int64_t turned_in_place;  /* dB = g^T Hs, columns of g in place */
   int64_t base_dots;        /* x W^T, rows of W in place */
   int64_t base_in_place;    /* g W, rows of W as panels */
+  int64_t pairs;            /* from there on: products of pairs of bfloat16, where the CPU has them */
+  int64_t pair_dots;        /* of these, H = x A^T, rows of A in place */
 } ml_regime;
 
 /* By the dtype of A and B. */
