@@ -220,7 +220,7 @@ ml_status ml_bf16_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens hidden
   blocks b;
   forward f;
   budget need = {0}, most = {0};
-  ml_status status = begin(&b, p, hidden, true, ml_takes_pairs(p, y, base), &need);
+  ml_status status = begin(&b, p, hidden, true, ml_takes_pairs(p, y, base, true), &need);
   if (status != ML_OK) return status;
   if (b.T > 0 && (!p->x.data || !y.data)) return ML_ERR_NULL;
   status = allocate(&b, true, need);
@@ -284,7 +284,7 @@ ml_status ml_bf16_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_tokens 
   budget need = {0}, most = {0};
   bool any_a = false;
   for (int64_t e = 0; p->experts && e < p->n_experts; e++) any_a |= p->experts[e].grad_a.data != NULL;
-  bool pairs = ml_takes_pairs(p, grad_y, grad_x);
+  bool pairs = ml_takes_pairs(p, grad_y, grad_x, false);
   ml_status status = begin(&b, p, hidden, any_a, pairs, &need);
   if (status != ML_OK) return status;
   if (b.T > 0 && (!grad_y.data || (any_a && !p->x.data))) return ML_ERR_NULL;

@@ -88,7 +88,7 @@ ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out) {
   c->factor_size = p->bf16_adapters ? (int64_t)sizeof(uint16_t) : c->size;
   for (int64_t e = 0; e < p->n_experts; e++) c->drops |= ml_mask_of(p, e).threshold > 0;
   c->grouped = ml_is_grouped(c);
-  if (leave_out && !c->grouped && !c->pairs && c->T > 0 && c->T < LEFT_OUT_TOKENS) {
+  if (leave_out && !c->grouped && c->T > 0 && c->T < LEFT_OUT_TOKENS) {
     c->unused = unused_experts(c);
     for (int64_t e = 0; e < p->n_experts; e++) c->R -= p->experts[e].rank - rank_of(c, e);
   }

@@ -192,7 +192,7 @@ void ml_collect_masked(call *c, factor grads, const char *h, rows x, bool add);
 
 /* Whether the call is one for these: a pure function of shapes, layouts and instruction set. a, b: what is read or written
  * besides x. */
-bool ml_takes_pairs(const ml_routed_lora *p, ml_tokens a, ml_tokens b);
+bool ml_takes_pairs(const ml_routed_lora *p, ml_tokens a, ml_tokens b, bool forward);
 
 void ml_reserve_pair_projection(const call *c, budget *b, int64_t R, int64_t d);
 void ml_pair_project(call *c, factor m, rows x, rows out, epilogue *then, const void *context);

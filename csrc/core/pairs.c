@@ -19,12 +19,13 @@ static bool has_rows(const ml_routed_lora *p, ml_tokens v) {
   return !v.data || (v.col == 1 && (p->batch <= 1 || p->seq <= 1 || v.batch == p->seq * v.seq));
 }
 
-bool ml_takes_pairs(const ml_routed_lora *p, ml_tokens a, ml_tokens b) {
+bool ml_takes_pairs(const ml_routed_lora *p, ml_tokens a, ml_tokens b, bool forward) {
   ml_routed_lora wide = *p;
   call c;
   if (p->dtype != ML_BF16 || !p->bf16_adapters || !ml_active_kernels()->pairs) return false;
   wide.dtype = ML_F32;
-  if (ml_begin(&c, &wide, false) != ML_OK || c.grouped || c.drops || c.T < c.regime->pairs) return false;
+  if (ml_begin(&c, &wide, false) != ML_OK || c.grouped || c.drops || c.T < (forward ? c.regime->pairs : 1))
+    return false;
   if (p->d_in % 2 || p->d_out % 2 || !has_rows(p, p->x) || !has_rows(p, a) || !has_rows(p, b)) return false;
   for (int64_t e = 0; e < p->n_experts; e++) {
     const ml_expert *expert = &p->experts[e];

@@ -50,6 +50,17 @@ ML_INLINE void store_tile(const int rows, const int vectors, const bool narrows,
 ML_INLINE void tile(const int rows, const int vectors, const bool narrows, int64_t cols, int64_t depth,
                     const uint16_t *left, int64_t left_row, int64_t left_step, const uint32_t *panel, int64_t width,
                     char *out, int64_t out_row, const char *init, int64_t init_row) {
+  if (narrows) { /* rows of y and its base, which come from far away: they are here when the sums are */
+    const char *to = out, *from = init;
+    ML_UNROLL for (int i = 0; i < rows; i++, to += out_row * 2) {
+      ML_OPAQUE(to);
+      ML_UNROLL for (int j = 0; j < vectors; j += 2) __builtin_prefetch(to + j * LANES * 2, 1, 3);
+    }
+    if (init && init != out) ML_UNROLL for (int i = 0; i < rows; i++, from += init_row * 2) {
+        ML_OPAQUE(from);
+        ML_UNROLL for (int j = 0; j < vectors; j += 2) ML_PREFETCH_NEAR(from + j * LANES * 2);
+      }
+  }
   __m512 sum[TILE_ROWS][TILE_VECTORS];
   ML_UNROLL for (int i = 0; i < rows; i++) ML_UNROLL for (int j = 0; j < vectors; j++) sum[i][j] = _mm512_setzero_ps();
   for (int64_t k = 0; k < depth; k++, left += left_step, panel += width) {
