@@ -4,7 +4,6 @@
 #include <string.h>
 
 #include "call.h"
-#include "grouped.h"
 
 enum {
   PAIR_BLOCK = 256,    /* of a sum, whose blocks start from zero each */
@@ -20,12 +19,9 @@ static bool has_rows(const ml_routed_lora *p, ml_tokens v) {
 }
 
 bool ml_takes_pairs(const ml_routed_lora *p, ml_tokens a, ml_tokens b, bool forward) {
-  ml_routed_lora wide = *p;
   call c;
-  if (p->dtype != ML_BF16 || !p->bf16_adapters || !ml_active_kernels()->pairs) return false;
-  wide.dtype = ML_F32;
-  if (ml_begin(&c, &wide, false) != ML_OK || c.grouped || c.drops || c.T < (forward ? c.regime->pairs : 1))
-    return false;
+  if (!p->bf16_adapters || ml_begin(&c, p, false) != ML_OK || !c.pairs) return false;
+  if (c.grouped || c.drops || c.T < (forward ? ML_PAIRS_FORWARD : 1)) return false;
   if (p->d_in % 2 || p->d_out % 2 || !has_rows(p, p->x) || !has_rows(p, a) || !has_rows(p, b)) return false;
   for (int64_t e = 0; e < p->n_experts; e++) {
     const ml_expert *expert = &p->experts[e];
@@ -123,7 +119,7 @@ void ml_pair_project(call *c, factor m, rows x, rows out, epilogue *then, const 
   int n_threads = ml_threads_for(c, c->T * R * m.d);
   size_t used = c->used;
   projection j = {.c = c, .m = m, .R = R, .x = x, .out = out, .then = then, .context = context};
-  if (c->T < c->regime->pair_dots && ml_has_dense_rows(m)) {
+  if (c->T < ML_PAIR_DOTS && ml_has_dense_rows(m)) {
     j.factor_row = ml_take(c, R, 1, sizeof(void *));
     for (int64_t e = 0; e < m.n_parts; e++)
       for (int64_t r = m.offsets[e]; r < m.offsets[e + 1]; r++)
