@@ -188,7 +188,7 @@ void ml_store_grads(const call *c, ml_matrix sums, int64_t rank, int64_t cols, m
 void ml_reserve_masked_collection(const call *c, budget *b, int64_t d);
 void ml_collect_masked(call *c, factor grads, const char *h, rows x, bool add);
 
-/* ---- pairs.c: the same for rows in bfloat16, with c->pairs; H and Q are float32 ---- */
+/* ---- bf16_pairs.c: the same for rows in bfloat16, with c->pairs; H and Q are float32 ---- */
 
 /* Whether the call is one for these: a pure function of shapes, layouts and instruction set. a, b: what is read or written
  * besides x. */
