@@ -172,27 +172,41 @@ static void dots(int64_t tokens, int64_t n, int64_t depth, const uint16_t *x, in
 
 /* ---- pairs, made of rows ---- */
 
+ML_INLINE __m512i pair_up(__m256i first, __m256i second) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+}
+
+/* The last columns, a vector at a time. */
+ML_INLINE void interleave_some(uint32_t *panel, int64_t width, int64_t n_rows, __mmask16 some, const uint16_t *rows,
+                               int64_t row_stride) {
+  int64_t k = 0;
+  for (; k + 2 <= n_rows; k += 2, rows += 2 * row_stride, panel += width)
+    _mm512_mask_storeu_epi32(panel, some, pair_up(_mm256_maskz_loadu_epi16(some, rows),
+                                                  _mm256_maskz_loadu_epi16(some, rows + row_stride)));
+  if (k < n_rows)
+    _mm512_mask_storeu_epi32(panel, some, pair_up(_mm256_maskz_loadu_epi16(some, rows), _mm256_setzero_si256()));
+}
+
 static void interleave(uint32_t *panel, int64_t width, int64_t n_rows, int64_t cols, const uint16_t *rows,
                        int64_t row_stride) {
   static const uint16_t order[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  __m512i low = _mm512_loadu_si512(order), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  for (int64_t k = 0; k < n_rows; k += 2, rows += 2 * row_stride, panel += width) {
-    __mmask32 second = k + 1 < n_rows ? 0xffffffff : 0;
-    const uint16_t *other = second ? rows + row_stride : rows;
-    int64_t j = 0;
-    for (; j + 2 * LANES <= cols; j += 2 * LANES) {
-      __m512i a = _mm512_loadu_si512(rows + j), b = _mm512_maskz_loadu_epi16(second, other + j);
-      _mm512_storeu_si512(panel + j, _mm512_permutex2var_epi16(a, low, b));
-      _mm512_storeu_si512(panel + j + LANES, _mm512_permutex2var_epi16(a, high, b));
-    }
-    for (; j < cols; j += LANES) {
-      __mmask16 some = first_lanes(cols - j);
-      __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, rows + j));
-      __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some & (__mmask16)second, other + j));
-      _mm512_mask_storeu_epi32(panel + j, some, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+  const __m512i low = _mm512_loadu_si512(order), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const int64_t whole = cols / (2 * LANES) * (2 * LANES);
+  for (int64_t k = 0; k < n_rows && whole > 0; k += 2) {
+    const uint16_t *first = rows + k * row_stride, *second = k + 1 < n_rows ? first + row_stride : NULL;
+    uint32_t *to = panel + k / 2 * width;
+    for (int64_t j = 0; j < whole; j += 2 * LANES) {
+      __m512i a = _mm512_loadu_si512(first + j), b = second ? _mm512_loadu_si512(second + j) : _mm512_setzero_si512();
+      _mm512_storeu_si512(to + j, _mm512_permutex2var_epi16(a, low, b));
+      _mm512_storeu_si512(to + j + LANES, _mm512_permutex2var_epi16(a, high, b));
     }
   }
+  for (int64_t j = whole; j < cols; j += LANES)
+    if (cols - j < LANES)
+      interleave_some(panel + j, width, n_rows, first_lanes(cols - j), rows + j, row_stride);
+    else
+      interleave_some(panel + j, width, n_rows, 0xffff, rows + j, row_stride);
 }
 
 static void interleave_wide(uint32_t *panel, int64_t width, int64_t n_rows, int64_t cols, const float *rows,
@@ -200,20 +214,31 @@ static void interleave_wide(uint32_t *panel, int64_t width, int64_t n_rows, int6
   for (int64_t k = 0; k < n_rows; k += 2, rows += 2 * row_stride, panel += width)
     for (int64_t j = 0; j < cols; j += LANES) {
       __mmask16 some = first_lanes(cols - j), second = k + 1 < n_rows ? some : 0;
-      __m512i a = _mm512_cvtepu16_epi32(narrow(load_some(rows + j, some)));
-      __m512i b = _mm512_cvtepu16_epi32(narrow(load_some(second ? rows + row_stride + j : rows, second)));
-      _mm512_mask_storeu_epi32(panel + j, some, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+      _mm512_mask_storeu_epi32(panel + j, some,
+                               pair_up(narrow(load_some(rows + j, some)),
+                                       narrow(load_some(second ? rows + row_stride + j : rows, second))));
     }
+}
+
+ML_INLINE void narrow_some(int64_t n_rows, __mmask16 some, const float *from, int64_t from_row, uint16_t *to,
+                           int64_t to_row, const bool add) {
+  for (int64_t i = 0; i < n_rows; i++, from += from_row, to += to_row) {
+    __m512 v = load_some(from, some);
+    put(true, some, add ? _mm512_add_ps(widen_some(to, some), v) : v, (char *)to);
+  }
 }
 
 static void narrow_rows(int64_t n_rows, int64_t cols, const float *from, int64_t from_row, uint16_t *to, int64_t to_row,
                         bool add) {
-  for (int64_t i = 0; i < n_rows; i++, from += from_row, to += to_row)
-    for (int64_t j = 0; j < cols; j += LANES) {
-      __mmask16 some = first_lanes(cols - j);
-      __m512 v = load_some(from + j, some);
-      put(true, some, add ? _mm512_add_ps(widen_some(to + j, some), v) : v, (char *)(to + j));
-    }
+  for (int64_t j = 0; j < cols; j += LANES) {
+    __mmask16 some = first_lanes(cols - j);
+    if (add)
+      narrow_some(n_rows, some, from + j, from_row, to + j, to_row, true);
+    else if (cols - j < LANES)
+      narrow_some(n_rows, some, from + j, from_row, to + j, to_row, false);
+    else
+      narrow_some(n_rows, 0xffff, from + j, from_row, to + j, to_row, false);
+  }
 }
 
 static const ml_pairs pairs = {
