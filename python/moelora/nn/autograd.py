@@ -129,8 +129,9 @@ def routed_lora(
     -------
     Tensor [..., d_out]
         In x's dtype. On CPU the mixture of a bfloat16 or float16 x is computed in float32, added to the base, and
-        rounded once, whatever the adapters' dtype; elsewhere float32 adapters are rounded to x's dtype unless
-        `moelora.nn.autograd.ROUND_ADAPTERS` is False. Inside `torch.autocast` a float32, bfloat16 or float16 x,
+        rounded once, whatever the adapters' dtype; with the instruction set "avx512bf16", bfloat16 adapters meet an H
+        weighted and rounded to bfloat16, and sums are float32. Elsewhere float32 adapters are rounded to x's dtype
+        unless `moelora.nn.autograd.ROUND_ADAPTERS` is False. Inside `torch.autocast` a float32, bfloat16 or float16 x,
         base_output, weight and bias are first cast to autocast's dtype.
 
     Raises
@@ -156,7 +157,7 @@ def routed_lora(
         plain = _plain_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
         if plain is not None and (torch._C._is_any_autocast_enabled() or (top_k or 0) > len(plain[1])):
             plain = None
-        if plain is None and on_gpu(x):
+        if plain is None and on_gpu(x) and not torch._C._is_any_autocast_enabled():
             y = _on_gpu(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
             if y is not None:
                 return y
@@ -622,7 +623,7 @@ def _on_gpu(
     dropout_p: float | Sequence[float],
 ) -> Tensor | None:
     """What the CUDA kernels make of plain tensors on the current GPU; None where something is not plain."""
-    if not ROUND_ADAPTERS or torch._C._is_any_autocast_enabled():
+    if not ROUND_ADAPTERS:
         return None
     plain = _core.cuda_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
     if plain is None:
