@@ -73,7 +73,7 @@ def mixture_peers(cell: Cell, k: int, weight: Tensor | None = None) -> dict[str,
         kept = torch.zeros_like(w).scatter(-1, indices, values)
         return stacked(x, stacked_A, stacked_B_t, kept, base(), r)
 
-    below = {"base_output": given} if weight is None else {"weight": weight}
+    below: dict[str, Any] = {"base_output": given} if weight is None else {"weight": weight}
     return {
         "moelora": Peer(lambda: routed_lora(x, A, B, w, SCALING, **below, top_k=k), [x, w], [*A, *B]),
         "topk_loop": Peer(loop, [x, w], [*A, *B]),

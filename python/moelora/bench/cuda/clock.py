@@ -72,11 +72,12 @@ def _replayed(graph: torch.cuda.CUDAGraph, n: int, warm_up: torch.cuda.CUDAGraph
     graph.replay()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / n
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3 / n
 
 
 def _repeated(calls: Mapping[str, Call], sample: Callable[[Call, int], float]) -> dict[str, Callable[[], float]]:
-    samples = {}
+    samples: dict[str, Callable[[], float]] = {}
     for name, call in calls.items():
         sample(call, 1)  # what only a first call does
         samples[name] = partial(sample, call, max(1, math.ceil(LEAST / sample(call, 1))))
@@ -90,7 +91,8 @@ def _between_events(call: Call, n: int) -> float:
         call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / n
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3 / n
 
 
 def _to_return(call: Call, n: int) -> float:

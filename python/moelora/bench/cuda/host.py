@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from moelora.bench.arguments import RANK
 from moelora.bench.cuda import clock
-from moelora.bench.cuda.layers import RANK, Cell
+from moelora.bench.cuda.layers import Cell
 from moelora.bench.cuda.layers import peers as layer_peers
 from moelora.bench.host import PASSES, as_rows, layers
 from moelora.bench.work import Peer, part

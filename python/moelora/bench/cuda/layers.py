@@ -27,21 +27,24 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 
-from moelora import _core
+from moelora.bench.arguments import RANK
 from moelora.bench.cuda import clock
 from moelora.bench.layers import SCALING
 from moelora.bench.record import columns
 from moelora.bench.small import OneLayer, with_lora
 from moelora.bench.work import Peer
+from moelora.functional import HAS_EXT
 from moelora.nn import routed_lora
 from moelora.report.timing import quartiles
+
+if HAS_EXT:
+    from moelora import _core
 
 PASSES = ("forward", "forward_grad", "dx", "backward", "forward+backward")
 WAYS = ("torch", "decode", "dual", "fused")
 FORCED = ("forward", "dx")
 COMPILED = ("forward", "forward+backward")
 DECODE = 64  # tokens, at most
-RANK = 16
 SELDOM = {"loop": 4, "one_lora": 4}  # slow, and no goal speaks of them
 
 

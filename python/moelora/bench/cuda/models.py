@@ -19,13 +19,13 @@ import torch._dynamo
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 
+from moelora.bench.arguments import RANK
 from moelora.bench.models import DROPOUT, SELDOM, Peer, peers
 from moelora.bench.record import columns
 from moelora.bench.work import CAN_COMPILE
 from moelora.peft.anatomy import decoder
 from moelora.report.timing import interleave, quartiles
 
-RANK = 16
 DROPPED = ("moelora", "one_lora")  # with dropout, too
 
 
@@ -61,17 +61,19 @@ SHAPES = {
         [(4, (4, 512))],
     ),
 }
-SMOKE: Mapping[str, Any] = {"num_hidden_layers": 2, "vocab_size": 1024}
+SMOKE: Mapping[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 256}
 
 
 def build(name: str, *, smoke: bool, device: str = "cuda") -> PreTrainedModel:
-    """A model of random bfloat16 weights; with `smoke` of two layers and few tokens to choose from."""
+    """A model of random bfloat16 weights; with `smoke` next to none."""
     shape = SHAPES[name]
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     config = shape.config(**{**shape.size, **ends, **(SMOKE if smoke else {})})
     torch.manual_seed(0)
     with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=torch.bfloat16
+        )
     return model
 
 
@@ -115,9 +117,7 @@ def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
         _release()
 
 
-def all_peers(
-    base: PreTrainedModel, n: int, ids: Tensor, weights: Tensor, targets: str | list[str]
-) -> dict[str, Peer]:
+def all_peers(base: PreTrainedModel, n: int, ids: Tensor, weights: Tensor, targets: str | list[str]) -> dict[str, Peer]:
     """The peers without dropout."""
     compiled = compile_layers if CAN_COMPILE else None
     return peers(base, n, RANK, ids, weights, targets=targets, compiled=compiled)
