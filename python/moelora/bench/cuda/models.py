@@ -96,6 +96,11 @@ def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
     """Rows of ``models.csv``."""
     # Peers take turns with very different tensors.
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        yield from _models(grid, rounds)
+
+
+def _models(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
     for name in grid.models:
         base, shape = build(name, smoke=grid.smoke), SHAPES[name]
         for n, batch in shape.cells:
