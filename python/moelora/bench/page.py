@@ -197,6 +197,7 @@ def _models(results: Results, stem: str) -> str:
     for place in dict.fromkeys((row["model"], row["N"], row["dtype"]) for row in results["models"]):
         here = [row for row in results["models"] if (row["model"], row["N"], row["dtype"]) == place]
         of = {(row["peer"], row["p"], row["what"]): row for row in here}
+        step = float(of["moelora", "0.0", "train step"]["ms_median"] or "nan")
         lines = []
         for peer, p in dict.fromkeys((row["peer"], row["p"]) for row in here):
             train, forward = of[peer, p, "train step"], of.get((peer, p, "forward"))
@@ -205,7 +206,10 @@ def _models(results: Results, stem: str) -> str:
             if train["ms_median"]:
                 line += [f"{_ms(train, 'median', short)} ms"]
                 line += [f"{_ms(train, 'q1', short)} to {_ms(train, 'q3', short)}"]
-                line += [f"{float(train['over_moelora']):.2f}", f"{train['peak_mib']} MiB" if train["peak_mib"] else ""]
+                line += [
+                    f"{float(train['ms_median']) / step:.2f}",
+                    f"{train['peak_mib']} MiB" if train["peak_mib"] else "",
+                ]
             else:
                 line += [train["peak_mib"], "", "", ""]
             lines.append(line)

@@ -10,6 +10,7 @@ there is has a row without times, with peak "oom".
 """
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -150,7 +151,7 @@ def _rows(
             calls[call] = run
             every[call] = SELDOM.get(name, 1)
     seconds = interleave(calls, rounds, every=every)
-    ours = quartiles(seconds["moelora 0.0"])[1]
+    ours = quartiles(seconds.get("moelora 0.0", [math.nan]))[1]
     for (call, peak), (name, p) in zip(peaks.items(), of, strict=True):
         values = seconds.get(call, [])
         measured = columns(values, "ms") if values else dict.fromkeys(columns([0.0], "ms"), "")
