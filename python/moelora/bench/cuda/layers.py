@@ -41,7 +41,7 @@ if HAS_EXT:
     from moelora import _core
 
 PASSES = ("forward", "forward_grad", "dx", "backward", "forward+backward")
-WAYS = ("torch", "decode", "dual", "fused")
+WAYS = ("torch", "decode", "dual", "fused", "shared")
 FORCED = ("forward", "dx")
 COMPILED = ("forward", "forward+backward")
 DECODE = 64  # tokens, at most

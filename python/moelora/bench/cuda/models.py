@@ -96,7 +96,7 @@ class Grid(NamedTuple):
 def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
     """Rows of ``models.csv``."""
     # Peers take turns with very different tensors.
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         yield from _models(grid, rounds)
 
