@@ -43,6 +43,10 @@ _CPU_SMOKE: dict[str, dict[str, Any]] = {
     "host": {"experts": [2]},
 }
 _PASSES = ["forward", "forward_grad", "dx", "backward", "forward+backward"]
+_WAYS = [f"moelora_{way}" for way in ("torch", "decode", "dual", "fused", "shared")]
+_PEERS = ["base", "moelora", "stacked", "stacked_compiled", "one_lora", "loop", *_WAYS]
+_MODEL_PEERS = ["moelora", "one_lora", "stacked", "base", "moelora_router", "loop", "two_pass", "n_passes"]
+_MODEL_PEERS += ["stacked_compiled"]
 _CUDA: dict[str, dict[str, Any]] = {
     "layers": {
         "shapes": [
@@ -60,9 +64,10 @@ _CUDA: dict[str, dict[str, Any]] = {
         ],
         "adapters": ["bfloat16", "float32"],
         "passes": _PASSES,
+        "peers": _PEERS,
     },
     "topk": {"tokens": [2048, 8192], "widths": [4096], "mixtures": [(8, 16), (64, 16)], "top_k": [2]},
-    "models": {"models": ["gemma-2b", "llama-8b", "qwen3-4b"]},
+    "models": {"models": ["gemma-2b", "llama-8b", "qwen3-4b"], "experts": [4, 8], "peers": _MODEL_PEERS},
     "host": {"experts": [4, 8]},
 }
 _CUDA_SMOKE: dict[str, dict[str, Any]] = {
@@ -70,9 +75,10 @@ _CUDA_SMOKE: dict[str, dict[str, Any]] = {
         "shapes": [(4, 512, 256, 32), (512, 256, 512, 64)],
         "adapters": ["bfloat16", "float32"],
         "passes": _PASSES,
+        "peers": _PEERS,
     },
     "topk": {"tokens": [64], "widths": [256], "mixtures": [(4, 16)], "top_k": [2]},
-    "models": {"models": ["gemma-2b", "llama-8b", "qwen3-4b"]},
+    "models": {"models": ["gemma-2b", "llama-8b", "qwen3-4b"], "experts": [4, 8], "peers": _MODEL_PEERS},
     "host": {"experts": [2]},
 }
 FULL = {"cpu": _CPU, "cuda": _CUDA}
@@ -164,6 +170,9 @@ def _add_grid(command: argparse.ArgumentParser, name: str) -> None:
         add("top-k", _positive, "experts for each token", metavar="K")
     if "experts" in known:
         add("experts", _positive, "numbers of experts", metavar="N")
+    if "peers" in known:
+        always = "base and moelora" if name == "layers" else "moelora"
+        add("peers", str, f"which, besides {always}", choices=full["cuda"]["peers"], metavar="PEER")
     if "dtype" in known:
         about = "of x and adapters" if name == "layers" else "which"
         add("dtype", str, about, choices=full["cpu"]["dtype"], metavar="DTYPE")

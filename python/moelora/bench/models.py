@@ -22,7 +22,7 @@ Peak memory is that of the process beyond what it held before.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -140,6 +140,7 @@ def peers(
     p: float = 0.0,
     targets: str | list[str] = "all-linear",
     compiled: Callable[[nn.Module], Any] | None = None,
+    only: Container[str] | None = None,
 ) -> dict[str, Peer]:
     """Ways to run `base` with N experts; with dropout those alone that do it as PEFT does.
 
@@ -147,6 +148,8 @@ def peers(
     ----------
     compiled : callable, optional
         What compiles a model, for `stacked_compiled`.
+    only : container of str, optional
+        Names of those that are made.
     """
     names = [f"expert_{i}" for i in range(n)]
     plain: dict[str, Any] = {
@@ -171,6 +174,23 @@ def peers(
         config = moelora.MoELoraConfig(**plain, num_experts=n, top_k_experts=n, router_aux_loss_coef=0.0)
         return moelora.get_peft_model(twin(base), config)
 
+    def plainly(model: Any) -> Peer:
+        return Peer(model, partial(result, model))
+
+    def given() -> Peer:
+        model = routed()
+        model.base_model.detach_router()
+        return Peer(model, partial(result, model, routing_weights=weights))
+
+    def frozen() -> Peer:
+        model = twin(base).requires_grad_(False)
+        model.enable_input_require_grads()  # type: ignore[no-untyped-call]
+        return plainly(model)
+
+    def passes() -> Peer:
+        model = stock(n)
+        return Peer(model, lambda labels: n_passes(model, weights, ids, labels))
+
     def looped(weights: Tensor | None) -> Peer:
         model = stock(n)
         loop = AdapterLoop(model)
@@ -180,29 +200,27 @@ def peers(
         router = routed().base_model.router
         return Peer(model, lambda labels: two_passes(loop, model, router, ids, labels), router)
 
-    one, given = stock(1), routed()
-    given.base_model.detach_router()
-    found = {
-        "moelora": Peer(given, partial(result, given, routing_weights=weights)),
-        "one_lora": Peer(one, partial(result, one)),
-        "loop": looped(weights),
+    makers: dict[str, Callable[[], Peer]] = {
+        "moelora": given,
+        "one_lora": lambda: plainly(stock(1)),
+        "loop": lambda: looped(weights),
     }
-    if p:
-        return found
-
-    frozen, stacked, old, with_router = twin(base).requires_grad_(False), stack(stock(n), weights), stock(n), routed()
-    frozen.enable_input_require_grads()  # type: ignore[no-untyped-call]
-    found |= {
-        "moelora_router": Peer(with_router, partial(result, with_router)),
-        "stacked": Peer(stacked, partial(result, stacked)),
-        "base": Peer(frozen, partial(result, frozen)),
-        "two_pass": looped(None),
-        "n_passes": Peer(old, lambda labels: n_passes(old, weights, ids, labels)),
-    }
+    if not p:
+        makers |= {
+            "moelora_router": lambda: plainly(routed()),
+            "stacked": lambda: plainly(stack(stock(n), weights)),
+            "base": frozen,
+            "two_pass": lambda: looped(None),
+            "n_passes": passes,
+        }
     if compiled is not None:
-        model = stack(stock(n), weights)
-        found["stacked_compiled"] = Peer(model, partial(result, compiled(model)))
-    return found
+
+        def stacked_compiled() -> Peer:
+            model = stack(stock(n), weights)
+            return Peer(model, partial(result, compiled(model)))
+
+        makers["stacked_compiled"] = stacked_compiled
+    return {name: make() for name, make in makers.items() if only is None or name in only}
 
 
 class Grid(NamedTuple):

@@ -117,13 +117,14 @@ Files = Iterator[tuple[str, Iterator[dict[str, Any]]]]
 
 def _on_gpu(name: str, grid: dict[str, Any], rounds: int, smoke: bool) -> Files:
     if name == "layers":
-        cells = gpu_layers.Grid(grid["shapes"], grid["adapters"], grid["passes"])
+        cells = gpu_layers.Grid(grid["shapes"], grid["adapters"], grid["passes"], grid["peers"])
         yield name, gpu_layers.measure(cells, rounds)
     elif name == "topk":
         few = gpu_topk.Grid(grid["tokens"], grid["widths"], grid["mixtures"], grid["top_k"])
         yield name, gpu_topk.measure(few, rounds)
     elif name == "models":
-        yield name, gpu_models.measure(gpu_models.Grid(grid["models"], smoke), rounds)
+        whole = gpu_models.Grid(grid["models"], grid["experts"], grid["peers"], smoke)
+        yield name, gpu_models.measure(whole, rounds)
     else:
         yield name, gpu_host.measure(grid["experts"], rounds)
 

@@ -41,11 +41,10 @@ if HAS_EXT:
     from moelora import _core
 
 PASSES = ("forward", "forward_grad", "dx", "backward", "forward+backward")
-WAYS = ("torch", "decode", "dual", "fused", "shared")
 FORCED = ("forward", "dx")
 COMPILED = ("forward", "forward+backward")
 DECODE = 64  # tokens, at most
-SELDOM = {"loop": 4, "one_lora": 4}  # slow, and no goal speaks of them
+SELDOM = {"loop": 4}  # slow, and no goal speaks of it
 
 
 class Cell(NamedTuple):
@@ -153,6 +152,7 @@ class Grid(NamedTuple):
     shapes: Sequence[tuple[int, int, int, int]]
     adapters: Sequence[str]
     passes: Sequence[str]
+    peers: Sequence[str]
 
 
 def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
@@ -167,7 +167,7 @@ def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
             sets = [peers(cell, seed) for seed in range(_n_sets(cell))]
             for which in grid.passes:
                 if which == "forward" or T > DECODE:
-                    yield from _rows(cell, which, _timed(cell, sets, which, rounds))
+                    yield from _rows(cell, which, _timed(cell, sets, which, grid.peers, rounds))
             del sets
             torch._dynamo.reset()
             torch.cuda.empty_cache()
@@ -179,22 +179,27 @@ def _n_sets(cell: Cell) -> int:
     return min(max(-(-3 * torch.cuda.get_device_properties().L2_cache_size // size), 2), 8)
 
 
-def _timed(cell: Cell, sets: Sequence[Set], which: str, rounds: int) -> dict[str, tuple[str, list[float]]]:
+def _timed(
+    cell: Cell, sets: Sequence[Set], which: str, names: Sequence[str], rounds: int
+) -> dict[str, tuple[str, list[float]]]:
     """For each peer the way that it takes, if it is moelora, and seconds."""
     calls: dict[str, Sequence[Callable[[], object]]] = {}
     ways = {}
     with torch.set_grad_enabled(which != "forward"):
-        for name in sets[0].peers:
-            if name != "stacked_compiled" or which in COMPILED:
+        for name in ("base", "moelora", *(name for name in sets[0].peers if name in names)):
+            if name not in calls and (name != "stacked_compiled" or which in COMPILED):
                 calls[name] = [call(of.peers[name], which, of.grad_y) for of in sets]
         ways["moelora"] = way(cell, which)
-        for one in WAYS if which in FORCED else ():
+        for name in names:
+            one = name.removeprefix("moelora_")
+            if one == name or which not in FORCED:
+                continue
             with forced(one):
                 if way(cell, which) != one:
                     continue
                 ours = [call(of.peers["moelora"], which, of.grad_y) for of in sets]
-            calls[f"moelora_{one}"] = [_in_way(one, each) for each in ours]
-            ways[f"moelora_{one}"] = one
+            calls[name] = [_in_way(one, each) for each in ours]
+            ways[name] = one
         seconds = clock.in_graphs(calls, rounds, every=SELDOM)
     return {name: (ways.get(name, ""), values) for name, values in seconds.items()}
 

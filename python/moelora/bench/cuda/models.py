@@ -11,7 +11,7 @@ there is has a row without times, with peak "oom".
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from moelora.bench.work import CAN_COMPILE
 from moelora.peft.anatomy import decoder
 from moelora.report.timing import interleave, quartiles
 
-DROPPED = ("moelora", "one_lora")  # with dropout, too
+DROPPED = ("gemma-2b", 4)  # where moelora and one_lora have dropout, too
 
 
 class Shape(NamedTuple):
@@ -87,9 +87,11 @@ def compile_layers(model: nn.Module) -> nn.Module:
 
 
 class Grid(NamedTuple):
-    """Which models, each with its own experts and batches."""
+    """Which models, each with its own batches for N experts, and which peers."""
 
     models: Sequence[str]
+    experts: Sequence[int]
+    peers: Sequence[str]
     smoke: bool
 
 
@@ -105,15 +107,25 @@ def _models(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
     for name in grid.models:
         base, shape = build(name, smoke=grid.smoke), SHAPES[name]
         for n, batch in shape.cells:
+            if n not in grid.experts:
+                continue
             B, S = (1, 64) if grid.smoke else batch
             ids = torch.randint(base.config.vocab_size, (B, S), device="cuda")
             weights = torch.rand(B, S, n, device="cuda").softmax(-1)
+            call = (base, n, RANK, ids, weights)
             with torch.device("cuda"):
-                of = {(way, 0.0): peer for way, peer in all_peers(base, n, ids, weights, shape.targets).items()}
-                ways = peers(base, n, RANK, ids, weights, targets=shape.targets, p=DROPOUT)
-            fill(of.values())
-            dropped = {(way, DROPOUT): ways[way] for way in DROPPED}
-            fill(dropped.values())
+                ways = peers(
+                    *call,
+                    targets=shape.targets,
+                    compiled=compile_layers if CAN_COMPILE else None,
+                    only={"moelora", *grid.peers},
+                )
+                of = {(way, 0.0): peer for way, peer in ways.items()}
+                dropped = {}
+                if (name, n) == DROPPED:
+                    ways = peers(*call, targets=shape.targets, only={"moelora", "one_lora"} & {*ways}, p=DROPOUT)
+                    dropped = {(way, DROPOUT): peer for way, peer in ways.items()}
+            fill([*of.values(), *dropped.values()])
             about = {"model": name, "B": B, "S": S, "N": n, "r": RANK, "dtype": "bfloat16"}
             yield from _rows(of, "forward", ids, rounds, about)
             yield from _rows(of | dropped, "train step", ids, rounds, about)
@@ -123,13 +135,7 @@ def _models(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
         _release()
 
 
-def all_peers(base: PreTrainedModel, n: int, ids: Tensor, weights: Tensor, targets: str | list[str]) -> dict[str, Peer]:
-    """The peers without dropout."""
-    compiled = compile_layers if CAN_COMPILE else None
-    return peers(base, n, RANK, ids, weights, targets=targets, compiled=compiled)
-
-
-def fill(of: Any) -> None:
+def fill(of: Iterable[Peer]) -> None:
     """Give every B numbers: products of zeros take less power, and so less time."""
     for peer in of:
         for name, parameter in peer.model.named_parameters():
