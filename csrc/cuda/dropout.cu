@@ -89,8 +89,7 @@ DEVICE void drop(u32 (&fragments)[8][4], int of, const drawn &first, const drawn
     fragments[i][of] &= ~__byte_perm(beyond(first, i, drops), beyond(second, i, drops), 0x7632);
 }
 
-/* ---- shared memory: rows of 256 or 128 bytes, 16 bytes of a row in such an order that 8 rows never meet in a bank
- * ---- */
+/* ---- shared memory: rows of 256 or 128 bytes, their 16s in such an order that 8 rows never meet in a bank ---- */
 
 DEVICE u32 in_wide(u32 memory, int row, int chunk) { return memory + row * 256 + ((chunk ^ (row & 7)) << 4); }
 DEVICE u32 in_narrow(u32 memory, int row, int chunk) { return memory + row * 128 + ((chunk ^ (row & 7)) << 4); }
