@@ -10,8 +10,6 @@ struct alignas(64) tensor_map {
   u64 words[16];
 };
 
-DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
 /* ---- barriers in shared memory ---- */
 
 DEVICE void barrier_init(u32 barrier, u32 arrivals) {
