@@ -624,6 +624,9 @@ def _on_gpu(
     """What the CUDA kernels make of plain tensors on the current GPU; None where something is not plain."""
     if not ROUND_ADAPTERS or torch._C._is_any_autocast_enabled():
         return None
+    if x.get_device() != torch.cuda.current_device():  # where new tensors are made
+        with torch.cuda.device(x.device):
+            return _on_gpu(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
     plain = _core.cuda_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
     if plain is None:
         return None
