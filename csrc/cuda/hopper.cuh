@@ -254,11 +254,11 @@ DEVICE void finish_shrink(const float (&d)[SIZE], const ml_narrow &n, int row, i
           }
           dot = 0;
         }
-        if (real && n.weighted) ((u32 *)n.weighted)[at + 4 * j] = narrow(f[j] * low_of(h[j]), f[j] * high_of(h[j]));
+        if (real && n.weighted) ((u32 *)n.weighted)[at + 4 * j] = narrow(times(f[j], low_of(h[j])), times(f[j], high_of(h[j])));
 #else
         if (real && n.hidden) ((u32 *)n.hidden)[at + 4 * j] = narrow(v0, v1);
 #endif
-        if (real) ((u32 *)n.mixed)[at + 4 * j] = narrow(f[j] * v0, f[j] * v1);
+        if (real) ((u32 *)n.mixed)[at + 4 * j] = narrow(times(f[j], v0), times(f[j], v1));
       }
     }
   }
