@@ -577,6 +577,7 @@ PyObject *cuda_way(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
   ml_layer layer = {.gpu = &gpu, .tokens = numbers[2], .d_in = numbers[3], .d_out = numbers[4], .n_experts = 1};
   static _Alignas(16) const char weight[16];
   layer.weight = weight;
+  layer.weight_row = layer.d_in;
   layer.adapters.of[0].rank = (int)numbers[5];
   bool plain = ml_layer_begin(&layer) == ML_CUDA_OK;
   return PyUnicode_FromString(ml_way_name(plain ? ml_layer_way(&layer, args[6] == Py_True) : ML_BY_TORCH));
