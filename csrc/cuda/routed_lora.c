@@ -79,23 +79,20 @@ static bool shrinks_are_free(const ml_layer *layer, int64_t n) {
   return idle > 0 && each * (layer->columns == 64 ? 36 : 50) <= 100;
 }
 
-/* Tiles and clusters of shared.cu: the widest tiles and the largest clusters with which every block has one tile and at least half of
- * the multiprocessors have a block. Clusters are taken from groups of 16 multiprocessors. */
-typedef struct {
-  int width, share; /* 0: none will do */
-} shared_shape;
-
-static shared_shape shared_shape_of(const ml_layer *layer, int64_t n) {
-  int64_t blocks = layer->gpu->multiprocessors / 16 * 16, row_tiles = ceil_div(layer->tokens, ROWS);
+/* Tiles of shared.cu: the widest with which every block has one and at least half of the multiprocessors have a block; 0: none. Its
+ * clusters are pairs: larger ones would save work, but were measured not to reach all multiprocessors at once. */
+enum { SHARE = 2 };
+static int64_t shared_blocks(const ml_layer *layer, int64_t n, int width) {
+  return ceil_div(layer->tokens, ROWS) * round_up(ceil_div(n, width), SHARE);
+}
+static int shared_width(const ml_layer *layer, int64_t n) {
   for (int width = 256; width >= 128; width /= 2) {
-    for (int share = 8; share >= 4; share /= 2) {
-      int64_t all = row_tiles * round_up(ceil_div(n, width), share);
-      if (all <= blocks && (all * 2 > blocks || width == 128)) {
-        return (shared_shape){width, share};
-      }
+    int64_t blocks = shared_blocks(layer, n, width);
+    if (blocks <= layer->gpu->multiprocessors && blocks * 2 > layer->gpu->multiprocessors) {
+      return width;
     }
   }
-  return (shared_shape){0, 0};
+  return 0;
 }
 
 ml_way ml_layer_way(const ml_layer *layer, bool backward) {
@@ -105,8 +102,7 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
   }
   int64_t n = backward ? layer->d_in : layer->d_out;
   bool can[] = {true, !backward && layer->tokens <= DECODE_TOKENS && layer->columns <= DECODE_COLUMNS, true,
-                layer->columns <= 128 && idle_blocks(layer, n) > 0,
-                layer->columns == 64 && shared_shape_of(layer, n).width > 0};
+                layer->columns <= 128 && idle_blocks(layer, n) > 0, layer->columns == 64 && shared_width(layer, n) > 0};
   int way = atomic_load(&forced);
   if (way >= 0 && can[way]) {
     return (ml_way)way;
@@ -114,13 +110,14 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
   if (can[ML_BY_DECODE]) {
     return ML_BY_DECODE;
   }
-  if (can[ML_BY_SHARED] && layer->tokens >= 4 * ROWS) {
+  int64_t tiles = tiles_of(layer, n), blocks = layer->gpu->multiprocessors;
+  if (can[ML_BY_FUSED] && shrinks_are_free(layer, n) && tiles * 10 >= blocks * 9) {
+    return ML_BY_FUSED;
+  }
+  if (can[ML_BY_SHARED]) {
     return ML_BY_SHARED;
   }
-  if (tiles_of(layer, n) * 2 < layer->gpu->multiprocessors) {
-    return ML_BY_TORCH; /* whose products split the sum */
-  }
-  return can[ML_BY_FUSED] && shrinks_are_free(layer, n) ? ML_BY_FUSED : ML_BY_DUAL;
+  return tiles * 2 < blocks ? ML_BY_TORCH : ML_BY_DUAL; /* torch's products split the sum where tiles are few */
 }
 
 /* ---- the workspace ---- */
@@ -287,8 +284,7 @@ static ml_cuda_status shared(const ml_layer *layer, const places *p, ml_narrow n
                              bool backward) {
   int64_t T = layer->tokens, C = layer->columns;
   int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
-  shared_shape shape = shared_shape_of(layer, n);
-  int width = shape.width, stages = width == 256 ? 3 : 4;
+  int width = shared_width(layer, n), stages = width == 256 ? 3 : 4;
   const void *b = backward ? p->prepared.a : p->prepared.b, *shrink = backward ? p->prepared.b : p->prepared.a;
   ml_tensor_map maps[5];
   ml_cuda_status status;
@@ -303,12 +299,12 @@ static ml_cuda_status shared(const ml_layer *layer, const places *p, ml_narrow n
   const void *bias = backward ? NULL : layer->bias;
   int n_ = (int)n, depth_ = (int)depth;
   void *arguments[] = {&maps[0], &maps[1], &maps[2], &maps[3], &maps[4], &narrow, &bias, &n_, &depth_};
-  ml_variant variant = {ML_SHARED, {layer->f16, backward, (int16_t)width, (int16_t)shape.share, bias != NULL}};
+  ml_variant variant = {ML_SHARED, {layer->f16, backward, (int16_t)width, SHARE, bias != NULL}};
   return launch(layer, variant, "ml_shared",
-                (ml_launch){.grid = (unsigned)(ceil_div(T, ROWS) * round_up(ceil_div(n, width), shape.share)),
+                (ml_launch){.grid = (unsigned)shared_blocks(layer, n, width),
                             .block = 384,
                             .shared_bytes = (unsigned)(stages * (16384 + width * 128 + 8192) + 32768 + 16384 + 4096),
-                            .cluster = (unsigned)shape.share,
+                            .cluster = SHARE,
                             .early = true},
                 arguments);
 }

@@ -1,6 +1,6 @@
 //options: ML_F16 ML_BACKWARD ML_WIDTH ML_SHARE ML_BIAS
 /* A layer in one kernel, as dual.cu, for so few tiles that every block has one, and 64 columns: no block has time to spare for the
- * shrink then, but the ML_SHARE (4, 8) blocks of a cluster, which have the same rows of x, share it.
+ * shrink then, but the ML_SHARE (2, 4, 8) blocks of a cluster, which have the same rows of x, share it.
  *
  * Each multiplies one part of x, which it has in shared memory anyway, with the shrink's factor, too. It sends what comes of it, the
  * warps' 16 rows each, to the blocks that finish those rows; they add the parts in the order of the ranks, scale, and
@@ -106,7 +106,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_shared(
   int steps = (depth + 63) / 64, each = (steps + ML_SHARE - 1) / ML_SHARE;
   int mine = max(min(steps - rank * each, each), 0); /* steps of the shrink, from rank * each on */
   int early = min(steps / 4, steps - each), end = early + mine; /* they are the steps [early, end) here */
-  int begin = (rank * each - early + 2 * steps) % steps, finish = min(end + 2, steps - 1);
+  int begin = (rank * each - early + 2 * steps) % steps, finish = min(end + 2, steps);
   if (threadIdx.x == 0) {
     r.begin();
     barrier_init(parts_barrier, 1);
@@ -143,37 +143,24 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_shared(
   } else {
     registers_stay<232>();
     int group = (threadIdx.x >> 7) - 1, t = threadIdx.x & 127, lane = t & 31, warp = group * 4 + (t >> 5);
-    bool tells = t == 0;
     float d[ML_WIDTH / 2], h[COLS / 2];
-    if (mine == 0) {
+    sum_tiles(d, r, early, group);
+    if (mine > 0) {
+      sum_tiles(d, h, r, mine, group, early == 0);
+    } else {
 #pragma unroll
       for (int i = 0; i < COLS / 2; i++) h[i] = 0;
     }
-    int before = 0;
-    for (int i = 0; i < steps; i++) {
-      barrier_wait(r.full(), r.phase);
-      products_begin();
-      multiply_tile(d, r.data() + group * 8192, r.data() + X_BYTES, i == 0);
-      if (i >= early && i < end) multiply_tile(h, r.data() + group * 8192, r.data() + X_BYTES + W_BYTES, i == early);
-      products_commit();
-      if (i == max(end - 1, early)) { /* the shrink's part is whole: to those who finish it */
-        products_wait<0>();
-        settle(h);
-        u32 owner = warp / WARPS, to = address_in(owner, base + PARTS + (rank * WARPS + warp % WARPS) * PART_BYTES + lane * 16);
-        u32 barrier = address_in(owner, parts_barrier);
+    /* The shrink's part is whole: to those who finish it. */
+    u32 owner = warp / WARPS, to = address_in(owner, base + PARTS + (rank * WARPS + warp % WARPS) * PART_BYTES + lane * 16);
+    u32 barrier = address_in(owner, parts_barrier);
 #pragma unroll
-        for (int j = 0; j < COLS / 8; j++) send(to + j * 512, barrier, h[4 * j], h[4 * j + 1], h[4 * j + 2], h[4 * j + 3]);
-      }
-      if (i == finish) {
-        wait_for_predecessor(); /* it has ended, and what it wrote is to be seen here, too */
-        barrier_wait(parts_barrier, 0);
-        finish_slice(shrunk, base, mixed_barrier, row + rank * SLICE, rank * SLICE, cluster % across == 0);
-      }
-      products_wait<1>();
-      if (i > 0 && tells) barrier_arrive(r.empty(before));
-      before = r.stage;
-      r.next();
-    }
+    for (int j = 0; j < COLS / 8; j++) send(to + j * 512, barrier, h[4 * j], h[4 * j + 1], h[4 * j + 2], h[4 * j + 3]);
+    sum_tiles(d, r, finish - end, group, end == 0);
+    wait_for_predecessor(); /* it has ended, and what it wrote is to be seen here, too */
+    barrier_wait(parts_barrier, 0);
+    finish_slice(shrunk, base, mixed_barrier, row + rank * SLICE, rank * SLICE, cluster % across == 0);
+    sum_tiles(d, r, steps - finish, group, finish == 0);
     barrier_wait(r.full(), r.phase);
     barrier_wait(mixed_barrier, 0);
     fence_shared();
@@ -184,6 +171,6 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_shared(
     settle(d);
     warpgroups_sync(); /* nobody reads parts any more */
     store_tile(d, base + PARTS + group * 2 * Y_BYTES, &y, row + group * 64, col, n, bias, group);
-    if (tells) stores_done();
+    if (t == 0) stores_done();
   }
 }
