@@ -470,7 +470,7 @@ def test_a_captured_graph_replays_with_changed_inputs(make_layer, random_like, w
 SOAK = {  # by the rule of a GPU of 132 multiprocessors
     "decode": (16, 1024, 2048, (16,) * 4),
     "torch": (200, 1024, 2048, (16,) * 4),
-    "fused": (1152, 1024, 2048, (32,) * 4),
+    "fused": (1408, 512, 2816, (32,) * 4),
     "dual": (1408, 512, 3072, (32,) * 4),
     "shared": (1024, 1024, 2048, (16,) * 4),
 }
