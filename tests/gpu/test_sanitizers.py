@@ -1,8 +1,8 @@
 """NVIDIA's compute-sanitizer finds nothing in every kernel of a routed layer.
 
-What its tools see of these kernels: memcheck all accesses but those of the copy engine (cp.async.bulk.tensor), which are
-bounded by tensor maps; racecheck the shared memory that threads read and write by themselves, not what the copy engine
-writes and wgmma reads; synccheck barriers; initcheck global memory.
+What its tools see of these kernels: memcheck all accesses but the copy engine's (cp.async.bulk.tensor), which tensor
+maps bound; racecheck the shared memory that threads read and write by themselves, not what the copy engine writes and
+wgmma reads; synccheck barriers; initcheck global memory.
 """
 
 import os
