@@ -353,19 +353,22 @@ VIEWS = {
 def test_any_memory_gives_the_same(make_layer, random_like, assert_as_exact, way, tokens, view):
     layer, change = make_layer(tokens, 256, 1024, (16, 8), base="weight and bias"), VIEWS[view]
     grad_y = random_like(layer)
-    exact, stacked = layer.exact(grad_y), layer.gradients(routed_lora_formula, grad_y)
+    exact = layer.exact(grad_y)
     wanted = [[layer.x], [layer.routing_weights], layer.lora_A, layer.lora_B, [*layer.base.values()], [grad_y]]
     for changed in wanted:
         swap = {id(t): change(t) for t in changed}
         new = [swap.get(id(t), t).detach().requires_grad_() for t in layer.leaves]
         base = {name: swap.get(id(t), t) for name, t in layer.base.items()}
-        y = layer.replace(new)._replace(base=base).by(routed_lora)
-        got = [y.detach(), *torch.autograd.grad(y, new, swap.get(id(grad_y), grad_y))]
+        results = []
+        for function in (routed_lora, routed_lora_formula):
+            y = layer.replace(new)._replace(base=base).by(function)
+            results.append([y.detach(), *torch.autograd.grad(y, new, swap.get(id(grad_y), grad_y))])
+        got, stacked = results
         for what, *results in zip(names_of(layer), got, exact, stacked, strict=True):
             assert_as_exact(*results, f"{what}, changed {[tuple(t.shape) for t in changed]}")
 
 
-def test_expanded_tensors(make_layer, random_like, assert_as_exact, way):
+def test_expanded_tensors(make_layer, random_like, way):
     """Rows that are the same memory."""
     for tokens in (20, 600):
         layer = make_layer(tokens, 256, 1024)
@@ -377,11 +380,10 @@ def test_expanded_tensors(make_layer, random_like, assert_as_exact, way):
         grad_y = random_like(layer)[:1].expand(tokens, 1024)
         leaves = [t.detach().requires_grad_() for t in expanded.leaves]
         dense = expanded._replace(base={"weight": expanded.base["weight"].contiguous()})
-        exact, stacked = dense.exact(grad_y), dense.gradients(routed_lora_formula, grad_y)
         y = expanded.replace(leaves).by(routed_lora)
         got = [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
-        for what, *results in zip(names_of(layer), got, exact, stacked, strict=True):
-            assert_as_exact(*results, what)
+        for what, a, b in zip(names_of(layer), got, dense.exact(grad_y), strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-2 * b.abs().max().item(), msg=what)
 
 
 def test_a_weight_that_is_transposed(make_layer, random_like, assert_as_exact, taken, way):
@@ -571,8 +573,8 @@ def test_what_is_not_plain_is_left_alone(make_layer):
     assert _core.cuda_forward(*call.values(), 4, True) is None
 
 
-def test_the_mix_takes_only_what_was_prepared(make_layer):
-    _, call = plain(make_layer)
+def test_the_mix_takes_only_what_was_prepared(make_layer, random_like):
+    layer, call = plain(make_layer)
     workspace, stacked_a, *_ = _core.cuda_prepare(*call, 0, False)
     hidden = call[0] @ stacked_a.t()
     assert _core.cuda_mix(*call, 0, hidden, workspace) is None
@@ -581,6 +583,7 @@ def test_the_mix_takes_only_what_was_prepared(make_layer):
     for given in wrong:
         with pytest.raises(ValueError, match="expected the tensors that cuda_prepare took and made"):
             _core.cuda_mix(*call, 0, *given)
+    call = (random_like(layer), *call[1:])
     workspace = _core.cuda_prepare(*call, 0, True)[0]
     for grad_w in (call[2][:-1].clone(), call[2].half(), call[2].t().contiguous().t(), 1):
         with pytest.raises(ValueError, match="expected the tensors that cuda_prepare took and made"):

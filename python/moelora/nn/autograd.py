@@ -711,6 +711,7 @@ class _RoutedLoRAOnGPU(torch.autograd.Function):
 _apply_on_gpu: Callable[..., Tensor] = super(torch.autograd.Function, _RoutedLoRAOnGPU).apply
 
 
+@torch.no_grad()
 def _products_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None] | None:
     """Gradients of the node's arguments by torch's products, what lies between them by kernels; None: not plain."""
     x, hidden, routing_weights, weight, *adapters = saved
@@ -742,7 +743,7 @@ def _products_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[T
                 continue
             rank = adapter.shape[0 if first == 0 else 1]
             rows = stacked[columns[e] : columns[e] + rank]
-            grads.append(rows if first == 0 else rows.t().contiguous())
+            grads.append(rows if first == 0 else rows.t().clone(memory_format=torch.contiguous_format))
     return grads
 
 
