@@ -107,7 +107,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
       wait_for_predecessor();
       for (int i = block; i < row_tiles; i += shrinkers) {
         float d[ML_COLS / 2];
-        sum_tiles(d, shrink, depth_x, group);
+        sum_tiles(d, none(), shrink, depth_x, group, true);
         finish_shrink(d, shrunk, i * ROWS + group * 64 + (t >> 5) * 16 + ((t & 31) >> 2), 0);
         fence_all();
         __threadfence();
@@ -119,7 +119,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
     for (int tile = begin; tile < tiles; tile += blocks) {
       place at = place_of(tile, row_tiles, col_tiles);
       float d[ML_WIDTH / 2];
-      sum_tiles(d, r, steps, group);
+      sum_tiles(d, none(), r, steps, group, true);
       store_tile(d, base + STAGES * STAGE_BYTES + group * 2 * Y_BYTES, &y, at.row + group * 64, at.col, n, bias, group);
     }
     if (t == 0) stores_done();

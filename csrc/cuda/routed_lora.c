@@ -79,8 +79,8 @@ static bool shrinks_are_free(const ml_layer *layer, int64_t n) {
   return idle > 0 && each * (layer->columns == 64 ? 36 : 50) <= 100;
 }
 
-/* Tiles of shared.cu: the widest with which every block has one and at least half of the multiprocessors have a block; 0: none. Its
- * clusters are pairs: larger ones would save work, but were measured not to reach all multiprocessors at once. */
+/* Tiles of shared.cu: the widest with which every block has one, and more than half of the multiprocessors (for narrow ones: two in
+ * five) have a block; 0: none. Its clusters are pairs: larger ones would save work, but were measured not to reach all multiprocessors at once. */
 enum { SHARE = 2 };
 static int64_t shared_blocks(const ml_layer *layer, int64_t n, int width) {
   return ceil_div(layer->tokens, ROWS) * round_up(ceil_div(n, width), SHARE);
@@ -88,7 +88,7 @@ static int64_t shared_blocks(const ml_layer *layer, int64_t n, int width) {
 static int shared_width(const ml_layer *layer, int64_t n) {
   for (int width = 256; width >= 128; width /= 2) {
     int64_t blocks = shared_blocks(layer, n, width);
-    if (blocks <= layer->gpu->multiprocessors && blocks * 2 > layer->gpu->multiprocessors) {
+    if (blocks <= layer->gpu->multiprocessors && blocks * (width == 256 ? 4 : 5) > layer->gpu->multiprocessors * 2) {
       return width;
     }
   }
@@ -262,7 +262,7 @@ static ml_cuda_status dual(const ml_layer *layer, const places *p, ml_narrow nar
       (status = factor_map(layer, backward, &maps[3], b, n, C, backward ? n : C, width)) != ML_CUDA_OK ||
       (status = map_of(layer, &maps[4], y, T, n, n, 64)) != ML_CUDA_OK ||
       (status = factor_map(layer, backward, &maps[5], shrink, C, depth, backward ? C : depth, fused ? (int)C : 64)) !=
-          ML_CUDA_OK) { /* which only the fused kernel reads */
+          ML_CUDA_OK) {
     return status;
   }
   const void *bias = backward ? NULL : layer->bias;

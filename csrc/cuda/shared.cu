@@ -144,7 +144,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_shared(
     registers_stay<232>();
     int group = (threadIdx.x >> 7) - 1, t = threadIdx.x & 127, lane = t & 31, warp = group * 4 + (t >> 5);
     float d[ML_WIDTH / 2], h[COLS / 2];
-    sum_tiles(d, r, early, group);
+    sum_tiles(d, none(), r, early, group, true);
     if (mine > 0) {
       sum_tiles(d, h, r, mine, group, early == 0);
     } else {
@@ -156,11 +156,11 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_shared(
     u32 barrier = address_in(owner, parts_barrier);
 #pragma unroll
     for (int j = 0; j < COLS / 8; j++) send(to + j * 512, barrier, h[4 * j], h[4 * j + 1], h[4 * j + 2], h[4 * j + 3]);
-    sum_tiles(d, r, finish - end, group, end == 0);
+    sum_tiles(d, none(), r, finish - end, group, end == 0);
     wait_for_predecessor(); /* it has ended, and what it wrote is to be seen here, too */
     barrier_wait(parts_barrier, 0);
     finish_slice(shrunk, base, mixed_barrier, row + rank * SLICE, rank * SLICE, cluster % across == 0);
-    sum_tiles(d, r, steps - finish, group, finish == 0);
+    sum_tiles(d, none(), r, steps - finish, group, finish == 0);
     barrier_wait(r.full(), r.phase);
     barrier_wait(mixed_barrier, 0);
     fence_shared();
