@@ -77,7 +77,7 @@ def test_the_gpu_decides():
         ("fused", (8, 4096, 4096, 129), False, "decode"),
         ("fused", (1408, 3072, 3072, 64), False, "shared"),  # no block is idle
         ("decode", (128, 4096, 4096, 64), False, "decode"),
-        ("decode", (129, 4096, 4096, 64), False, "torch"),
+        ("decode", (129, 1024, 1024, 64), False, "torch"),
         ("decode", (1, 4096, 4096, 64), True, "torch"),
         ("shared", (4096, 4096, 4096, 64), False, "fused"),  # more tiles than blocks
         ("dual", (300, 1024, 1020, 64), False, "torch"),
