@@ -89,7 +89,6 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
     }
     __syncwarp();
     if (ranks > 1) { /* as below */
-      __syncthreads();
       cluster_sync();
       cluster_sync();
     }
@@ -142,7 +141,8 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
 #pragma unroll
       for (int i = 0; i < ML_TOKENS / 2; i++) d[i] = 0;
     }
-    __syncthreads(); /* nothing is on its way into shared memory any more: partial sums take its place */
+    if (GROUPS == 1) warpgroup_sync(1);
+    else warpgroups_sync(); /* all that was loaded has been read: partial sums take its place */
     keep_part(base + t * 16, d);
     cluster_sync();
   }

@@ -34,6 +34,7 @@ def model():
         pad_token_id=0,
     )
     base = LlamaForCausalLM(config).to(torch.bfloat16)
+    # All experts of a token: which of them are its best is no matter of rounding.
     moe = MoELoraConfig(
         task_type="CAUSAL_LM",
         r=16,
@@ -79,7 +80,7 @@ def assert_as_close(got, peer, exact):
     """got is no further from what is right than another result of the same precision."""
     norm = exact.norm().clamp_min(1e-12)
     ours, theirs = ((t.double() - exact).norm() / norm for t in (got, peer))
-    assert ours <= 1.3 * theirs + 1e-4
+    assert ours.item() <= 1.3 * theirs.item() + 1e-4
 
 
 WEIGHTS = {"router": None, "static": (4,), "sequence": (3, 4), "token": (3, 90, 4)}
