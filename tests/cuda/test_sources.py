@@ -17,6 +17,7 @@ VALUES = {
     "ML_LOGITS": (0, 1, 2),
     "ML_TOKENS": (8, 16, 32, 64),
     "ML_CHUNKS": (1, 2),
+    "ML_TILES": (1, 2, 4),
     ("decode.cu", "ML_ROWS"): (16, 32, 64, 128),
     ("dual.cu", "ML_WIDTH"): (128, 256),
     ("dual.cu", "ML_COLS"): (0, 64, 128),

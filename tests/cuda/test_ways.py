@@ -146,19 +146,19 @@ def call(**given):
 def forward(**given):
     g = arguments() | given
     adapters = (*g["lora_A"], *g["lora_B"])
-    return _core.cuda_forward(g["x"], adapters, g["weights"], g["scaling"], g["weight"], g["bias"], 0, True)
+    return _core.cuda_forward(g["x"], adapters, g["weights"], g["scaling"], g["weight"], g["bias"], None, 0, True)
 
 
 def backward(**given):
     g = arguments() | {"grad_y": torch.ones(3, 24, dtype=torch.bfloat16), "need": (True,) * 9} | given
     hidden = torch.ones(3, 64, dtype=torch.bfloat16)
     saved = (g["x"], hidden, g["weights"], g["weight"], *g["lora_A"], *g["lora_B"])
-    return _core.cuda_backward(saved, g["need"], g["scaling"], g["grad_y"], 0)
+    return _core.cuda_backward(saved, g["need"], g["scaling"], g["grad_y"], None, None, 0)
 
 
 def prepare(**given):
     g = arguments() | given
-    return _core.cuda_prepare(g["x"], (*g["lora_A"], *g["lora_B"]), g["weights"], g["scaling"], 0, False)
+    return _core.cuda_prepare(g["x"], (*g["lora_A"], *g["lora_B"]), g["weights"], g["scaling"], 0, False, None)
 
 
 OTHERS = [None, 1, "x", object(), torch.ones(3, 16), torch.ones(3, 16, dtype=torch.bfloat16, device="meta")]
@@ -178,7 +178,7 @@ def test_what_is_on_no_gpu_is_left_alone(entry):
 
 def test_a_backward_without_its_tensors_is_left_alone():
     for saved in (None, (), (1,) * 4, [1] * 8):
-        assert _core.cuda_backward(saved, (True,) * 9, (1.0,), torch.ones(1), 0) is None
+        assert _core.cuda_backward(saved, (True,) * 9, (1.0,), torch.ones(1), None, None, 0) is None
     for need in (None, (True,) * 8, [True] * 9):
         assert backward(need=need) is None
     assert backward(grad_y=None) is None
@@ -188,7 +188,7 @@ def test_a_mix_without_what_was_prepared_is_an_error():
     x, w = arguments()["x"], arguments()["weights"]
     for tensors in ((x, x), (None, None), (1, "x")):
         with pytest.raises(ValueError, match="expected the tensors that cuda_prepare took and made"):
-            _core.cuda_mix(x, (x,) * 4, w, (1.0, 1.0), 0, *tensors)
+            _core.cuda_mix(x, (x,) * 4, w, (1.0, 1.0), 0, tensors[0], None, tensors[1])
         with pytest.raises(ValueError, match="expected the tensors that cuda_prepare took and made"):
             _core.cuda_mix_backward(x, (x,) * 4, w, (1.0, 1.0), 0, tensors[0], None, tensors[1])
 
@@ -196,10 +196,10 @@ def test_a_mix_without_what_was_prepared_is_an_error():
 def test_arguments_are_counted():
     for name, n in (
         ("cuda_call", 8),
-        ("cuda_forward", 8),
-        ("cuda_backward", 5),
-        ("cuda_prepare", 6),
-        ("cuda_mix", 7),
+        ("cuda_forward", 9),
+        ("cuda_backward", 7),
+        ("cuda_prepare", 7),
+        ("cuda_mix", 8),
         ("cuda_mix_backward", 8),
         ("cuda_way", 7),
     ):
@@ -212,10 +212,10 @@ def test_arguments_are_counted():
 def test_top_k_is_a_number(top_k):
     x = torch.ones(3, 16)
     calls = {
-        "cuda_forward": (x, (x,), x, (1.0,), None, None, top_k, True),
-        "cuda_backward": ((x,) * 6, (True,) * 7, (1.0,), x, top_k),
-        "cuda_prepare": (x, (x,), x, (1.0,), top_k, False),
-        "cuda_mix": (x, (x,), x, (1.0,), top_k, x, x),
+        "cuda_forward": (x, (x,), x, (1.0,), None, None, None, top_k, True),
+        "cuda_backward": ((x,) * 6, (True,) * 7, (1.0,), x, None, None, top_k),
+        "cuda_prepare": (x, (x,), x, (1.0,), top_k, False, None),
+        "cuda_mix": (x, (x,), x, (1.0,), top_k, x, None, x),
         "cuda_mix_backward": (x, (x,), x, (1.0,), top_k, x, x, x),
     }
     for name, given in calls.items():
@@ -234,7 +234,9 @@ def test_nothing_leaks(force):
             for name in given:
                 entry(**given | {name: given["weight"] if "lora" not in name else [None, None]})
         with pytest.raises(ValueError, match="expected the tensors"):
-            _core.cuda_mix(given["x"], (given["x"],) * 4, given["weights"], given["scaling"], 0, given["x"], given["x"])
+            _core.cuda_mix(
+                given["x"], (given["x"],) * 4, given["weights"], given["scaling"], 0, given["x"], None, given["x"]
+            )
         for name in ("no way", "dual", None):
             try:
                 force(name)

@@ -569,22 +569,22 @@ def test_what_is_not_plain_is_left_alone(make_layer):
         {"weight": weight.float()},
         {"bias": weight[0]},
     ):
-        assert _core.cuda_forward(*(call | changes).values(), 0, True) is None, changes
-    assert _core.cuda_forward(*call.values(), 4, True) is None
+        assert _core.cuda_forward(*(call | changes).values(), None, 0, True) is None, changes
+    assert _core.cuda_forward(*call.values(), None, 4, True) is None
 
 
 def test_the_mix_takes_only_what_was_prepared(make_layer, random_like):
     layer, call = plain(make_layer)
-    workspace, stacked_a, *_ = _core.cuda_prepare(*call, 0, False)
+    workspace, stacked_a, *_ = _core.cuda_prepare(*call, 0, False, None)
     hidden = call[0] @ stacked_a.t()
-    assert _core.cuda_mix(*call, 0, hidden, workspace) is None
+    assert _core.cuda_mix(*call, 0, hidden, None, workspace) is None
     wrong = [(hidden[:-1], workspace), (hidden.float(), workspace), (hidden.t(), workspace), (None, workspace)]
     wrong += [(hidden, workspace[:-1]), (hidden, workspace.float()), (hidden, None), (hidden.cpu(), workspace)]
     for given in wrong:
         with pytest.raises(ValueError, match="expected the tensors that cuda_prepare took and made"):
-            _core.cuda_mix(*call, 0, *given)
+            _core.cuda_mix(*call, 0, given[0], None, given[1])
     call = (random_like(layer), *call[1:])
-    workspace = _core.cuda_prepare(*call, 0, True)[0]
+    workspace = _core.cuda_prepare(*call, 0, True, None)[0]
     for grad_w in (call[2][:-1].clone(), call[2].half(), call[2].t().contiguous().t(), 1):
         with pytest.raises(ValueError, match="expected the tensors that cuda_prepare took and made"):
             _core.cuda_mix_backward(*call, 0, hidden, grad_w, workspace)
@@ -599,5 +599,5 @@ def test_memory_does_not_grow(make_layer, random_like):
     before = torch.cuda.memory_allocated()
     for _ in range(50):
         layer.gradients(routed_lora, grad_y)
-        _core.cuda_forward(layer.x.float(), (), None, (), None, None, 0, False)
+        _core.cuda_forward(layer.x.float(), (), None, (), None, None, None, 0, False)
     assert torch.cuda.memory_allocated() == before
