@@ -368,6 +368,19 @@ def test_any_memory_gives_the_same(make_layer, random_like, assert_as_exact, way
             assert_as_exact(*results, f"{what}, changed {[tuple(t.shape) for t in changed]}")
 
 
+@pytest.mark.parametrize("view", [strided, padded, off, lambda t: t[:1].expand(t.shape)])
+@pytest.mark.parametrize("tokens", [20, 600])
+def test_any_memory_gives_the_same_with_dropout(make_layer, random_like, tokens, view):
+    layer = make_layer(tokens, 256, 1024)
+    grad_y, results = random_like(layer), []
+    for x in (view(layer.x), view(layer.x).contiguous().clone()):
+        x.requires_grad_()
+        torch.manual_seed(0)
+        y = routed_lora(x, *layer[1:5], dropout_p=0.5, **layer.base)
+        results.append([y.detach(), *torch.autograd.grad(y, x, grad_y)])
+    assert all(map(torch.equal, *results))
+
+
 def test_expanded_tensors(make_layer, random_like, way):
     """Rows that are the same memory."""
     for tokens in (20, 600):

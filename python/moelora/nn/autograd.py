@@ -637,6 +637,8 @@ def _on_gpu(
     probabilities = _probabilities(dropout_p, len(scales))
     if any(probabilities) and (not has_dropout or torch.cuda.is_current_stream_capturing()):
         return None
+    if any(probabilities) and not (x.is_contiguous() and x.data_ptr() % 16 == 0):
+        x = x.clone(memory_format=torch.contiguous_format)  # the masks have no other way
     settings = (scales, None if top_k == len(scales) else top_k, _draw(probabilities), None)
     if needs_grad and torch.is_grad_enabled():
         return _apply_on_gpu(x, routing_weights, base_output, (weight, bias), settings, *adapters)
