@@ -1,25 +1,26 @@
 //options: ML_F16 ML_TILES
-/* The three products that see x as each expert does, with its own dropout. D_e x is x where expert e keeps it, times scale_e,
- * else 0:
+/* The three products that see x as each expert does, with its own dropout. D_e x is x where expert e keeps it, times
+ * scale_e, else 0:
  *
  *   ml_drop_project  H_e = (D_e x) A_e^T       in parts, which ml_drop_mix adds
  *   ml_drop_collect  dA_e = Q_e^T (D_e x)      in parts, which ml_drop_store adds
  *   ml_drop_spread   grad_x (+)= sum_e D_e (Q_e A_e)
  *
- * No mask is ever in memory: they are drawn in registers, just where an element is, and a draw costs more than anything else
- * here. One draw is for a token and 8 columns, 16 apart (core/kernels/philox.h), which are the same place of 8 fragments of a product:
- * a warp takes 128 columns at a time. So all products are warps' own (mma), of any GPU from 8.0 on, and a warp has one
- * slot: up to 8 * ML_TILES (1, 2, 4) columns of one expert. Scales are applied to sums, in float32.
+ * No mask is ever in memory: they are drawn in registers, just where an element is, and a draw costs more than
+ * anything else here. One draw is for a token and 8 columns, 16 apart (core/kernels/philox.h), which are the same
+ * place of 8 fragments of a product: a warp takes 128 columns at a time. So all products are warps' own (mma), of any
+ * GPU from 8.0 on, and a warp has one slot: up to 8 * ML_TILES (1, 2, 4) columns of one expert. Scales are applied to
+ * sums, in float32.
  *
- * A fragment of the left factor, [16, 16] in four registers: thread t of a warp has row t / 4 at columns 2 (t % 4) and the next in
- * the first, row t / 4 + 8 in the second, and the same 8 columns further in the third and fourth.
+ * A fragment of the left factor, [16, 16] in four registers: thread t of a warp has row t / 4 at columns 2 (t % 4)
+ * and the next in the first, row t / 4 + 8 in the second, and the same 8 columns further in the third and fourth.
  */
 #include "elements.cuh"
 
 enum {
-  SPAN = 128,          /* columns of x that are drawn for at a time */
-  LANES = 16,          /* draws for them */
-  SLOT = 8 * ML_TILES, /* columns of a slot at most */
+  SPAN = 128,                   /* columns of x that are drawn for at a time */
+  LANES = 16,                   /* draws for them */
+  SLOT = 8 * ML_TILES,          /* columns of a slot at most */
   WAYS = ML_TILES == 4 ? 2 : 4, /* slots that share what a block reads, at most */
   PROJECT_ROWS = 64,
   COLLECT_ROWS = 32,
@@ -53,7 +54,8 @@ DEVICE of_token token_part(const ml_dropout &m, u32 token) {
   return {high(first), (u32)first};
 }
 
-/* 8 numbers of 16 bits: for the columns lane % 16 + 16 i, the low half of word i / 2 where i is even, else the high one. */
+/* 8 numbers of 16 bits: for the columns lane % 16 + 16 i, the low half of word i / 2 where i is even, else the high
+ * one. */
 struct drawn {
   u32 words[4];
 };
@@ -69,8 +71,9 @@ DEVICE drawn draw(const ml_dropout &m, of_token t, of_lane l) {
   return {{c0, c1, c2, c3}};
 }
 
-/* Number i of those minus drops: its high half is all ones where the element is dropped, else zero. By the multiplier (the sum
- * of two 16-bit products and a word), since the other units have enough to do with the draws: on an H200 a tenth faster. */
+/* Number i of those minus drops: its high half is all ones where the element is dropped, else zero. By the multiplier
+ * (the sum of two 16-bit products and a word), since the other units have enough to do with the draws: on an H200 a
+ * tenth faster. */
 DEVICE u32 beyond(const drawn &d, int i, u32 drops) {
   u32 difference;
   asm("dp2a.lo.u32.u32 %0, %1, %2, %3;"
@@ -86,7 +89,7 @@ DEVICE void drop(u32 (&fragments)[8][4], int of, const drawn &first, const drawn
     fragments[i][of] &= ~__byte_perm(beyond(first, i, drops), beyond(second, i, drops), 0x7632);
 }
 
-/* ---- shared memory: rows of 256 or 128 bytes, 16 bytes of a row in such an order that 8 rows never meet in a bank ---- */
+/* ---- shared memory: rows of 256 or 128 bytes, their 16s in such an order that 8 rows never meet in a bank ---- */
 
 DEVICE u32 in_wide(u32 memory, int row, int chunk) { return memory + row * 256 + ((chunk ^ (row & 7)) << 4); }
 DEVICE u32 in_narrow(u32 memory, int row, int chunk) { return memory + row * 128 + ((chunk ^ (row & 7)) << 4); }
@@ -156,9 +159,9 @@ DEVICE void load_slots(u32 to, const ml_cuda_rows &m, const ml_slots &slots, int
 
 /* ---- forward ---- */
 
-/* Parts [splits, T, C] of H, each of some of x's columns. A block of 64 * ways threads has 64 tokens and `ways` slots, a warp
- * 32 tokens and one slot; blocks: groups of slots, then splits, then tokens. Shared memory: 2 * 64 * 256 + 2 * ways * SLOT * 256
- * bytes. */
+/* Parts [splits, T, C] of H, each of some of x's columns. A block of 64 * ways threads has 64 tokens and `ways`
+ * slots, a warp 32 tokens and one slot; blocks: groups of slots, then splits, then tokens. Shared memory: 2 * 64 *
+ * 256 + 2 * ways * SLOT * 256 bytes. */
 extern "C" __global__ void __launch_bounds__(64 * WAYS, 2)
     ml_drop_project(const __grid_constant__ ml_cuda_rows x, const u16 *a, float *parts, int columns, int splits,
                     const __grid_constant__ ml_slots slots, const __grid_constant__ ml_dropout dropout) {
@@ -174,7 +177,8 @@ extern "C" __global__ void __launch_bounds__(64 * WAYS, 2)
     load_span(of_x + i % 2 * PROJECT_ROWS * 256, x, first, (begin + i) * SPAN, PROJECT_ROWS);
     for (int j = 0; j < ways; j++) {
       ml_slot slot = slots.of[first_slot + j];
-      ml_cuda_rows rows = {a + (u64)slot.block * 8 * x.cols, x.cols, first_slot + j < slots.n ? 8 * slot.tiles : 0, x.cols};
+      ml_cuda_rows rows = {a + (u64)slot.block * 8 * x.cols, x.cols, first_slot + j < slots.n ? 8 * slot.tiles : 0,
+                           x.cols};
       load_span(of_a + (i % 2 * ways + j) * SLOT * 256, rows, 0, (begin + i) * SPAN, SLOT);
     }
     copies_commit();
@@ -189,8 +193,10 @@ extern "C" __global__ void __launch_bounds__(64 * WAYS, 2)
   float sum[2][ML_TILES][4] = {};
   load(0);
   for (int i = 0; i < spans; i++) {
-    if (i + 1 < spans) load(i + 1);
-    else copies_commit();
+    if (i + 1 < spans)
+      load(i + 1);
+    else
+      copies_commit();
     copies_wait<1>();
     __syncthreads();
     if (mine) {
@@ -203,7 +209,8 @@ extern "C" __global__ void __launch_bounds__(64 * WAYS, 2)
       for (int half = 0; half < 2; half++) {
         u32 f[8][4];
 #pragma unroll
-        for (int k = 0; k < 8; k++) load_matrices<false>(f[k], in_wide(here_x, row + 16 * half + lane % 16, 2 * k + lane / 16));
+        for (int k = 0; k < 8; k++)
+          load_matrices<false>(f[k], in_wide(here_x, row + 16 * half + lane % 16, 2 * k + lane / 16));
         if (drops > 0) {
 #pragma unroll
           for (int j = 0; j < 4; j++) {
@@ -240,7 +247,8 @@ extern "C" __global__ void __launch_bounds__(64 * WAYS, 2)
   }
 }
 
-/* hidden = H, mixed = s w H, from H's parts; 8 columns a thread, of which the first `blocks` of a token belong to experts. */
+/* hidden = H, mixed = s w H, from H's parts; 8 columns a thread, of which the first `blocks` of a token belong to
+ * experts. */
 extern "C" __global__ void ml_drop_mix(const ml_narrow n, const float *parts, int splits, int blocks) {
   u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x, all = n.columns / 8;
   if (i >= n.tokens * all) return;
@@ -253,15 +261,16 @@ extern "C" __global__ void ml_drop_mix(const ml_narrow n, const float *parts, in
       v[4] += high.x, v[5] += high.y, v[6] += high.z, v[7] += high.w;
     }
   float f = n.factors[i / all * n.n_experts + n.experts[i % all]];
-  if (n.hidden) ((uint4 *)n.hidden)[i] = {narrow(v[0], v[1]), narrow(v[2], v[3]), narrow(v[4], v[5]), narrow(v[6], v[7])};
+  if (n.hidden)
+    ((uint4 *)n.hidden)[i] = {narrow(v[0], v[1]), narrow(v[2], v[3]), narrow(v[4], v[5]), narrow(v[6], v[7])};
   ((uint4 *)n.mixed)[i] = {narrow(times(f, v[0]), times(f, v[1])), narrow(times(f, v[2]), times(f, v[3])),
                            narrow(times(f, v[4]), times(f, v[5])), narrow(times(f, v[6]), times(f, v[7]))};
 }
 
 /* ---- backward ---- */
 
-/* Parts [splits, C, d_in] of dA, each of some tokens: x^T Q in fact. A warp has 128 columns of x and one slot, a block `ways`
- * such warps; blocks: groups of slots, then columns of x, then splits. */
+/* Parts [splits, C, d_in] of dA, each of some tokens: x^T Q in fact. A warp has 128 columns of x and one slot, a
+ * block `ways` such warps; blocks: groups of slots, then columns of x, then splits. */
 extern "C" __global__ void __launch_bounds__(32 * WAYS)
     ml_drop_collect(const __grid_constant__ ml_cuda_rows x, const u16 *q, float *parts, int columns, int splits,
                     const __grid_constant__ ml_slots slots, const __grid_constant__ ml_dropout dropout) {
@@ -290,8 +299,10 @@ extern "C" __global__ void __launch_bounds__(32 * WAYS)
   float sum[8][ML_TILES][4] = {};
   load(0);
   for (int i = 0; i < steps; i++) {
-    if (i + 1 < steps) load(i + 1);
-    else copies_commit();
+    if (i + 1 < steps)
+      load(i + 1);
+    else
+      copies_commit();
     copies_wait<1>();
     __syncthreads();
     if (mine) {
@@ -341,8 +352,8 @@ extern "C" __global__ void __launch_bounds__(32 * WAYS)
 }
 
 /* The gradients of A, in their arrays, from dA's parts; 4 columns of x a thread. */
-extern "C" __global__ void ml_drop_store(const __grid_constant__ ml_adapters grads, const int *experts, const float *parts,
-                                         int columns, int splits, int width, int f32) {
+extern "C" __global__ void ml_drop_store(const __grid_constant__ ml_adapters grads, const int *experts,
+                                         const float *parts, int columns, int splits, int width, int f32) {
   u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
   u32 wide = width / 4;
   int c = (int)(i / wide), at = (int)(i % wide);
@@ -363,9 +374,9 @@ extern "C" __global__ void ml_drop_store(const __grid_constant__ ml_adapters gra
   }
 }
 
-/* grad_x [T, d_in], without gaps, = or += the experts' part: a block of 256 threads has 128 tokens and 128 columns, a warp 16
- * tokens; blocks: columns, then tokens. Of every 16 columns a thread has four neighbours, so that it reads and writes 8 bytes
- * at once: A's columns lie in shared memory in that order. */
+/* grad_x [T, d_in], without gaps, = or += the experts' part: a block of 256 threads has 128 tokens and 128 columns, a
+ * warp 16 tokens; blocks: columns, then tokens. Of every 16 columns a thread has four neighbours, so that it reads
+ * and writes 8 bytes at once: A's columns lie in shared memory in that order. */
 extern "C" __global__ void __launch_bounds__(256, 2)
     ml_drop_spread(const u16 *q, const u16 *a, u16 *grad_x, int add, int tokens, int width, int columns,
                    const __grid_constant__ ml_slots slots, const __grid_constant__ ml_dropout dropout) {
@@ -403,8 +414,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         if (col < width) low = *(const uint4 *)from;
         if (col + 8 < width) high = *(const uint4 *)(from + 8);
       }
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(in_wide(of_a, r, i % 8 * 2)), "r"(low.x), "r"(low.z),
-                   "r"(high.x), "r"(high.z)
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(in_wide(of_a, r, i % 8 * 2)), "r"(low.x),
+                   "r"(low.z), "r"(high.x), "r"(high.z)
                    : "memory");
       asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(in_wide(of_a, r, i % 8 * 2 + 1)), "r"(low.y),
                    "r"(low.w), "r"(high.y), "r"(high.w)
@@ -439,8 +450,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         for (int k = 0; k < 8; k += 4 / ML_TILES) {
           u32 b[4];
           int box = lane / 8;
-          load_matrices<true>(b, in_wide(of_a, way * SLOT + 8 * (box % ML_TILES) + lane % 8,
-                                         2 * (k + box / ML_TILES) + h));
+          load_matrices<true>(
+              b, in_wide(of_a, way * SLOT + 8 * (box % ML_TILES) + lane % 8, 2 * (k + box / ML_TILES) + h));
 #pragma unroll
           for (int n = 0; n < 4 / ML_TILES; n++) {
             float z[4] = {0, 0, 0, 0};
@@ -468,6 +479,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     for (int i = 0; i < 2; i++) {
       int t = first + 16 * warp + lane / 4 + 8 * i, col = span * SPAN + 16 * k + 4 * (lane % 4);
       const float *v0 = sum[k][0] + 2 * i, *v1 = sum[k][1] + 2 * i;
-      if (t < tokens && col < width) *(uint2 *)(grad_x + (u64)t * width + col) = {narrow(v0[0], v0[1]), narrow(v1[0], v1[1])};
+      if (t < tokens && col < width)
+        *(uint2 *)(grad_x + (u64)t * width + col) = {narrow(v0[0], v0[1]), narrow(v1[0], v1[1])};
     }
 }
