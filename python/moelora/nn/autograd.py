@@ -14,6 +14,7 @@ from torch.utils._device import DeviceContext
 
 from moelora import runtime
 from moelora.functional import HAS_EXT
+from moelora.nn.compiled import call_operator, is_operator
 from moelora.nn.cuda import on_gpu
 from moelora.nn.dropout import draw_seed, dropped_grads, dropped_linear
 
@@ -162,6 +163,8 @@ def routed_lora(
                 return y
     if plain is None:
         call = _check(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
+        if torch.compiler.is_compiling() and ROUND_ADAPTERS and is_operator(call):
+            return call_operator(call)
         tensors = [t for t in (call.x, call.routing_weights, call.base_output, call.weight, call.bias) if t is not None]
         tensors += call.lora_A
         tensors += call.lora_B
