@@ -10,6 +10,9 @@ import pytest
 os.environ["MOELORA_REQUIRE_EXT"] = "1"
 # Models are made from configs; nothing waits for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Processes side by side (pytest -n) share the cores; each with threads for all of them, they would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from moelora import runtime  # noqa: E402
 

@@ -13,7 +13,7 @@ enum {
 };
 
 /* Dtypes of arrays that may be of several. */
-enum { ML_CUDA_F32 = 0, ML_CUDA_BF16 = 1, ML_CUDA_F16 = 2 };
+enum { ML_CUDA_F32 = 0, ML_CUDA_BF16 = 1, ML_CUDA_F16 = 2, ML_CUDA_F64 = 3 };
 
 /* Expert e: A [rank, d_in] and B [d_out, rank], or their gradients, rows without gaps; NULL: none. */
 typedef struct {
@@ -63,5 +63,39 @@ typedef struct {
   float *grad_w;         /* [T, N] out, backward; NULL: none */
   int tokens, columns, n_experts;
 } ml_narrow;
+
+/* ---- routing; core/moelora.h has its meaning ----
+ *
+ * Rows are `row` elements apart and have no gaps. What is computed, "real", is float64 for float64 logits and float32
+ * for all others. */
+typedef struct {
+  const void *rows; /* [T, N] logits; backward without top-k: probabilities, which are real */
+  long long row;
+  const unsigned char *mask; /* [T]; NULL: all tokens count */
+  long long mask_stride;
+  double rate; /* 1 / temperature, within real's normal numbers */
+  int tokens, experts, top_k, renormalize;
+} ml_routed_rows;
+
+typedef struct {
+  ml_routed_rows in;
+  void *weights;      /* [T, N] real, out */
+  long long *indices; /* [T, k] out */
+  long long *counts;  /* [N] out */
+  void *prob_sums;    /* [N] real, out */
+  double *block_sums; /* [blocks, N] what each block of threads adds to prob_sums; not used by a single block */
+  int *block_counts;  /* [blocks, N] and to counts */
+  int blocks;
+} ml_route_forward;
+
+typedef struct {
+  ml_routed_rows in;
+  const void *grad_weights; /* [T, N] real; NULL: zeros */
+  long long grad_row;
+  const void *grad_sums; /* [N] real; NULL: zeros */
+  long long grad_sums_stride;
+  const long long *indices; /* [T, k] as the forward gave them */
+  void *grad_logits;        /* [T, N] of the logits' dtype, out */
+} ml_route_gradient;
 
 #endif

@@ -100,9 +100,10 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
 #pragma unroll
     for (int k = 0; k < DEPTH / 16; k++) multiply<1, 1>(d, a + k * DEPTH_STEP_MN, b + k * DEPTH_STEP_MN, 1);
     products_commit();
-    products_wait<0>();
-    if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * (i % STAGES));
+    products_wait<1>();
+    if (i > 0 && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * ((i - 1) % STAGES));
   }
+  products_wait<0>();
   settle(d);
 
   warpgroups_sync(); /* both have read all stages */

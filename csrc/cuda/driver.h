@@ -50,6 +50,7 @@ typedef enum {
   ML_MIX,
   ML_ROUTE,
   ML_DUAL,
+  ML_SHARED,
   ML_PROJECT,
   ML_COLLECT,
   ML_FEW,

@@ -2,8 +2,7 @@
 /* A layer in one kernel: y [T, n] = x [T, k] w + mixed [T, C] b (+ bias), on Hopper.
  *
  * The sum runs over x and w first and then, in the same accumulators, over the narrow side `mixed` (s w H forward, Q
- * backward) and its factor, which costs what C more elements of the sum cost. Forward w [n, k] and b [n, C] are K-major, and
- * backward, where y is the gradient of x and x that of y, w [k, n] and b [C, n] are MN-major: no copy is turned.
+ * backward) and its factor b, which costs what C more elements of the sum cost.
  *
  * With ML_COLS (64, 128: C) the shrink that makes `mixed` runs inside: blocks that would have one tile less than others
  * first compute it, 128 rows at a time, and raise a flag for those rows, flags[i] for 128i.., which are zeros at the
@@ -13,45 +12,17 @@
  * A block is a warp that loads and two warpgroups that multiply, on tiles of 128 rows by ML_WIDTH (128, 256) columns. x and w
  * are older than the kernel before this one, so they stream in while that one still runs.
  */
-#include "hopper.cuh"
+#include "tile.cuh"
 
 enum {
-  ROWS = 128,
-  X_BYTES = ROWS * 128,
-  W_BYTES = ML_WIDTH * 128,
   STAGE_BYTES = X_BYTES + W_BYTES,
   STAGES = ML_WIDTH == 256 ? 4 : 6,
-  Y_BYTES = 64 * 128, /* a box on its way out; each warpgroup has two */
   BARRIERS = STAGES * STAGE_BYTES + 4 * Y_BYTES,
 #if ML_COLS
   SHRINK_BYTES = X_BYTES + ML_COLS * 128,
   SHRINK_STAGES = STAGES * STAGE_BYTES / SHRINK_BYTES,
 #endif
   BANDS = 16 /* of rows that are walked through together, so that both operands stay in the second cache */
-};
-
-/* Stages of shared memory that are filled and emptied in turn, each with two barriers. */
-template <int N, int BYTES>
-struct ring {
-  u32 memory, barriers;
-  int stage;
-  u32 phase;
-  DEVICE u32 data() const { return memory + stage * BYTES; }
-  DEVICE u32 full() const { return barriers + 8 * stage; }
-  DEVICE u32 empty(int s) const { return barriers + 8 * (N + s); }
-  DEVICE void begin() const {
-    for (int s = 0; s < N; s++) {
-      barrier_init(barriers + 8 * s, 1);
-      barrier_init(empty(s), 2);
-    }
-  }
-  DEVICE void wait_empty() const { barrier_wait(empty(stage), phase ^ 1); }
-  DEVICE void next() {
-    if (++stage == N) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
 };
 
 /* Row and column of the tile that comes t-th. */
@@ -62,88 +33,6 @@ DEVICE place place_of(int t, int row_tiles, int col_tiles) {
   int band = t / (BANDS * col_tiles), first = band * BANDS, high = min(row_tiles - first, BANDS);
   int within = t - band * BANDS * col_tiles;
   return {(first + within % high) * ROWS, within / high * ML_WIDTH};
-}
-
-/* `width` columns of w or b at 64 elements of the sum: one K-major box, or MN-major ones side by side. */
-DEVICE void load_factor(u32 to, const tensor_map *map, u32 barrier, int k, int col, int width) {
-#if ML_BACKWARD
-  for (int i = 0; i < width / 64; i++) load_box(to + i * 8192, map, barrier, col + i * 64, k);
-#else
-  load_box(to, map, barrier, k, col);
-#endif
-}
-
-/* d (+)= x [64 rows, 64] times a factor's tile. */
-template <int SIZE>
-DEVICE void multiply_tile(float (&d)[SIZE], u32 x, u32 factor, bool first) {
-  u64 a = operand_k(x);
-#if ML_BACKWARD
-  u64 b = operand_mn(factor, 8192);
-  const int step = DEPTH_STEP_MN;
-#else
-  u64 b = operand_k(factor);
-  const int step = DEPTH_STEP_K;
-#endif
-#pragma unroll
-  for (int k = 0; k < 4; k++) multiply<0, ML_BACKWARD>(d, a + DEPTH_STEP_K * k, b + step * k, !(first && k == 0));
-}
-
-/* d = what the ring brings in so many steps: the warpgroup's 64 rows of x, each time, times a factor's tile. */
-template <int SIZE, class RING>
-DEVICE void sum_tiles(float (&d)[SIZE], RING &r, int steps, int group) {
-  bool tells = (threadIdx.x & 127) == 0;
-  int before = 0;
-  for (int k = 0; k < steps; k++) {
-    barrier_wait(r.full(), r.phase);
-    products_begin();
-    multiply_tile(d, r.data() + group * 8192, r.data() + X_BYTES, k == 0);
-    products_commit();
-    products_wait<1>();
-    if (k > 0 && tells) barrier_arrive(r.empty(before));
-    before = r.stage;
-    r.next();
-  }
-  products_wait<0>();
-  if (tells) barrier_arrive(r.empty(before));
-  settle(d);
-}
-
-/* One warpgroup's 64 rows of a tile, rounded, through shared memory. */
-DEVICE void store_tile(const float (&d)[ML_WIDTH / 2], u32 boxes, const tensor_map *y, int row, int col, int n, const u16 *bias,
-                       int group) {
-  int t = threadIdx.x & 127, lane = t & 31, quarter = lane >> 3;
-  int line = (t >> 5) * 16 + (quarter & 1) * 8 + (lane & 7);
-#pragma unroll
-  for (int chunk = 0; chunk < ML_WIDTH / 64; chunk++) {
-    u32 box = boxes + (chunk & 1) * Y_BYTES;
-    if (t == 0) stores_read<1>();
-    warpgroup_sync(1 + group);
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      int i = chunk * 32 + j * 8;
-      float add[4] = {0, 0, 0, 0};
-#if ML_BIAS
-      int c = col + chunk * 64 + j * 16 + 2 * (lane & 3);
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        u32 both = c + 8 * h < n ? *(const u32 *)(bias + c + 8 * h) : 0u;
-        add[2 * h] = low_of(both);
-        add[2 * h + 1] = high_of(both);
-      }
-#endif
-      u32 to = box + line * 128 + (((2 * j + (quarter >> 1)) ^ (line & 7)) << 4);
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
-                   "r"(narrow(d[i] + add[0], d[i + 1] + add[1])), "r"(narrow(d[i + 2] + add[0], d[i + 3] + add[1])),
-                   "r"(narrow(d[i + 4] + add[2], d[i + 5] + add[3])), "r"(narrow(d[i + 6] + add[2], d[i + 7] + add[3]))
-                   : "memory");
-    }
-    fence_shared();
-    warpgroup_sync(1 + group);
-    if (t == 0) {
-      store_box(box, y, col + chunk * 64, row);
-      stores_commit();
-    }
-  }
 }
 
 extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
@@ -218,7 +107,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
       wait_for_predecessor();
       for (int i = block; i < row_tiles; i += shrinkers) {
         float d[ML_COLS / 2];
-        sum_tiles(d, shrink, depth_x, group);
+        sum_tiles(d, none(), shrink, depth_x, group, true);
         finish_shrink(d, shrunk, i * ROWS + group * 64 + (t >> 5) * 16 + ((t & 31) >> 2), 0);
         fence_all();
         __threadfence();
@@ -230,7 +119,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
     for (int tile = begin; tile < tiles; tile += blocks) {
       place at = place_of(tile, row_tiles, col_tiles);
       float d[ML_WIDTH / 2];
-      sum_tiles(d, r, steps, group);
+      sum_tiles(d, none(), r, steps, group, true);
       store_tile(d, base + STAGES * STAGE_BYTES + group * 2 * Y_BYTES, &y, at.row + group * 64, at.col, n, bias, group);
     }
     if (t == 0) stores_done();

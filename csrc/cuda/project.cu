@@ -4,9 +4,8 @@
  *   forward   H = x A^T: factor A [C, K], boxes [ML_COLS, 64], which run along the sum
  *   backward  P = g B:   x is g, factor B [K, C], boxes [64, 64], which run along the columns
  *
- * A cluster of 1, 2, 4 or 8 blocks computes 128 rows; each of its blocks sums over its part of K, and then they add
- * the parts, each block for the rows of some warps. Columns go ML_COLS (64, 128 or 256) at a time, one tile after the
- * other.
+ * A cluster of 1 to 8 blocks computes 128 rows; each of its blocks sums over its part of K, and then they add the parts,
+ * each block for some of the rows. Columns go ML_COLS (64, 128 or 256) at a time, one tile after the other.
  *
  * Boxes of x: [128, 64]. Launch: cluster * ceil(T / 128) blocks of 384 threads, two warpgroups that multiply and one of
  * which a thread has the copy engine read for them; RING + 2048 bytes of shared memory.
@@ -24,6 +23,20 @@ enum {
   CONSUMERS = 256
 };
 static_assert(ROWS * ML_COLS * 4 <= RING, "the parts of a sum are kept where the ring was");
+
+DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
+/* What finish_shrink will read of rows `row` and `row + 8`, while there is nothing else to do. */
+DEVICE void prefetch_rows(const ml_narrow &n, int row) {
+  int lane = threadIdx.x % 32;
+  for (int i = 32 * lane; i < n.columns / 8; i += 32 * 32) prefetch(n.experts + i);
+  for (int t = row; t < row + 16 && t < n.tokens; t += 8) {
+    for (int i = lane % 4 * 32; i < n.n_experts; i += 128) prefetch(n.factors + (u64)t * n.n_experts + i);
+#if ML_BACKWARD
+    for (int i = lane % 4 * 64; n.hidden && i < n.columns; i += 256)
+      prefetch((const u16 *)n.hidden + (u64)t * n.columns + i);
+#endif
+  }
+}
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     ml_project(const __grid_constant__ tensor_map x, const __grid_constant__ tensor_map factor,
@@ -86,9 +99,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
 
   registers_stay<232>();
   wait_for_predecessor();
-  int row = first_row + 16 * warp + threadIdx.x % 32 / 4;
-  bool finishes = warp / (8 / blocks) == rank;
-  u32 part = ring + 16 * threadIdx.x;
+  /* A warp has 16 rows of the sum, and this block finishes eighths [own of its first warp, end) of the rows. */
+  int own = 8 * rank / blocks + warp, end = 8 * (rank + 1) / blocks, lane = threadIdx.x % 32;
+  bool finishes = own < end;
+  int row = first_row + 16 * own + lane / 4;
+  if (finishes) prefetch_rows(side, row);
   for (int tile = 0; tile < tiles; tile++) {
     float d[ML_COLS / 2];
 #pragma unroll
@@ -104,17 +119,19 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       for (int k = 0; k < DEPTH / 16; k++)
         multiply<0, ML_BACKWARD>(d, a + k * DEPTH_STEP_K, b + k * (ML_BACKWARD ? DEPTH_STEP_MN : DEPTH_STEP_K), 1);
       products_commit();
-      products_wait<0>(); /* at once: memory, not the products, sets the pace, so that a stage is free early */
-      if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * (i % STAGES));
+      products_wait<1>();
+      if (step > 0 && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * ((i - 1) % STAGES));
     }
+    products_wait<0>();
+    if (steps > 0 && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * ((tile * steps + steps - 1) % STAGES));
     settle(d);
     if (blocks > 1) {
       warpgroups_sync(); /* both have read all stages */
-      keep_part(part, d);
+      keep_part(ring + 16 * threadIdx.x, d);
       cluster_sync();
-      if (finishes) sum_parts(d, part, blocks);
+      if (finishes) sum_parts(d, ring + 512 * own + 16 * lane, blocks);
       fence_shared(); /* the ring's next loads */
-      cluster_sync();
+      cluster_sync(); /* no block may go on while others read its part */
     }
     if (finishes) finish_shrink(d, side, row, tile * ML_COLS);
   }

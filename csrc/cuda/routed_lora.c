@@ -50,7 +50,7 @@ static int64_t idle_blocks(const ml_layer *layer, int64_t n) {
   return left == 0 ? 0 : blocks - left;
 }
 
-static const char *const way_names[] = {"torch", "decode", "dual", "fused"};
+static const char *const way_names[] = {"torch", "decode", "dual", "fused", "shared"};
 static atomic_int forced = -1;
 
 const char *ml_way_name(ml_way way) { return way_names[way]; }
@@ -75,6 +75,22 @@ static bool shrinks_are_free(const ml_layer *layer, int64_t n) {
   return idle > 0 && each * (layer->columns == 64 ? 36 : 50) <= 100;
 }
 
+/* Tiles of shared.cu: the widest with which every block has one, and more than half of the multiprocessors (for narrow ones: two in
+ * five) have a block; 0: none. Its clusters are pairs: larger ones would save work, but were measured not to reach all multiprocessors at once. */
+enum { SHARE = 2 };
+static int64_t shared_blocks(const ml_layer *layer, int64_t n, int width) {
+  return ceil_div(layer->tokens, ROWS) * round_up(ceil_div(n, width), SHARE);
+}
+static int shared_width(const ml_layer *layer, int64_t n) {
+  for (int width = 256; width >= 128; width /= 2) {
+    int64_t blocks = shared_blocks(layer, n, width);
+    if (blocks <= layer->gpu->multiprocessors && blocks * (width == 256 ? 4 : 5) > layer->gpu->multiprocessors * 2) {
+      return width;
+    }
+  }
+  return 0;
+}
+
 ml_way ml_layer_way(const ml_layer *layer, bool backward) {
   if (!ml_layer_has_kernels(layer) || layer->weight == NULL || !is_aligned(layer->weight) ||
       layer->weight_row % 8 != 0) {
@@ -82,7 +98,7 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
   }
   int64_t n = backward ? layer->d_in : layer->d_out;
   bool can[] = {true, !backward && layer->tokens <= DECODE_TOKENS && layer->columns <= DECODE_COLUMNS, true,
-                layer->columns <= 128 && idle_blocks(layer, n) > 0};
+                layer->columns <= 128 && idle_blocks(layer, n) > 0, layer->columns == 64 && shared_width(layer, n) > 0};
   int way = atomic_load(&forced);
   if (way >= 0 && can[way]) {
     return (ml_way)way;
@@ -90,10 +106,14 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
   if (can[ML_BY_DECODE]) {
     return ML_BY_DECODE;
   }
-  if (tiles_of(layer, n) * 2 < layer->gpu->multiprocessors) {
-    return ML_BY_TORCH; /* whose products split the sum */
+  int64_t tiles = tiles_of(layer, n), blocks = layer->gpu->multiprocessors;
+  if (can[ML_BY_FUSED] && shrinks_are_free(layer, n) && tiles * 10 >= blocks * 9) {
+    return ML_BY_FUSED;
   }
-  return can[ML_BY_FUSED] && shrinks_are_free(layer, n) ? ML_BY_FUSED : ML_BY_DUAL;
+  if (can[ML_BY_SHARED]) {
+    return ML_BY_SHARED;
+  }
+  return tiles * 2 < blocks ? ML_BY_TORCH : ML_BY_DUAL; /* torch's products split the sum where tiles are few */
 }
 
 /* ---- the workspace ---- */
@@ -255,6 +275,43 @@ static ml_cuda_status dual(const ml_layer *layer, const places *p, ml_narrow nar
                 arguments);
 }
 
+/* The same, with the shrink shared by the blocks of a cluster. */
+static ml_cuda_status shared(const ml_layer *layer, const places *p, ml_narrow narrow, ml_rows x, void *y,
+                             bool backward) {
+  int64_t T = layer->tokens, C = layer->columns;
+  int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
+  int width = shared_width(layer, n), stages = width == 256 ? 3 : 4;
+  const void *b = backward ? p->prepared.a : p->prepared.b, *shrink = backward ? p->prepared.b : p->prepared.a;
+  ml_tensor_map maps[5];
+  ml_cuda_status status;
+  if ((status = map_of(layer, &maps[0], x.data, T, depth, x.row, ROWS)) != ML_CUDA_OK ||
+      (status = factor_map(layer, backward, &maps[1], layer->weight, n, depth, layer->weight_row, width)) !=
+          ML_CUDA_OK ||
+      (status = factor_map(layer, backward, &maps[2], b, n, C, backward ? n : C, width)) != ML_CUDA_OK ||
+      (status = map_of(layer, &maps[3], y, T, n, n, 64)) != ML_CUDA_OK ||
+      (status = factor_map(layer, backward, &maps[4], shrink, C, depth, backward ? C : depth, (int)C)) != ML_CUDA_OK) {
+    return status;
+  }
+  const void *bias = backward ? NULL : layer->bias;
+  int n_ = (int)n, depth_ = (int)depth;
+  void *arguments[] = {&maps[0], &maps[1], &maps[2], &maps[3], &maps[4], &narrow, &bias, &n_, &depth_};
+  ml_variant variant = {ML_SHARED, {layer->f16, backward, (int16_t)width, SHARE, bias != NULL}};
+  return launch(layer, variant, "ml_shared",
+                (ml_launch){.grid = (unsigned)shared_blocks(layer, n, width),
+                            .block = 384,
+                            .shared_bytes = (unsigned)(stages * (16384 + width * 128 + 8192) + 32768 + 16384 + 4096),
+                            .cluster = SHARE,
+                            .early = true},
+                arguments);
+}
+
+/* y, or grad_x, by the layer's way; `mixed` has been made where that is ML_BY_DUAL. */
+static ml_cuda_status wide_side(const ml_layer *layer, ml_way way, const places *p, ml_narrow narrow, ml_rows x,
+                                void *y, bool backward) {
+  return way == ML_BY_SHARED ? shared(layer, p, narrow, x, y, backward)
+                             : dual(layer, p, narrow, x, y, backward, way == ML_BY_FUSED);
+}
+
 /* H of a few tokens, and s w H. */
 static ml_cuda_status few(const ml_layer *layer, ml_rows x, void *mixed, void *hidden) {
   long long x_row = x.row;
@@ -380,10 +437,10 @@ ml_cuda_status ml_layer_forward(const ml_layer *layer, ml_rows x, void *y, void 
     return status == ML_CUDA_OK ? decode(layer, x, p.mixed, y) : status;
   }
   ml_cuda_status status = prepare(layer, &p);
-  if (status == ML_CUDA_OK && way != ML_BY_FUSED) {
+  if (status == ML_CUDA_OK && way == ML_BY_DUAL) {
     status = project(layer, &p, narrow, x, false);
   }
-  return status == ML_CUDA_OK ? dual(layer, &p, narrow, x, y, false, way == ML_BY_FUSED) : status;
+  return status == ML_CUDA_OK ? wide_side(layer, way, &p, narrow, x, y, false) : status;
 }
 
 ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_y, const void *hidden, void *grad_x,
@@ -398,13 +455,12 @@ ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_
   narrow.hidden = (void *)(uintptr_t)hidden;
   narrow.weighted = hidden != NULL ? p.weighted : NULL;
   narrow.grad_w = grad_w == NULL ? NULL : is_plain_grad_w(layer) ? grad_w : p.grad_w;
-  bool fused = grad_x != NULL && way == ML_BY_FUSED;
   ml_cuda_status status = prepare(layer, &p);
-  if (status == ML_CUDA_OK && !fused) {
+  if (status == ML_CUDA_OK && (grad_x == NULL || way == ML_BY_DUAL)) {
     status = project(layer, &p, narrow, grad_y, true);
   }
   if (status == ML_CUDA_OK && grad_x != NULL) {
-    status = dual(layer, &p, narrow, grad_y, grad_x, true, fused);
+    status = wide_side(layer, way, &p, narrow, grad_y, grad_x, true);
   }
   if (status == ML_CUDA_OK) {
     status = collect(layer, &p, x, grad_y, grads);

@@ -30,7 +30,8 @@ typedef enum {
   ML_BY_TORCH,  /* two products of torch's, with ml_layer_mix between them */
   ML_BY_DECODE, /* few.cu, then decode.cu: few tokens, forward */
   ML_BY_DUAL,   /* project.cu, then dual.cu */
-  ML_BY_FUSED   /* dual.cu with the shrink inside */
+  ML_BY_FUSED,  /* dual.cu with the shrink inside */
+  ML_BY_SHARED  /* shared.cu: a tile a multiprocessor, 64 columns */
 } ml_way;
 
 /* ML_CUDA_UNSUPPORTED: too many experts or columns, widths that are not multiples of 8, pointers that are not of 16. */

@@ -3,8 +3,7 @@
 #include "module.h"
 #include "program.h"
 
-/* Sets the exception for a status; false for ML_CUDA_OK. */
-static bool raise_cuda(ml_cuda_status status) {
+bool raise_cuda(ml_cuda_status status) {
   if (status == ML_CUDA_NO_MEMORY) {
     PyErr_SetString(PyExc_MemoryError, ml_cuda_message());
   } else if (status == ML_CUDA_VALUE) {

@@ -3,6 +3,7 @@
 #include <math.h>
 
 #include "compiler.h"
+#include "cuda.h"
 #include "exchange.h"
 #include "module.h"
 #include "routed_lora.h"
@@ -177,11 +178,6 @@ static bool read_frozen(cuda_call_ *c, PyObject *weight, PyObject *bias) {
   return true;
 }
 
-static PyObject *raise_cuda(void) {
-  PyErr_Format(PyExc_RuntimeError, "moelora's CUDA kernels: %s", ml_cuda_message());
-  return NULL;
-}
-
 static PyObject *narrow_dtype(const cuda_call_ *c) { return c->layer.f16 ? c->torch->float16 : c->torch->bfloat16; }
 
 /* [..., width] for x's tokens. */
@@ -292,7 +288,7 @@ PyObject *cuda_forward(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
   } else if (status == ML_CUDA_UNSUPPORTED) {
     result = Py_NewRef(Py_None);
   } else {
-    raise_cuda();
+    raise_cuda(status);
   }
 done:
   Py_XDECREF(hidden);
@@ -387,7 +383,7 @@ PyObject *cuda_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_ar
     plain = NO;
   } else if (status != ML_CUDA_OK) {
     Py_CLEAR(grads);
-    raise_cuda();
+    raise_cuda(status);
   }
 done:
   if (plain == NO) {
@@ -446,7 +442,7 @@ PyObject *cuda_prepare(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
   status = ml_layer_prepare(&c.layer, memory);
   Py_END_ALLOW_THREADS;
   if (status != ML_CUDA_OK) {
-    raise_cuda();
+    raise_cuda(status);
   } else if ((parts[1] = part_of(parts[0], memory, places.stacked_a, c.layer.columns, c.layer.d_in)) != NULL &&
              (parts[2] = part_of(parts[0], memory, places.stacked_b, c.layer.d_out, c.layer.columns)) != NULL &&
              (parts[3] = part_of(parts[0], memory, places.mixed, c.layer.tokens, c.layer.columns)) != NULL &&
@@ -478,7 +474,7 @@ static PyObject *mix(PyObject *module, PyObject *const *args, bool backward, PyO
   Py_BEGIN_ALLOW_THREADS;
   status = backward ? ml_layer_mix_backward(&c.layer, hidden, grad, memory) : ml_layer_mix(&c.layer, hidden, memory);
   Py_END_ALLOW_THREADS;
-  return status == ML_CUDA_OK ? Py_NewRef(Py_None) : raise_cuda();
+  return raise_cuda(status) ? NULL : Py_NewRef(Py_None);
 }
 
 PyObject *cuda_mix(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
@@ -499,7 +495,7 @@ PyObject *set_cuda_way(PyObject *module, PyObject *name) {
     return NULL;
   }
   if (ml_force_way(text) != ML_CUDA_OK) {
-    PyErr_Format(PyExc_ValueError, "name must be 'torch', 'decode', 'dual', 'fused' or None, got %R", name);
+    PyErr_Format(PyExc_ValueError, "name must be 'torch', 'decode', 'dual', 'fused', 'shared' or None, got %R", name);
     return NULL;
   }
   Py_RETURN_NONE;

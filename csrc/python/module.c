@@ -1042,6 +1042,8 @@ static PyMethodDef methods[] = {
     FAST(cuda_mix_backward),
     FAST(cuda_way),
     {"set_cuda_way", set_cuda_way, METH_O, NULL},
+    FAST(cuda_route),
+    FAST(cuda_route_backward),
     FAST(route_tensors),
     FAST(route_backward_tensors),
     FAST(route),

@@ -153,8 +153,8 @@ def backward_tensors(
     /,
 ) -> tuple[Any, ...] | None: ...
 
-# The same on a GPU: x, the base and y of bfloat16 or float16, adapters of that dtype or of float32, without gaps, weights of
-# any of these.
+# The same on a GPU: x, the base and y of bfloat16 or float16, adapters of that dtype or of float32, without gaps,
+# weights of any of these.
 
 def cuda_call(
     x: Any,
@@ -238,6 +238,20 @@ def route_backward_tensors(
     temperature: float,
     renormalize: bool,
     n_threads: int,
+    /,
+) -> Any: ...
+def cuda_route(
+    logits: Any, mask: Any, top_k: int | None, temperature: float, renormalize: bool, /
+) -> tuple[Any, Any, Any, Any] | None: ...
+def cuda_route_backward(
+    grad_weights: Any,
+    grad_prob_sums: Any,
+    kept: Any,
+    mask: Any,
+    indices: Any,
+    temperature: float,
+    renormalize: bool,
+    dtype: Any,
     /,
 ) -> Any: ...
 def set_num_threads(n: int | None, /) -> None: ...

@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from moelora import _core, runtime
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc" / "cuda"
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +41,29 @@ def run_python():
 
     run_python.start = start
     return run_python
+
+
+@pytest.fixture
+def gcc(tmp_path):
+    """``gcc(name, *flags)`` compiles, and returns where to."""
+
+    def gcc(name, *flags):
+        includes = [f"-I{CSRC}", f"-I{HERE}"]
+        command = ["gcc", "-std=gnu11", "-Wall", "-Wextra", "-Werror", *includes, *flags, "-o", tmp_path / name]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return tmp_path / name
+
+    return gcc
+
+
+@pytest.fixture
+def driver(gcc):
+    """``driver(version=, count=, major=, init=)``: the folder of a libcuda like that."""
+
+    def driver(*flags, version=13000, count=2, major=9, init=0):
+        values = {"VERSION": version, "COUNT": count, "MAJOR": major, "INIT": init}
+        values = [f"-D{name}={value}" for name, value in values.items()]
+        return gcc("libcuda.so.1", "-shared", "-fPIC", *values, *flags, HERE / "fake_driver.c").parent
+
+    return driver

@@ -1,7 +1,6 @@
 """Who may use the kernels, and what is said where nobody may."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import nvidia
@@ -9,9 +8,6 @@ import pytest
 import torch
 
 from moelora.nn import cuda
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 
 PROGRAM = """
 import json, sys, warnings
@@ -40,22 +36,6 @@ def look(run_python):
         return json.loads(out)
 
     return look
-
-
-@pytest.fixture
-def driver(tmp_path):
-    """``driver(version=, count=, major=, init=)``: the folder of a libcuda like that."""
-
-    def driver(*, version=13000, count=2, major=9, init=0, more=()):
-        values = {"VERSION": version, "COUNT": count, "MAJOR": major, "INIT": init}
-        flags = [f"-D{name}={value}" for name, value in values.items()]
-        library = tmp_path / "libcuda.so.1"
-        source = HERE / "fake_driver.c"
-        include = f"-I{ROOT / 'csrc' / 'cuda'}"
-        subprocess.run(["gcc", "-shared", "-fPIC", *flags, *more, include, source, "-o", library], check=True)
-        return tmp_path
-
-    return driver
 
 
 def reason(seen):
@@ -87,17 +67,17 @@ def test_no_driver(look, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "facts, message",
+    "flags, facts, message",
     [
-        ({"version": 11080}, "the NVIDIA driver is too old: it supports CUDA 11.8, 12.0 is needed"),
-        ({"more": ["-DWITHOUT_LAUNCHES"]}, "the NVIDIA driver is too old: it has no cuLaunchKernelEx"),
-        ({"init": 100}, "the NVIDIA driver has no GPU to offer"),
-        ({"init": 999}, "the NVIDIA driver refused cuInit: error 999, it is broken"),
-        ({"count": 0}, "there is no GPU 0: the NVIDIA driver offers 0"),
+        ([], {"version": 11080}, "the NVIDIA driver is too old: it supports CUDA 11.8, 12.0 is needed"),
+        (["-DWITHOUT_LAUNCHES"], {}, "the NVIDIA driver is too old: it has no cuLaunchKernelEx"),
+        ([], {"init": 100}, "the NVIDIA driver has no GPU to offer"),
+        ([], {"init": 999}, "the NVIDIA driver refused cuInit: error 999, it is broken"),
+        ([], {"count": 0}, "there is no GPU 0: the NVIDIA driver offers 0"),
     ],
 )
-def test_a_driver_that_cannot_be_used(look, driver, facts, message):
-    seen = look(driver(**facts))
+def test_a_driver_that_cannot_be_used(look, driver, flags, facts, message):
+    seen = look(driver(*flags, **facts))
     assert seen["answers"] == [False, False, False]
     assert reason(seen).startswith(message)
 

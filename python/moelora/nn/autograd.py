@@ -157,7 +157,7 @@ def routed_lora(
         plain = _plain_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
         if plain is not None and (torch._C._is_any_autocast_enabled() or (top_k or 0) > len(plain[1])):
             plain = None
-        if plain is None and on_gpu(x):
+        if plain is None and on_gpu(x) and not torch._C._is_any_autocast_enabled():
             y = _on_gpu(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
             if y is not None:
                 return y
@@ -169,7 +169,7 @@ def routed_lora(
         tensors += call.lora_A
         tensors += call.lora_B
         if not call.x.numel() or not uses_core(*tensors):
-            y = _on_gpu(*call) if on_gpu(call.x) and _is_unwatched() else None
+            y = _on_gpu(*call) if _is_unwatched() and on_gpu(call.x) else None
             return _formula(call) if y is None else y
         x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p = call
         if x.dim() > 3:
@@ -625,7 +625,7 @@ def _on_gpu(
     dropout_p: float | Sequence[float],
 ) -> Tensor | None:
     """What the CUDA kernels make of plain tensors on the current GPU; None where something is not plain."""
-    if not ROUND_ADAPTERS or torch._C._is_any_autocast_enabled():
+    if not ROUND_ADAPTERS:
         return None
     plain = _core.cuda_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
     if plain is None:
@@ -659,7 +659,8 @@ def _gpu_forward(
             return done[0], done[1]
         base_output = F.linear(x, weight, bias)
     call = (x, adapters, routing_weights, scaling, top_k or 0)
-    workspace, stacked_a, stacked_b, mixed, _ = _core.cuda_prepare(*call, False)
+    prepared: Any = _core.cuda_prepare(*call, False)
+    workspace, stacked_a, stacked_b, mixed, _ = prepared
     hidden = x.flatten(0, -2) @ stacked_a.t()
     _core.cuda_mix(*call, hidden, workspace)
     y = mixed @ stacked_b.t() if base_output is None else torch.addmm(base_output.flatten(0, -2), mixed, stacked_b.t())
@@ -700,14 +701,11 @@ class _RoutedLoRAOnGPU(torch.autograd.Function):
             grads = _core.cuda_backward(saved, need, scaling, grad_y, top_k or 0)
             if grads is None and on_gpu(grad_y):
                 grads = _products_backward(ctx, saved, grad_y)
-        if grads is None:
-            if twice:
-                raise RuntimeError(_TWICE)
-            grads = _gpu_formula_backward(ctx, saved, grad_y)
+        if grads is not None:
+            return tuple(_refuse_twice(grads, [grad_y, *saved]) if twice else grads)
         if twice:
-            kept = [None if i in (3, 4) else g for i, g in enumerate(grads)]
-            return tuple(_refuse_twice(kept, [grad_y, *saved]))
-        return tuple(grads)
+            raise RuntimeError(_TWICE)
+        return tuple(_gpu_formula_backward(ctx, saved, grad_y))
 
 
 _apply_on_gpu: Callable[..., Tensor] = super(torch.autograd.Function, _RoutedLoRAOnGPU).apply

@@ -1,4 +1,4 @@
-"""`route` for torch: logits to routing weights, by the C core on CPU and by a formula in torch operations elsewhere."""
+"""`route` for torch: logits to routing weights, by the C core on CPU, by kernels on a GPU, by a formula elsewhere."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moelora import runtime
 from moelora.functional import HAS_EXT
+from moelora.nn import cuda
 from moelora.nn.autograd import _is_unwatched, _Once, _refuse_twice, uses_core
 
 if HAS_EXT:
@@ -44,7 +45,8 @@ def route(
     .. math:: p = \mathrm{softmax}(\mathrm{logits} / \mathrm{temperature})
 
     and of these each token's `top_k` largest are kept. Differentiable once in `logits`, through `weights` and
-    `prob_sums`. Plain CPU tensors run in the C core, all others in torch operations.
+    `prob_sums`. Plain CPU tensors run in the C core, plain CUDA tensors of up to 256 experts in moelora's kernels, all
+    others in torch operations.
 
     Parameters
     ----------
@@ -82,7 +84,7 @@ def route(
     (tensor([[1, 2]]), tensor([[0.0000, 0.5714, 0.4286]]))
     """
     # The plain case is found from C, and done there. All that is unusual, or wrong, goes on below.
-    routing = _core_routing(logits, mask, top_k, temperature, renormalize)
+    routing = _plain_routing(logits, mask, top_k, temperature, renormalize)
     if routing is not None:
         return routing
 
@@ -117,9 +119,9 @@ def route(
         logits = logits.float()
     top_k = None if top_k is None else int(top_k)
     temperature, renormalize = float(temperature), bool(renormalize)
-    if uses_core(logits) and (mask is None or uses_core(mask)):
+    if _is_unwatched() and (logits.is_cuda or (uses_core(logits) and (mask is None or uses_core(mask)))):
         dense_mask = None if mask is None else mask.contiguous()
-        routing = _core_routing(logits.contiguous(), dense_mask, top_k, temperature, renormalize)
+        routing = _plain_routing(logits.contiguous(), dense_mask, top_k, temperature, renormalize)
         if routing is not None:
             return routing
     if torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
@@ -127,13 +129,18 @@ def route(
     return _formula(logits, mask, top_k, temperature, renormalize)
 
 
-def _core_routing(
+def _plain_routing(
     logits: Tensor, mask: Tensor | None, top_k: int | None, temperature: float, renormalize: bool
 ) -> Routing | None:
-    """What the C core makes of plain tensors; None where something is not plain."""
+    """What the C core or the kernels make of plain tensors; None where something is not plain."""
     if not _is_unwatched():
         return None
-    routed = _core.route_tensors(logits, mask, top_k, temperature, renormalize, runtime.get_num_threads())
+    if isinstance(logits, Tensor) and logits.is_cuda:
+        if not cuda.available(logits.device):
+            return None
+        routed = _core.cuda_route(logits, mask, top_k, temperature, renormalize)
+    else:
+        routed = _core.route_tensors(logits, mask, top_k, temperature, renormalize, runtime.get_num_threads())
     if routed is None:
         return None
     weights, indices, counts, prob_sums = routed
@@ -163,7 +170,7 @@ def _formula(logits: Tensor, mask: Tensor | None, top_k: int | None, temperature
 
 
 class _Route(torch.autograd.Function):
-    """weights and prob_sums, which the core has computed, with its backward."""
+    """weights and prob_sums, which have been computed, with the backward of who did."""
 
     @staticmethod
     def forward(
@@ -176,7 +183,7 @@ class _Route(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # Weights of all experts are the probabilities, and whoever uses them keeps them anyway.
         ctx.save_for_backward(computed[0] if constants[1] is None else logits, *constants)
-        ctx.options = temperature, renormalize
+        ctx.options = temperature, renormalize, logits.dtype
         ctx.set_materialize_grads(False)
         return computed
 
@@ -185,22 +192,42 @@ class _Route(torch.autograd.Function):
         if grad_weights is None and grad_prob_sums is None:
             return (None,) * 5
         kept, mask, indices = ctx.saved_tensors
-        temperature, renormalize = ctx.options
-        if grad_weights is None:
-            grad_weights = kept.new_zeros(()).expand(kept.shape)
+        temperature, renormalize, dtype = ctx.options
         more = (kept, mask, indices, temperature, renormalize)
+        if grad_weights is None and not kept.is_cuda:  # the kernels need no zeros
+            grad_weights = kept.new_zeros(()).expand(kept.shape)
         grad: Tensor | None = None
         if _is_unwatched():
-            threads = runtime.get_num_threads()
-            grad = _core.route_backward_tensors(grad_weights, grad_prob_sums, *more, threads)
+            grad = _plain_gradient(grad_weights, grad_prob_sums, *more, dtype)
             if grad is None:  # perhaps for its strides
+                dense_weights = None if grad_weights is None else grad_weights.contiguous()
                 dense_sums = None if grad_prob_sums is None else grad_prob_sums.contiguous()
-                grad = _core.route_backward_tensors(grad_weights.contiguous(), dense_sums, *more, threads)
+                grad = _plain_gradient(dense_weights, dense_sums, *more, dtype)
         if grad is None:
             grad = _formula_backward(grad_weights, grad_prob_sums, *more)
         if torch.is_grad_enabled():  # create_graph
             (grad,) = _refuse_twice([grad], [kept, grad_weights, grad_prob_sums])
         return grad, None, None, None, None
+
+
+def _plain_gradient(
+    grad_weights: Tensor | None,
+    grad_prob_sums: Tensor | None,
+    kept: Tensor,
+    mask: Tensor | None,
+    indices: Tensor | None,
+    temperature: float,
+    renormalize: bool,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """What the C core or the kernels make of plain tensors; None where something is not plain. dtype: of the logits."""
+    call = (grad_weights, grad_prob_sums, kept, mask, indices, temperature, renormalize)
+    grad: Tensor | None
+    if kept.is_cuda:
+        grad = _core.cuda_route_backward(*call, dtype)
+    else:
+        grad = _core.route_backward_tensors(*call, runtime.get_num_threads())
+    return grad
 
 
 # What Function.apply comes down to where no torch.func transform is active.
@@ -209,7 +236,7 @@ _apply: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _R
 
 @torch.no_grad()
 def _formula_backward(
-    grad_weights: Tensor,
+    grad_weights: Tensor | None,
     grad_prob_sums: Tensor | None,
     kept: Tensor,
     mask: Tensor | None,
@@ -217,9 +244,11 @@ def _formula_backward(
     temperature: float,
     renormalize: bool,
 ) -> Tensor:
-    """The same where the core can't read the gradients: batched by vmap (is_grads_batched), a subclass, traced."""
+    """The same where C can't read the gradients: batched by vmap (is_grads_batched), a subclass, traced."""
+    if kept.dtype is not torch.float64:
+        kept = kept.float()
     p = kept if indices is None else torch.softmax(kept / temperature, -1)
-    grad_p = grad_weights
+    grad_p = torch.zeros_like(p) if grad_weights is None else grad_weights
     if indices is not None:
         g = grad_p.gather(-1, indices)
         if renormalize:

@@ -135,11 +135,17 @@ def _plain_base(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | N
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return None
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-    if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype is not x.dtype:
+    dtype = x.dtype
+    if torch._C._is_any_autocast_enabled():
+        if not x.is_cuda:
+            return None
+        if torch.is_autocast_enabled("cuda") and dtype is not torch.float64:
+            dtype = torch.get_autocast_dtype("cuda")  # to which routed_lora casts x, as F.linear would
+    if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype is not dtype:
         return None
-    if bias is not None and (bias.requires_grad or bias.dtype is not x.dtype):
+    if bias is not None and (bias.requires_grad or bias.dtype is not dtype):
         return None
-    if nn_module._has_any_global_hook() or torch._C._is_any_autocast_enabled():
+    if nn_module._has_any_global_hook():
         return None
     return (weight.t() if kind is Conv1D else weight), bias  # Conv1D holds its weight as [d_in, d_out]
 
