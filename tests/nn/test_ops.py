@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 from torch.library import opcheck
 
@@ -115,12 +115,12 @@ def test_compiled_code_has_one_operator_and_eager_gradients(shape, base, make_mi
 
 
 def test_sizes_that_vary_compile_once(make_mixture):
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(routed_lora, backend=counter, dynamic=True, fullgraph=True)
-    for tokens in [(2, 5), (3, 4), (7, 11)]:
+    counters.clear()
+    compiled = torch.compile(routed_lora, backend="aot_eager", dynamic=True, fullgraph=True)
+    for tokens in [(10, 11), (12, 13), (14, 17)]:  # a size that another axis has, too, would be taken for the same
         mixture = make_mixture(tokens=tokens)
         assert_as_eager(compiled, mixture, bases(mixture, "weight"), top_k=2)
-    assert counter.frame_count == 1
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_only_what_needs_a_gradient_is_kept(make_mixture):

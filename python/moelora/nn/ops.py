@@ -22,6 +22,9 @@ from moelora.nn import autograd
 from moelora.nn.compiled import columns
 from moelora.nn.cuda import on_gpu
 
+if runtime.HAS_EXT:
+    from moelora import _core
+
 __all__: list[str] = []
 
 _library = torch.library.Library("moelora", "FRAGMENT")
@@ -52,12 +55,13 @@ def _forward(
     top_k: int | None,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    frozen, settings, adapters = (weight, bias), (tuple(scaling), top_k, None, None), (*lora_A, *lora_B)
+    frozen, adapters = (weight, bias), (*lora_A, *lora_B)
+    settings: autograd._Settings = tuple(scaling), top_k, None, None
     call = (x, lora_A, lora_B, routing_weights, settings[0], base_output, weight, bias)
     tensors = [t for t in (x, routing_weights, base_output, weight, bias, *adapters) if t is not None]
     y, hidden = None, None
     if on_gpu(x):
-        if autograd._is_unwatched() and autograd._core.cuda_call(*call) is not None:
+        if autograd._is_unwatched() and _core.cuda_call(*call) is not None:
             y, hidden = autograd._gpu_forward(
                 x, routing_weights, base_output, frozen, settings, adapters, keep_hidden=keep_hidden
             )
@@ -90,13 +94,13 @@ def _backward(
     grads: Sequence[Tensor | None] | None = None
     if on_gpu(grad_y):
         if autograd._is_unwatched():
-            grads = autograd._core.cuda_backward(saved, node_need, scales, grad_y, top_k or 0)
+            grads = _core.cuda_backward(saved, node_need, scales, grad_y, top_k or 0)
             if grads is None:
                 node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k))
                 grads = autograd._products_backward(node, saved, grad_y)
     elif grad_y.numel() and autograd.uses_core(*(t for t in (grad_y, *saved) if t is not None)):
         threads = runtime.get_num_threads()
-        grads = autograd._core.backward_tensors(saved, node_need, scales, grad_y, None, top_k or 0, threads)
+        grads = _core.backward_tensors(saved, node_need, scales, grad_y, None, top_k or 0, threads)
         if grads is None:
             node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k, None))
             first, second, *others = autograd._core_backward(node, saved, grad_y)
@@ -132,6 +136,12 @@ def _widths(lora_A: Sequence[Tensor]) -> list[int]:
     return ranks if lora_A[0].device.type == "cpu" else columns(ranks)
 
 
+def _dropped(routing_weights: Tensor, axes: int, top_k: int) -> Tensor:
+    """Which experts are not among the top k, for results of so many axes."""
+    dropped = routing_weights.argsort(dim=-1, descending=True, stable=True).argsort(-1) >= top_k
+    return dropped.unsqueeze(1) if 1 < dropped.dim() < axes else dropped
+
+
 def _compute_dtype(t: Tensor) -> torch.dtype:
     return autograd._core_dtype(t.dtype) if t.device.type == "cpu" else t.dtype
 
@@ -150,6 +160,10 @@ def _formula(
     dtype = _compute_dtype(x)
     widths, a, b = _stacked(lora_A, lora_B, dtype)
     hidden = F.linear(x.to(dtype), a)
+    if top_k is not None:
+        dropped = _dropped(routing_weights, hidden.dim(), top_k)
+        parts = zip(hidden.split(widths, -1), dropped.split(1, -1), strict=True)
+        hidden = torch.cat([part.masked_fill(mask, 0) for part, mask in parts], -1)
     y = F.linear(autograd._mix(hidden, routing_weights, widths, scaling, top_k), b)
     base = base_output if weight is None else F.linear(x, weight, bias)
     return (y if base is None else y + base).to(x.dtype), hidden
@@ -183,22 +197,23 @@ def _formula_backward(
         grad_b = g.flatten(0, -2).mT @ weighted.flatten(0, -2)
         products = zip((projected * hidden).split(widths, -1), scaling, strict=True)
         grad_w = torch.stack([s * product.sum(-1) for product, s in products], -1)  # of every token
-        per_sequence = 1 < routing_weights.dim() < grad_w.dim()
         if top_k is not None:
-            dropped = routing_weights.argsort(dim=-1, descending=True, stable=True).argsort(-1) >= top_k
-            grad_w = grad_w.masked_fill(dropped.unsqueeze(1) if per_sequence else dropped, 0)
+            grad_w = grad_w.masked_fill(_dropped(routing_weights, grad_w.dim(), top_k), 0)
         if routing_weights.dim() == 1:
             grad_w = grad_w.flatten(0, -2).sum(0)
-        elif per_sequence:
+        elif routing_weights.dim() < grad_w.dim():
             grad_w = grad_w.sum(1)
-    n = len(lora_A)
-    likes = (grad_y, routing_weights, *lora_A, *lora_B)
-    parts = [grad_x, grad_w]
-    parts += [None] * n if grad_a is None else [t[: like.shape[0]] for t, like in zip(grad_a.split(widths), lora_A)]
-    parts += (
-        [None] * n if grad_b is None else [t[:, : like.shape[1]] for t, like in zip(grad_b.split(widths, 1), lora_B)]
+    like, n = (grad_y, routing_weights, *lora_A, *lora_B), len(lora_A)
+    grads_A = (
+        [None] * n if grad_a is None else [t[: a.shape[0]] for t, a in zip(grad_a.split(widths), lora_A, strict=True)]
     )
-    return [None if t is None else t.to(like.dtype) for t, like in zip(parts, likes, strict=True)]
+    grads_B = (
+        [None] * n
+        if grad_b is None
+        else [t[:, : b.shape[1]] for t, b in zip(grad_b.split(widths, 1), lora_B, strict=True)]
+    )
+    grads = zip((grad_x, grad_w, *grads_A, *grads_B), like, strict=True)
+    return [None if grad is None else grad.to(t.dtype) for grad, t in grads]
 
 
 # ---- what tracing sees: shapes and dtypes ----
