@@ -32,6 +32,7 @@ ARM64 = platform.machine().lower() in ("aarch64", "arm64")
 X86_KERNEL_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mtune=haswell"],
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mtune=haswell"],
+    "avx512bf16": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma", "-mtune=haswell"],
 }
 CFLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fvisibility=hidden", "-pthread"]
 

@@ -99,6 +99,7 @@ typedef struct {
   float *weights;      /* [T, N] */
   float *x, *y;        /* [block, d_in], [block, d_out]: of the forward, or their gradients */
   int64_t T, R, block;
+  bool pairs;          /* there is one block, of x, y and their gradients themselves */
   unsigned accumulate; /* of the call */
 } blocks;
 
@@ -109,14 +110,15 @@ static void reserve_grads(const blocks *b, budget *need) {
   for (int64_t e = 0; e < 2 * b->p->n_experts; e++) ml_reserve(need, 0, 1, 1); /* each is aligned */
 }
 
-static ml_status begin(blocks *b, const ml_routed_lora *p, ml_tokens hidden, bool with_x, budget *need) {
-  *b = (blocks){.p = p};
+static ml_status begin(blocks *b, const ml_routed_lora *p, ml_tokens hidden, bool with_x, bool pairs, budget *need) {
+  *b = (blocks){.p = p, .pairs = pairs};
   ml_status status = ml_check(p, &b->T, &b->R);
   if (status != ML_OK) return status;
   if (p->weight.data || (hidden.data && !is_dense(hidden, p->seq, b->T, b->R))) return ML_ERR_VALUE;
-  b->block = min_(b->T, BLOCK_TOKENS);
+  b->block = pairs ? b->T : min_(b->T, BLOCK_TOKENS);
   ml_reserve(need, p->n_experts, 1, sizeof *b->experts);
   ml_reserve(need, b->T, p->n_experts, sizeof(float));
+  if (pairs) return ML_OK;
   ml_reserve(need, b->block, p->d_out, sizeof(float));
   if (with_x) ml_reserve(need, b->block, p->d_in, sizeof(float));
   return ML_OK;
@@ -156,12 +158,13 @@ static ml_status allocate(blocks *b, bool with_x, budget need) {
   int64_t N = p->n_experts;
   b->experts = ml_take(&b->own, N, 1, sizeof *b->experts);
   b->weights = ml_take(&b->own, b->T, N, sizeof(float));
-  b->y = ml_take(&b->own, b->block, p->d_out, sizeof(float));
-  if (with_x) b->x = ml_take(&b->own, b->block, p->d_in, sizeof(float));
+  if (!b->pairs) b->y = ml_take(&b->own, b->block, p->d_out, sizeof(float));
+  if (!b->pairs && with_x) b->x = ml_take(&b->own, b->block, p->d_in, sizeof(float));
   memcpy(b->experts, p->experts, (size_t)N * sizeof *b->experts);
   widen_weights(b);
   b->wide = *p;
-  b->wide.dtype = ML_F32;
+  if (!b->pairs) b->wide.dtype = ML_F32;
+  b->wide.bf16_weights = false;
   b->wide.batch = 1;
   b->wide.experts = b->experts;
   return ML_OK;
@@ -179,13 +182,18 @@ static ml_tokens rows_from(ml_tokens dense, int64_t t, int64_t width) {
   return dense.data ? rows_of((float *)dense.data + t * width, width) : (ml_tokens){0};
 }
 
+/* Tokens that are rows, as the one sequence of a block. */
+static ml_tokens joined(const ml_routed_lora *p, ml_tokens v) {
+  return (ml_tokens){v.data, 0, p->seq > 1 ? v.seq : v.batch, 1};
+}
+
 /* Makes b->wide the call on the block that starts at token t. */
 static void place(blocks *b, int64_t t) {
   const ml_routed_lora *p = b->p;
   b->wide.seq = min_(b->block, b->T - t);
   b->wide.first_token = p->first_token + t;
   b->wide.routing_weights = rows_of(b->weights + t * p->n_experts, p->n_experts);
-  b->wide.x = rows_of(b->x, p->d_in);
+  b->wide.x = b->pairs ? joined(p, p->x) : rows_of(b->x, p->d_in);
 }
 
 /* The last block is shorter than the others, and those are like the first one: together they say what calls need. */
@@ -198,10 +206,12 @@ static void lend(const blocks *b, call *c) {
 
 /* ---- forward ---- */
 
-static ml_status begin_forward(blocks *b, forward *f, int64_t t, ml_tokens hidden, budget *most) {
+static ml_status begin_forward(blocks *b, forward *f, int64_t t, ml_tokens y, ml_tokens hidden, ml_tokens base,
+                               budget *most) {
+  const ml_routed_lora *p = b->p;
   place(b, t);
-  ml_status status =
-      ml_begin_forward(f, &b->wide, rows_of(b->y, b->p->d_out), rows_from(hidden, t, b->R), (ml_tokens){0}, NULL, 0);
+  ml_status status = ml_begin_forward(f, &b->wide, b->pairs ? joined(p, y) : rows_of(b->y, p->d_out),
+                                      rows_from(hidden, t, b->R), b->pairs ? joined(p, base) : (ml_tokens){0}, NULL, 0);
   ml_reserve_phase(most, f->need);
   return status;
 }
@@ -210,19 +220,19 @@ ml_status ml_bf16_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens hidden
   blocks b;
   forward f;
   budget need = {0}, most = {0};
-  ml_status status = begin(&b, p, hidden, true, &need);
+  ml_status status = begin(&b, p, hidden, true, ml_takes_pairs(p, y, base, true), &need);
   if (status != ML_OK) return status;
   if (b.T > 0 && (!p->x.data || !y.data)) return ML_ERR_NULL;
   status = allocate(&b, true, need);
-  if (status == ML_OK) status = begin_forward(&b, &f, last_block(&b), hidden, &most);
-  if (status == ML_OK) status = begin_forward(&b, &f, 0, hidden, &most);
+  if (status == ML_OK) status = begin_forward(&b, &f, last_block(&b), y, hidden, base, &most);
+  if (status == ML_OK) status = begin_forward(&b, &f, 0, y, hidden, base, &most);
   if (status == ML_OK) status = ml_allocate(&b.lent, most);
   for (int64_t t = 0; status == ML_OK && t < b.T; t += b.block) {
-    begin_forward(&b, &f, t, hidden, &most); /* which fails for all blocks or for none */
+    begin_forward(&b, &f, t, y, hidden, base, &most); /* which fails for all blocks or for none */
     lend(&b, &f.c);
-    widen_tokens(p, p->x, t, b.wide.seq, p->d_in, b.x);
+    if (!b.pairs) widen_tokens(p, p->x, t, b.wide.seq, p->d_in, b.x);
     ml_run_forward(&f);
-    narrow_tokens(p, b.y, t, b.wide.seq, p->d_out, base, y);
+    if (!b.pairs) narrow_tokens(p, b.y, t, b.wide.seq, p->d_out, base, y);
   }
   release(&b);
   return status;
@@ -232,8 +242,9 @@ ml_status ml_bf16_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens hidden
 
 /* What the calls on blocks write. */
 typedef struct {
-  ml_tokens hidden;       /* which they read */
-  float *grad_x, *grad_w; /* [block, d_in], [T, N]; NULL: not wanted */
+  ml_tokens grad_y, hidden; /* which they read */
+  ml_tokens grad_x;         /* of a block, or of all tokens where b->pairs */
+  float *grad_w;            /* [T, N]; NULL: not wanted */
   unsigned accumulate;
 } wide_grads;
 
@@ -241,7 +252,7 @@ static ml_status begin_backward(blocks *b, backward *f, int64_t t, const wide_gr
   const ml_routed_lora *p = b->p;
   place(b, t);
   ml_status status = ml_begin_backward(
-      f, &b->wide, rows_of(b->y, p->d_out), rows_from(to->hidden, t, b->R), rows_of(to->grad_x, p->d_in),
+      f, &b->wide, to->grad_y, rows_from(to->hidden, t, b->R), to->grad_x,
       to->grad_w ? rows_of(to->grad_w + t * p->n_experts, p->n_experts) : (ml_tokens){0}, to->accumulate);
   ml_reserve_phase(most, f->need);
   return status;
@@ -273,25 +284,30 @@ ml_status ml_bf16_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_tokens 
   budget need = {0}, most = {0};
   bool any_a = false;
   for (int64_t e = 0; p->experts && e < p->n_experts; e++) any_a |= p->experts[e].grad_a.data != NULL;
-  ml_status status = begin(&b, p, hidden, any_a, &need);
+  bool pairs = ml_takes_pairs(p, grad_y, grad_x, false);
+  ml_status status = begin(&b, p, hidden, any_a, pairs, &need);
   if (status != ML_OK) return status;
   if (b.T > 0 && (!grad_y.data || (any_a && !p->x.data))) return ML_ERR_NULL;
-  if (grad_x.data) ml_reserve(&need, b.block, p->d_in, sizeof(float));
+  if (grad_x.data && !pairs) ml_reserve(&need, b.block, p->d_in, sizeof(float));
   if (grad_w.data) {
     ml_reserve(&need, b.T, p->n_experts, sizeof(float));
     ml_reserve(&need, weight_rows(p, grad_w), p->n_experts, sizeof(float));
   }
-  if (p->bf16_adapters) reserve_grads(&b, &need);
+  bool wide_grads_ab = p->bf16_adapters && !pairs;
+  if (wide_grads_ab) reserve_grads(&b, &need);
   status = allocate(&b, any_a, need);
   if (status != ML_OK) goto done;
-  wide_grads to = {.hidden = hidden};
+  wide_grads to = {.hidden = hidden, .grad_y = pairs ? joined(p, grad_y) : rows_of(b.y, p->d_out)};
   float *weight_sums = NULL;
-  if (grad_x.data) to.grad_x = ml_take(&b.own, b.block, p->d_in, sizeof(float));
+  if (pairs)
+    to.grad_x = joined(p, grad_x);
+  else if (grad_x.data)
+    to.grad_x = rows_of(ml_take(&b.own, b.block, p->d_in, sizeof(float)), p->d_in);
   if (grad_w.data) {
     to.grad_w = ml_take(&b.own, b.T, p->n_experts, sizeof(float));
     weight_sums = ml_take(&b.own, weight_rows(p, grad_w), p->n_experts, sizeof(float));
   }
-  for (int64_t e = 0; p->bf16_adapters && e < p->n_experts; e++) {
+  for (int64_t e = 0; wide_grads_ab && e < p->n_experts; e++) {
     ml_expert *expert = &b.experts[e];
     if (expert->grad_a.data) expert->grad_a = take_matrix(&b, expert->rank, p->d_in);
     if (expert->grad_b.data) expert->grad_b = take_matrix(&b, p->d_out, expert->rank);
@@ -302,22 +318,23 @@ ml_status ml_bf16_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_tokens 
   if (status == ML_OK) status = ml_allocate(&b.lent, most);
   if (status != ML_OK) goto done;
 
-  if (!p->bf16_adapters) to.accumulate = accumulate & (ML_ACCUMULATE_A | ML_ACCUMULATE_B);
+  if (!wide_grads_ab) to.accumulate = accumulate & (ML_ACCUMULATE_A | ML_ACCUMULATE_B);
+  if (pairs) to.accumulate |= accumulate & ML_ACCUMULATE_X;
   int64_t t = 0;
   do { /* once without tokens too: then the gradients are zero */
     begin_backward(&b, &f, t, &to, &most);
     lend(&b, &f.c);
-    widen_tokens(p, grad_y, t, b.wide.seq, p->d_out, b.y);
-    if (any_a) widen_tokens(p, p->x, t, b.wide.seq, p->d_in, b.x);
+    if (!pairs) widen_tokens(p, grad_y, t, b.wide.seq, p->d_out, b.y);
+    if (any_a && !pairs) widen_tokens(p, p->x, t, b.wide.seq, p->d_in, b.x);
     ml_run_backward(&f);
-    if (grad_x.data)
-      narrow_tokens(p, to.grad_x, t, b.wide.seq, p->d_in, accumulate & ML_ACCUMULATE_X ? grad_x : (ml_tokens){0},
+    if (grad_x.data && !pairs)
+      narrow_tokens(p, to.grad_x.data, t, b.wide.seq, p->d_in, accumulate & ML_ACCUMULATE_X ? grad_x : (ml_tokens){0},
                     grad_x);
     to.accumulate = ML_ACCUMULATE_A | ML_ACCUMULATE_B;
     t += b.wide.seq;
   } while (t < b.T);
 
-  if (p->bf16_adapters) ml_parallel_for(p->n_threads, p->n_experts, narrow_grads, &b);
+  if (wide_grads_ab) ml_parallel_for(p->n_threads, p->n_experts, narrow_grads, &b);
   if (grad_w.data) finish_weight_grads(p, to.grad_w, weight_sums, grad_w, accumulate & ML_ACCUMULATE_W);
 done:
   release(&b);

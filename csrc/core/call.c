@@ -77,12 +77,13 @@ ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out) {
   ml_status status = ml_check(p, &c->T, &c->R);
   if (status != ML_OK) return status;
   const ml_kernels *kernels = ml_active_kernels();
-  c->products = kernels->products[p->dtype];
-  c->routing = kernels->routing[p->dtype];
-  ml_dtype of_factors = p->bf16_adapters ? ML_BF16 : p->dtype;
+  ml_dtype wide = p->dtype == ML_BF16 ? ML_F32 : p->dtype, of_factors = p->bf16_adapters ? ML_BF16 : p->dtype;
+  c->products = kernels->products[wide];
+  c->routing = kernels->routing[wide];
+  c->pairs = p->dtype == ML_BF16 ? kernels->pairs : NULL;
   c->readers = kernels->products[of_factors];
   c->regime = ml_regime_of(kernels->isa, of_factors);
-  c->elementwise = &ml_elementwise_table[p->dtype];
+  c->elementwise = &ml_elementwise_table[wide];
   c->size = (int64_t)c->elementwise->size;
   c->factor_size = p->bf16_adapters ? (int64_t)sizeof(uint16_t) : c->size;
   for (int64_t e = 0; e < p->n_experts; e++) c->drops |= ml_mask_of(p, e).threshold > 0;
@@ -187,7 +188,7 @@ static void touch(const call *c, char *data, int64_t bytes) {
 rows ml_output_rows(call *c, ml_tokens v, int64_t width) {
   rows r;
   if (!ml_as_rows(c, v, width, &r)) return (rows){ml_take(c, c->T, width, c->size), width};
-  if (r.row == width) touch(c, r.data, c->T * width * c->size);
+  if (r.row == width) touch(c, r.data, c->T * width * (c->pairs ? (int64_t)sizeof(uint16_t) : c->size));
   return r;
 }
 

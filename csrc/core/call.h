@@ -51,6 +51,7 @@ typedef struct {
   const ml_routed_lora *p;
   const ml_products *products;
   const ml_routing *routing;
+  const ml_pairs *pairs;      /* where dtype is ML_BF16: rows of x, y and their gradients are, too; NULL: none */
   const ml_products *readers; /* the same for A and B, which may be bfloat16 */
   const ml_regime *regime;
   const ml_elementwise *elementwise;
@@ -159,7 +160,13 @@ void ml_project(call *c, factor m, rows x, rows out, const ml_mask *mask, epilog
 /* The same for M_A, with dropout: each expert's columns from its own x. */
 void ml_project_masked(call *c, factor m, rows x, rows out, epilogue *then, const void *context);
 
+/* Tokens of a task: enough tasks to keep threads busy to the end, few enough tokens for x to stay in the cache. */
+int64_t ml_projection_block(int64_t T);
+
 /* ---- spread.c: h [T, R] dense ---- */
+
+/* Panels of a task. */
+int64_t ml_spread_group(const call *c, int64_t d);
 
 void ml_reserve_spreading(const call *c, budget *b, int64_t d);
 void ml_spread(call *c, factor m, const char *h, rows out, rows init);
@@ -181,7 +188,21 @@ void ml_store_grads(const call *c, ml_matrix sums, int64_t rank, int64_t cols, m
 void ml_reserve_masked_collection(const call *c, budget *b, int64_t d);
 void ml_collect_masked(call *c, factor grads, const char *h, rows x, bool add);
 
-/* ---- routed_lora.c: forward and backward with dtype ML_F32 or ML_F64, in two steps ---- */
+/* ---- bf16_pairs.c: the same for rows in bfloat16, with c->pairs; H and Q are float32 ---- */
+
+/* Whether the call is one for these: a pure function of shapes, layouts and instruction set. a, b: what is read or written
+ * besides x. */
+bool ml_takes_pairs(const ml_routed_lora *p, ml_tokens a, ml_tokens b, bool forward);
+
+void ml_reserve_pair_projection(const call *c, budget *b, int64_t R, int64_t d);
+void ml_pair_project(call *c, factor m, rows x, rows out, epilogue *then, const void *context);
+void ml_reserve_pair_spreading(const call *c, budget *b, int64_t d);
+void ml_pair_spread(call *c, factor m, const float *h, rows out, rows init);
+void ml_reserve_pair_collection(const call *c, budget *b, int64_t d);
+void ml_pair_collect(call *c, factor grads, const float *h, rows x, bool add);
+
+/* ---- routed_lora.c: forward and backward in two steps; with ML_BF16 where ml_takes_pairs says so, the routing weights and
+ * their gradient in float32 ---- */
 
 typedef struct {
   call c;
@@ -211,7 +232,7 @@ ml_status ml_begin_backward(backward *b, const ml_routed_lora *p, ml_tokens grad
 void ml_run_forward(forward *f);
 void ml_run_backward(backward *b);
 
-/* ---- bf16.c: forward and backward with dtype ML_BF16, on those with ML_F32 ---- */
+/* ---- bf16.c: forward and backward with dtype ML_BF16, on these ---- */
 
 ml_status ml_bf16_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens hidden, ml_tokens base);
 ml_status ml_bf16_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_tokens hidden, ml_tokens grad_x,

@@ -31,6 +31,10 @@ static int64_t turned_rows(int64_t d) {
 }
 
 void ml_reserve_collection(const call *c, budget *b, int64_t d) {
+  if (c->pairs) {
+    ml_reserve_pair_collection(c, b, d);
+    return;
+  }
   const int64_t widths[] = {c->products->panel_width, turned_rows(d)};
   for (int i = 0; i < 2; i++) {
     budget phase = {0};
@@ -120,6 +124,10 @@ static void collect_turned(void *context, int64_t task, int thread) {
 }
 
 void ml_collect(call *c, factor grads, const char *h, rows x, bool add) {
+  if (c->pairs) {
+    ml_pair_collect(c, grads, (const float *)h, x, add);
+    return;
+  }
   size_t used = c->used;
   collection g = {.c = c, .grads = grads, .h = h, .x = x, .add = add};
   if (c->T == 0) {

@@ -14,6 +14,7 @@ static const ml_kernels *const compiled[] = {
 #if ML_X86
     &ml_kernels_avx2,
     &ml_kernels_avx512,
+    &ml_kernels_avx512bf16,
 #elif ML_ARM64
     &ml_kernels_neon,
 #endif
@@ -42,8 +43,8 @@ static void init(void) {
   int n = 0;
   for (int i = 0; i < N_COMPILED; i++)
     if (compiled[i]->supported()) {
-      best = compiled[i];
-      available[n++] = best->name;
+      if (!compiled[i]->preferred || compiled[i]->preferred()) best = compiled[i];
+      available[n++] = compiled[i]->name;
     }
   atomic_store(&active, best);
   const char *wanted = getenv("MOELORA_ISA");

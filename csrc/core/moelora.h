@@ -32,8 +32,8 @@ typedef enum {
 const char *ml_status_message(ml_status status);
 
 /* With ML_BF16 x, y, base and the gradients of x and y are bfloat16. So are A, B and their gradients where bf16_adapters
- * says so, and the routing weights and their gradient where bf16_weights does, else float32. Hidden is float32, as is all
- * that is computed, and contiguous; there is no weight. */
+ * says so, and the routing weights and their gradient where bf16_weights does, else float32. Hidden is float32, as are all
+ * sums, and contiguous; there is no weight. Where the CPU multiplies pairs of bfloat16, weighted H and Q are rounded to it. */
 typedef enum { ML_F32 = 0, ML_F64 = 1, ML_BF16 = 2 } ml_dtype;
 
 /* An array with one row per token, [B, S, width]: element (b, s, j) at data[b*batch + s*seq + j*col]. */
@@ -160,12 +160,13 @@ void ml_set_num_threads(int n);
 int ml_get_num_threads(void);
 const char *ml_threading_layer(void); /* "torch's libgomp", "own pool" or "none (forked child)" */
 
-/* Run-time dispatch: "portable", "avx2", "avx512", "neon". NULL or "" in ml_set_isa: the best this CPU has. The
+/* Run-time dispatch: "portable", "avx2", "avx512", "avx512bf16", "neon". NULL or "" in ml_set_isa: the best for this CPU. The
  * environment variable MOELORA_ISA is read once, at first use, by ml_init. */
 ml_status ml_init(void); /* ML_ERR_ISA, ML_ERR_BASE: such a variable names none of these; as if it weren't set, then */
 ml_status ml_set_isa(const char *name);
 const char *ml_get_isa(void);
-const char *const *ml_isa_available(void); /* NULL-terminated, worst first */
+const char *const *ml_isa_available(
+    void); /* NULL-terminated; the best is the last, but for an avx512bf16 that does not pay */
 
 /* "OpenBLAS 0.3.34 ... SkylakeX" of the base product's BLAS, or "none (own kernels)". */
 const char *ml_blas_config(void);

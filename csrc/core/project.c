@@ -18,15 +18,18 @@ typedef struct {
   const void **factor_row; /* [R], for dot products */
 } projection;
 
-/* Tokens of a task: enough tasks to keep threads busy to the end, few enough tokens for x to stay in the cache. */
-static int64_t projection_block(int64_t T) { return min_(96, round_up(ceil_div(T, 24), 6)); }
+int64_t ml_projection_block(int64_t T) { return min_(96, round_up(ceil_div(T, 24), 6)); }
 
-static int64_t masked_block(const call *c) { return projection_block(c->T) * (DEPTH_BLOCK + ROW_PADDING); }
+static int64_t masked_block(const call *c) { return ml_projection_block(c->T) * (DEPTH_BLOCK + ROW_PADDING); }
 static int masked_blocks(const call *c) {
-  return ml_thread_bound(c->p->n_threads, ceil_div(c->T, projection_block(c->T)));
+  return ml_thread_bound(c->p->n_threads, ceil_div(c->T, ml_projection_block(c->T)));
 }
 
 void ml_reserve_projection(const call *c, budget *b, int64_t R, int64_t d, bool masked) {
+  if (c->pairs) {
+    ml_reserve_pair_projection(c, b, R, d);
+    return;
+  }
   budget phase = {0};
   ml_reserve(&phase, round_up(R, c->products->lanes), d, c->size);
   ml_reserve(&phase, R, 1, sizeof(void *));
@@ -103,13 +106,17 @@ static void project_sums(void *context, int64_t task, int thread) {
 }
 
 void ml_project(call *c, factor m, rows x, rows out, const ml_mask *mask, epilogue *then, const void *context) {
+  if (c->pairs) {
+    ml_pair_project(c, m, x, out, then, context);
+    return;
+  }
   int64_t R = m.offsets[m.n_parts], work = c->T * R * m.d;
   size_t used = c->used;
   projection j = {.c = c, .m = m, .R = R, .x = x, .out = out};
   j.mask = mask;
   j.then = then;
   j.context = context;
-  j.block = projection_block(c->T);
+  j.block = ml_projection_block(c->T);
   if (ml_has_dense_rows(m)) {
     j.factor_row = ml_take(c, R, 1, sizeof(void *));
     for (int64_t e = 0; e < m.n_parts; e++)

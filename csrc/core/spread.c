@@ -29,18 +29,22 @@ static bool takes_rows(const call *c) { return c->T < c->regime->spread_rows || 
 /* Several tokens share the rows of B that a task widens; a single one has a kernel of its own. */
 static bool widens(const call *c) { return c->p->bf16_adapters && c->T > 1; }
 
-static int64_t spread_group(const call *c, int64_t d) {
+int64_t ml_spread_group(const call *c, int64_t d) {
   int64_t panels = ceil_div(d, c->products->panel_width);
   return panels >= 32 ? 4 : panels >= 16 ? 2 : 1; /* at least 8 tasks where there are 8 panels */
 }
 
 static int64_t spread_tasks(const call *c, int64_t d) {
-  return ceil_div(d, c->products->panel_width * spread_group(c, d)) * ceil_div(c->T, SPREAD_TOKENS);
+  return ceil_div(d, c->products->panel_width * ml_spread_group(c, d)) * ceil_div(c->T, SPREAD_TOKENS);
 }
 
 void ml_reserve_spreading(const call *c, budget *b, int64_t d) {
+  if (c->pairs) {
+    ml_reserve_pair_spreading(c, b, d);
+    return;
+  }
   budget phase = {0};
-  ml_reserve(&phase, c->R * c->products->panel_width * spread_group(c, d),
+  ml_reserve(&phase, c->R * c->products->panel_width * ml_spread_group(c, d),
              ml_thread_bound(c->p->n_threads, spread_tasks(c, d)), c->size);
   if (takes_rows(c)) {
     int n_scratch = widens(c) ? ml_thread_bound(c->p->n_threads, ceil_div(d, IN_PLACE_COLUMNS)) : 1;
@@ -148,9 +152,13 @@ static void spread_in_place(void *context, int64_t task, int thread) {
 }
 
 void ml_spread(call *c, factor m, const char *h, rows out, rows init) {
+  if (c->pairs) {
+    ml_pair_spread(c, m, (const float *)h, out, init);
+    return;
+  }
   size_t used = c->used;
   const ml_products *k = c->products;
-  spreading s = {.c = c, .m = m, .h = h, .out = out, .init = init, .group = spread_group(c, m.d)};
+  spreading s = {.c = c, .m = m, .h = h, .out = out, .init = init, .group = ml_spread_group(c, m.d)};
   int64_t panels = ceil_div(m.d, k->panel_width), tasks = spread_tasks(c, m.d);
   int n_threads = ml_threads_for(c, c->T * c->R * m.d);
   if (takes_rows(c) && ml_has_dense_columns(m)) {

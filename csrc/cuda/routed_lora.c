@@ -257,7 +257,8 @@ static ml_cuda_status dual(const ml_layer *layer, const places *p, ml_narrow nar
       (status = map_of(layer, &maps[2], p->mixed, T, C, C, ROWS)) != ML_CUDA_OK ||
       (status = factor_map(layer, backward, &maps[3], b, n, C, backward ? n : C, width)) != ML_CUDA_OK ||
       (status = map_of(layer, &maps[4], y, T, n, n, 64)) != ML_CUDA_OK ||
-      (status = factor_map(layer, backward, &maps[5], shrink, C, depth, backward ? C : depth, (int)C)) != ML_CUDA_OK) {
+      (status = factor_map(layer, backward, &maps[5], shrink, C, depth, backward ? C : depth, fused ? (int)C : 64)) !=
+          ML_CUDA_OK) {
     return status;
   }
   const void *bias = backward ? NULL : layer->bias;

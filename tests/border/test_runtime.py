@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,7 +107,10 @@ def test_every_instruction_set_can_be_chosen():
         runtime.set_isa(name)
         assert runtime.get_isa() == name
     runtime.set_isa(None)
-    assert runtime.get_isa() == available[-1]
+    best = available[-1]
+    if best == "avx512bf16" and "AuthenticAMD" not in Path("/proc/cpuinfo").read_text():
+        best = "avx512"  # Intel's CPUs run that instruction at half the rate of float32's
+    assert runtime.get_isa() == best
 
 
 def test_an_unknown_instruction_set_is_refused():

@@ -53,7 +53,10 @@ def test_with_all_there_is_no_warning(nvrtc, look, driver):
     assert seen["answers"] == [True, True, True]
     assert not seen["warnings"]
     assert seen["config"]["driver"] == "CUDA 13.0"
-    assert seen["config"]["gpus"] == [f"compute capability 9.0, {n} multiprocessors" for n in (107, 108)]
+    gpus = seen["config"]["gpus"]
+    assert [(gpu["compute capability"], gpu["multiprocessors"]) for gpu in gpus] == [("9.0", 107), ("9.0", 108)]
+    ways = next(value for name, value in gpus[0].items() if name.startswith("ways"))
+    assert ways["1"].startswith("decode / ") and ways["4096"] == "fused / fused"
     assert seen["config"]["nvrtc"] == "{}.{}".format(*nvrtc)
 
 
@@ -86,8 +89,8 @@ def test_an_old_gpu_beside_one_that_will_do(nvrtc, look, driver):
     seen = look(driver(major=7))
     assert seen["answers"] == [False, True, False]
     assert reason(seen).startswith("GPU 0 has compute capability 7.0, 8.0 is needed")
-    assert seen["config"]["gpus"][0] == "GPU 0 has compute capability 7.0, 8.0 is needed"
-    assert seen["config"]["gpus"][1] == "compute capability 9.0, 108 multiprocessors"
+    assert seen["config"]["gpus"][0] == {"error": "GPU 0 has compute capability 7.0, 8.0 is needed"}
+    assert seen["config"]["gpus"][1]["multiprocessors"] == 108
 
 
 @pytest.fixture

@@ -1,17 +1,30 @@
-"""bfloat16 on the CPU: computed in float32 by the core, and rounded once."""
+"""bfloat16 on the CPU: computed in float32 by the core and rounded once, or multiplied in pairs where the CPU can."""
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import moelora
+from moelora import runtime
 from moelora.nn import routed_lora
 
 BF16, F32 = torch.bfloat16, torch.float32
 
 
-def assert_rounded(got, exact, magnitude):
-    """`got` is off by roundings of float32 of terms of that size together, and by half a unit in its own last place."""
-    allowed = 64 * torch.finfo(F32).eps * magnitude
+@pytest.fixture
+def isas():
+    """The instruction sets to choose from."""
+    before = moelora.get_isa()
+    yield runtime._core.isa_available()
+    moelora.set_isa(before)
+
+
+def assert_rounded(got, exact, magnitude, factors=0):
+    """`got` is off by roundings of float32 of terms of that size together, and by half a unit in its own last place.
+
+    `factors` of each term were rounded to bfloat16 before.
+    """
+    allowed = (64 * torch.finfo(F32).eps + factors / 256) * magnitude
     if got.dtype is BF16:
         allowed = allowed + (exact.abs() + allowed) / 256
     assert ((got.double() - exact).abs() <= allowed).all()
@@ -50,15 +63,80 @@ def test_one_rounding_of_the_output_and_of_each_gradient(make_mixture, taken, to
     assert taken == {"forward_tensors": 1, "backward_tensors": 1, "forward_raw": 0, "backward_raw": 0}
 
 
+@pytest.mark.parametrize("d_out", [67, 68])
 @pytest.mark.parametrize("adapters", [BF16, F32], ids=str)
-def test_every_instruction_set(make_mixture, isa, adapters):
-    for tokens in (1, 3, 20, 60):
-        m = make_mixture((tokens,), 130, 67, (8, 8, 8), dtype=BF16, adapters=adapters)
-        grad = torch.randn(tokens, 67).to(BF16)
+def test_every_instruction_set(make_mixture, isa, adapters, d_out):
+    pairs = isa == "avx512bf16" and adapters is BF16 and d_out % 2 == 0
+    for tokens in (1, 3, 20, 60, 300):
+        m = make_mixture((tokens,), 130, d_out, (8, 16, 2), dtype=BF16, adapters=adapters)
+        grad = torch.randn(tokens, d_out).to(BF16)
         y = routed_lora(*m)
         exact, sizes = exactly(m, grad), exactly(m.replace([t.abs() for t in m.leaves]), grad.abs())
-        for values in zip([y.detach(), *torch.autograd.grad(y, m.leaves, grad)], exact, sizes, strict=True):
-            assert_rounded(*values)
+        got = [y.detach(), *torch.autograd.grad(y, m.leaves, grad)]
+        for i, values in enumerate(zip(got, exact, sizes, strict=True)):
+            of_weights = i == 2  # which take H and P as they are
+            assert_rounded(*values, factors=int(pairs and not of_weights))
+
+
+def with_gradients(function, m, grad):
+    """Its output and its gradients, those of all A and those of all B as one."""
+    leaves = [t.detach().requires_grad_() for t in m.leaves]
+    m = m.replace(leaves)
+    y = function(m)
+    grads = iter(torch.autograd.grad(y, leaves, grad.to(y.dtype)))
+    grad_x, grad_w = next(grads), next(grads)
+    return [y.detach(), grad_x, grad_w, *(torch.cat([next(grads).flatten() for _ in m.scaling]) for _ in "AB")]
+
+
+def stacked(m):
+    """The mixture as two products in torch."""
+    ranks = torch.tensor([a.shape[0] for a in m.lora_A])
+    factors = m.routing_weights * torch.tensor(m.scaling, dtype=m.x.dtype)
+    return m.x @ torch.cat(m.lora_A).T * factors.repeat_interleave(ranks, -1) @ torch.cat(m.lora_B, 1).T
+
+
+@pytest.mark.parametrize("tokens", [2, 33, 129, 600])
+def test_no_instruction_set_is_further_off_than_stacked_torch(make_mixture, isa, tokens):
+    m = make_mixture((tokens,), 514, 386, (8, 16, 2, 8), dtype=BF16)
+    grad = torch.randn(tokens, 386).to(BF16)
+    exact = with_gradients(stacked, m.replace([t.detach().double() for t in m.leaves]), grad)
+    ours, torchs = with_gradients(lambda m: routed_lora(*m), m, grad), with_gradients(stacked, m, grad)
+    for got, other, wanted in zip(ours, torchs, exact, strict=True):
+        assert (got.double() - wanted).norm() <= (other.double() - wanted).norm()
+
+
+@pytest.mark.parametrize("change", ["nothing", "float32 adapters", "odd width", "odd rank", "columns apart", "dropout"])
+def test_pairs_are_multiplied_where_models_have_them(make_mixture, isas, change):
+    odd = change == "odd width", change == "odd rank"
+    adapters = F32 if change == "float32 adapters" else BF16
+    m = make_mixture((40,), 64 + odd[0], 64, (8, 8 + odd[1]), dtype=BF16, adapters=adapters, grad=False)
+    if change == "columns apart":
+        m = m._replace(x=m.x.repeat_interleave(2, 1)[:, ::2])
+    dropout_p = 0.5 if change == "dropout" else 0.0
+    results = []
+    for isa in ("avx512", "avx512bf16"):
+        if isa not in isas:
+            pytest.skip(f"this CPU has no {isa}")
+        moelora.set_isa(isa)
+        torch.manual_seed(0)
+        results.append(routed_lora(*m, dropout_p=dropout_p))
+    assert torch.equal(*results) == (change != "nothing")
+
+
+def test_pairs_take_rows_of_a_larger_array(make_mixture, isa):
+    m = make_mixture((4, 9), 64, 48, (8, 8), dtype=BF16, grad=False)
+    wide = torch.full((4, 9, 67), torch.nan, dtype=BF16)
+    wide[..., :64] = m.x
+    assert torch.equal(routed_lora(*m._replace(x=wide[..., :64])), routed_lora(*m))
+
+
+def test_experts_that_no_token_uses_change_no_bit(make_mixture, isa):
+    for tokens in (1, 2, 5, 8):
+        m = make_mixture((tokens,), 64, 48, (8, 8, 8), dtype=BF16)
+        m.routing_weights.data[:, 1] = 0
+        y = routed_lora(*m)
+        with torch.no_grad():  # the expert is left out
+            assert torch.equal(routed_lora(*m), y)
 
 
 def test_the_base_is_rounded_where_torch_rounds_it(make_mixture, taken):

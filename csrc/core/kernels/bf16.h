@@ -29,6 +29,6 @@ static void NAME(narrow_sum)(int64_t n, const float *from, const uint16_t *init,
   }
 }
 
-static const ml_bf16 NAME(bf16_table) = {.widen = NAME(widen), .narrow = NAME(narrow), .narrow_sum = NAME(narrow_sum)};
+const ml_bf16 NAME(bf16_table) = {.widen = NAME(widen), .narrow = NAME(narrow), .narrow_sum = NAME(narrow_sum)};
 
 #undef NAME

@@ -108,23 +108,63 @@ typedef struct {
                      uint16_t *to); /* to = init + from; may be init */
 } ml_bf16;
 
+/* Products of bfloat16 with sums in float32, for CPUs that have an instruction for it. It multiplies pairs: elements 2k and
+ * 2k + 1 of a sum stand side by side, and are one uint32_t of a panel. Strides of left, x, rows and out count elements. */
+typedef struct {
+  int64_t lanes, panel_width; /* as in ml_products */
+
+  /* out[i, j] = init[i, j] + sum_k left[i, k] panel[k, j]      i < rows, j < cols, k < depth, over pairs
+   *
+   *   left  pair (i, k) at left[i*left_row + k*left_step]; panel, width, init as in ml_products */
+  void (*product)(int64_t rows, int64_t cols, int64_t depth, const uint16_t *left, int64_t left_row, int64_t left_step,
+                  const uint32_t *panel, int64_t width, float *out, int64_t out_row, const float *init,
+                  int64_t init_row);
+
+  /* The same, init and out in bfloat16, rounded once. */
+  void (*product_narrow)(int64_t rows, int64_t cols, int64_t depth, const uint16_t *left, int64_t left_row,
+                         int64_t left_step, const uint32_t *panel, int64_t width, uint16_t *out, int64_t out_row,
+                         const uint16_t *init, int64_t init_row);
+
+  /* out[t, j] = <x[t, :], rows[j][:]> over depth, which is even     t < tokens, j < n */
+  void (*dots)(int64_t tokens, int64_t n, int64_t depth, const uint16_t *x, int64_t x_row, const void *const *rows,
+               float *out, int64_t out_row);
+
+  /* panel[k*width + j] = the pair of rows[2k, j] and rows[2k + 1, j], which is 0 beyond the last row     j < cols */
+  void (*interleave)(uint32_t *panel, int64_t width, int64_t n_rows, int64_t cols, const uint16_t *rows,
+                     int64_t row_stride);
+  void (*interleave_wide)(uint32_t *panel, int64_t width, int64_t n_rows, int64_t cols, const float *rows,
+                          int64_t row_stride);
+
+  /* to[i, j] = (add: +=) from[i, j] */
+  void (*narrow_rows)(int64_t n_rows, int64_t cols, const float *from, int64_t from_row, uint16_t *to, int64_t to_row,
+                      bool add);
+} ml_pairs;
+
 typedef enum { ML_PORTABLE, ML_AVX2, ML_AVX512, ML_NEON, ML_ISAS } ml_isa;
 
 typedef struct {
   ml_isa isa;
   const char *name;
   bool (*supported)(void);
+  bool (*preferred)(void); /* to those before it in the dispatch table; NULL: always */
   /* By ml_dtype. With ML_BF16 the factors A and B alone, all else being float; it has what reads these: pack, pack_rows,
    * dots and spread_rows. */
   const ml_products *products[3];
   const ml_bf16 *bf16;
+  const ml_pairs *pairs; /* NULL: none */
   const ml_routing *routing[2];
 } ml_kernels;
 
 extern const ml_kernels ml_kernels_portable;
 extern const ml_kernels ml_kernels_avx2;
 extern const ml_kernels ml_kernels_avx512;
+extern const ml_kernels ml_kernels_avx512bf16;
 extern const ml_kernels ml_kernels_neon;
+
+/* What the two with AVX-512 share. */
+extern const ml_products ml_table_f32_avx512, ml_table_f64_avx512, ml_table_bf16_f32_avx512;
+extern const ml_routing ml_routing_f32_avx512, ml_routing_f64_avx512;
+extern const ml_bf16 ml_bf16_table_avx512;
 
 /* The table in use; set by ml_init and ml_set_isa. */
 const ml_kernels *ml_active_kernels(void);

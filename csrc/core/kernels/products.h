@@ -463,7 +463,7 @@ static void NAME(short_sums)(int64_t tokens, int64_t n, int64_t depth, const voi
 #include "dropout.h"
 #include "grouped.h"
 
-static const ml_products NAME(table) = {
+const ml_products NAME(table) = {
     .lanes = LANES,
     .panel_width = TILE_VECTORS * LANES,
     .product = NAME(product),
@@ -480,7 +480,7 @@ static const ml_products NAME(table) = {
 
 #if REAL_BYTES == 4
 /* Of A and B in bfloat16. */
-static const ml_products NAME(table_bf16) = {
+const ml_products NAME(table_bf16) = {
     .lanes = LANES,
     .panel_width = TILE_VECTORS * LANES,
     .pack = NAME(pack_bf16),

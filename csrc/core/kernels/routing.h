@@ -460,7 +460,7 @@ static void NAME(route_backward)(const ml_route_params *p, int64_t first, int64_
     NAME(route_backward_blocks)(false, p, first, end, grad_logits, grad_weights, indices, grad_sums, scratch);
 }
 
-static const ml_routing NAME(routing) = {
+const ml_routing NAME(routing) = {
     .scratch = 2 * VECTOR_BYTES,
     .route = NAME(route),
     .pick = NAME(pick),

@@ -130,8 +130,9 @@ def routed_lora(
     -------
     Tensor [..., d_out]
         In x's dtype. On CPU the mixture of a bfloat16 or float16 x is computed in float32, added to the base, and
-        rounded once, whatever the adapters' dtype; elsewhere float32 adapters are rounded to x's dtype unless
-        `moelora.nn.autograd.ROUND_ADAPTERS` is False. Inside `torch.autocast` a float32, bfloat16 or float16 x,
+        rounded once, whatever the adapters' dtype; with the instruction set "avx512bf16", bfloat16 adapters meet an H
+        weighted and rounded to bfloat16, and sums are float32. Elsewhere float32 adapters are rounded to x's dtype
+        unless `moelora.nn.autograd.ROUND_ADAPTERS` is False. Inside `torch.autocast` a float32, bfloat16 or float16 x,
         base_output, weight and bias are first cast to autocast's dtype.
 
     Raises

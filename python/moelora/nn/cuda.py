@@ -10,7 +10,7 @@ from moelora import runtime
 if runtime.HAS_EXT:
     from moelora import _core
 
-__all__ = ["available", "on_gpu"]
+__all__ = ["available", "on_gpu", "set_way"]
 
 _known: dict[int, bool] = {}
 _warned = False
@@ -56,3 +56,19 @@ def _look(ordinal: int) -> bool:
             )
         return False
     return True
+
+
+def set_way(name: str | None) -> None:
+    """Compute every layer on a GPU the same way, where it can be computed so; for measurements and tests.
+
+    Parameters
+    ----------
+    name : {"fused", "shared", "dual", "decode", "torch"} or None
+        docs/explanation/architecture.md says what they are. None: by shape again, as `moelora.show_config` tells.
+
+    Raises
+    ------
+    ValueError
+        `name` is another one.
+    """
+    _core.set_cuda_way(name)
