@@ -211,7 +211,9 @@ def _describe_gpu(ordinal: int) -> dict[str, Any]:
     # The rule itself, for one layer: whatever decides, this can't differ from it.
     layer = 4096, 4096, 64
     ways = {
-        tokens: " / ".join(_core.cuda_way(major, multiprocessors, tokens, *layer, backward) for backward in (False, True))
+        tokens: " / ".join(
+            _core.cuda_way(major, multiprocessors, tokens, *layer, backward) for backward in (False, True)
+        )
         for tokens in (1, 64, 256, 1024, 4096, 16384)
     }
     return {

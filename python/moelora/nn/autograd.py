@@ -98,9 +98,10 @@ def routed_lora(
 
     Differentiable once in `x`, `lora_A`, `lora_B`, `routing_weights` and `base_output`. Every gradient is in the dtype
     and shape of its tensor, and a zero tensor, not None, for an expert that no token uses. Plain CPU tensors run in
-    the C core, which keeps for the backward x, x A^T, the weights and the adapters. All others (on a GPU, meta, fake,
-    traced, DTensor, subclasses, inside torch.func transforms or torch.compile) and empty inputs take
-    `routed_lora_formula`.
+    the C core, which keeps for the backward x, x A^T, the weights and the adapters. bfloat16 and
+    float16 on a GPU run in moelora's CUDA kernels, where those can run. torch.compile and torch.export see either as
+    one operator, moelora::routed_lora. All others (meta, fake, traced, DTensor, subclasses, inside torch.func
+    transforms) and empty inputs take `routed_lora_formula`.
 
     Parameters
     ----------
