@@ -41,6 +41,11 @@ DEVICE uint4 eight_of_b(const void *b, u64 at, int n, bool aligned) {
   return {narrow(v[0], v[1]), narrow(v[2], v[3]), narrow(v[4], v[5]), narrow(v[6], v[7])};
 }
 
+DEVICE void consumers_sync() {
+  if (GROUPS == 1) warpgroup_sync(1);
+  else warpgroups_sync();
+}
+
 /* d (+)= W's box [64, 64] times that of x or of mixed. */
 DEVICE void multiply_box(float (&d)[ML_TOKENS / 2], u32 left, u32 right, bool first) {
   u64 a = operand_k(left), b = operand_k(right);
@@ -89,7 +94,6 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
     }
     __syncwarp();
     if (ranks > 1) { /* as below */
-      __syncthreads();
       cluster_sync();
       cluster_sync();
     }
@@ -109,8 +113,7 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
       asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
     }
     fence_shared();
-    if (GROUPS == 1) warpgroup_sync(1);
-    else warpgroups_sync();
+    consumers_sync();
   }
   float d[ML_TOKENS / 2];
   int group = t >> 7, before = 0;
@@ -142,7 +145,7 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
 #pragma unroll
       for (int i = 0; i < ML_TOKENS / 2; i++) d[i] = 0;
     }
-    __syncthreads(); /* nothing is on its way into shared memory any more: partial sums take its place */
+    consumers_sync(); /* everything has been loaded and read: parts of sums take its place */
     keep_part(base + t * 16, d);
     cluster_sync();
   }
