@@ -73,7 +73,7 @@ def _forward(
         )
     if y is None:
         y, hidden = _formula(x, lora_A, lora_B, routing_weights, settings[0], base_output, weight, bias, top_k)
-    return y, hidden if keep_hidden and hidden is not None else x.new_empty(0)
+    return y.contiguous(), hidden if keep_hidden and hidden is not None else x.new_empty(0)
 
 
 def _backward(
@@ -114,11 +114,9 @@ def _backward(
 
 def _own(t: Tensor) -> Tensor:
     """Without gaps and alone in its memory, as the results of operators have to be."""
-    return (
-        t.contiguous()
-        if t.untyped_storage().nbytes() == t.numel() * t.element_size()
-        else t.clone(memory_format=torch.contiguous_format)
-    )
+    if t.untyped_storage().nbytes() == t.numel() * t.element_size():
+        return t.contiguous()
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _stacked(

@@ -29,7 +29,9 @@ class RoutedPeftModel(peft.PeftModel):
 
     base_model: Any
     _stock_class: Any
-    _active_adapter: Any  # not in __dict__["active_adapter"], which torch.compile of torch 2.11 would read here for ever
+    _active_adapter: (
+        Any  # not in __dict__["active_adapter"], which torch.compile of torch 2.11 would read here for ever
+    )
 
     @property
     def active_adapter(self) -> Any:
