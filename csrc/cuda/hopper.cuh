@@ -92,22 +92,34 @@ DEVICE void keep_part(u32 at, const float (&d)[N]) {
                  "f"(d[i + 2]), "f"(d[i + 3])
                  : "memory");
 }
-/* d = the sum over the blocks, in the order of their ranks. */
+/* d = the sum over the blocks, in the order of their ranks. Eight loads are on their way together, as far as there are. */
 template <int N>
 DEVICE void sum_parts(float (&d)[N], u32 at, u32 blocks) {
+  constexpr int LOADS = N < 32 ? N / 4 : 8, RANKS = 8 / LOADS;
 #pragma unroll
   for (int i = 0; i < N; i++) d[i] = 0;
-#pragma unroll N > 64 ? 1 : 2 /* more would need more registers than there are */
-  for (u32 rank = 0; rank < blocks; rank++) {
-    u32 there = address_in(rank, at);
+#pragma unroll 1
+  for (u32 rank = 0; rank < blocks; rank += RANKS) {
 #pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      float a, b, c, e;
-      asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(a), "=f"(b), "=f"(c), "=f"(e)
-                   : "r"(there + i / 4 * PART_STEP)
-                   : "memory");
-      d[i] += a, d[i + 1] += b, d[i + 2] += c, d[i + 3] += e;
+    for (int first = 0; first < N / 4; first += LOADS) {
+      float v[RANKS][LOADS][4];
+#pragma unroll
+      for (int r = 0; r < RANKS; r++) {
+        if (rank + r >= blocks) continue;
+        u32 there = address_in(rank + r, at) + first * PART_STEP;
+#pragma unroll
+        for (int i = 0; i < LOADS; i++)
+          asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                       : "=f"(v[r][i][0]), "=f"(v[r][i][1]), "=f"(v[r][i][2]), "=f"(v[r][i][3])
+                       : "r"(there + i * PART_STEP)
+                       : "memory");
+      }
+#pragma unroll
+      for (int r = 0; r < RANKS; r++) {
+        if (rank + r >= blocks) continue;
+#pragma unroll
+        for (int i = 0; i < 4 * LOADS; i++) d[4 * first + i] += v[r][i / 4][i % 4];
+      }
     }
   }
 }
@@ -206,60 +218,97 @@ DEVICE void multiply(float (&d)[128], u64 a, u64 b, int add) {
 
 /* ---- what becomes of a shrink ---- */
 
+/* Element i of lane q, of the four lanes that share a row, becomes element q of lane i. */
+DEVICE void turn(float (&m)[4]) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+    bool high = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i & bit) continue;
+      float other = __shfl_xor_sync(~0u, high ? m[i] : m[i + bit], bit);
+      m[i] = high ? other : m[i];
+      m[i + bit] = high ? m[i + bit] : other;
+    }
+  }
+}
+
 /* Rows `row` and `row + 8` of H (or, backward, of P) [T, C], in a warpgroup's registers: the columns [first, first + 2 * SIZE)
- * as far as there are any. They go 64 at a time, all loads of these before the first store, which the compiler could not
- * move them past. */
+ * as far as there are any, by whole warps. 32 columns are turned so that each lane has 8 of one expert, which it reads and
+ * writes as 16 bytes; of 64, all loads come before the first store, which the compiler could not move them past. */
 template <int SIZE>
 DEVICE void finish_shrink(const float (&d)[SIZE], const ml_narrow &n, int row, int first) {
   static_assert(SIZE % 32 == 0, "whole blocks of 64 columns");
   int lane = threadIdx.x & 3;
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    int t = row + 8 * half;
-    bool real = t < n.tokens; /* all lanes of a row agree */
-    const float *factors = n.factors + (u64)t * n.n_experts;
 #if ML_BACKWARD
-    float dot = 0;
+  float sum[2] = {0, 0};
 #endif
 #pragma unroll
-    for (int part = 0; part < SIZE / 32; part++) {
-      int column = first + 64 * part;
-      if (column >= n.columns) break;
-      const int *experts = n.experts + column / 8;
-      u64 at = ((u64)t * n.columns + column) / 2 + lane;
-      int e[8];
-      float f[8];
-#pragma unroll
-      for (int j = 0; j < 8; j++) e[j] = experts[j];
-#pragma unroll
-      for (int j = 0; j < 8; j++) f[j] = real ? factors[e[j]] : 0.f;
+  for (int part = 0; part < SIZE / 32; part++) {
+    int column = first + 64 * part;
+    if (column >= n.columns) break;
+    const int *experts = n.experts + column / 8;
+    int e[2] = {experts[lane], experts[4 + lane]};
+    float f[2][2];
 #if ML_BACKWARD
-      int next = part < SIZE / 32 - 1 && column + 64 < n.columns ? experts[8] : -1;
-      u32 h[8];
-#pragma unroll
-      for (int j = 0; j < 8; j++) h[j] = real && n.hidden ? ((const u32 *)n.hidden)[at + 4 * j] : 0u;
+    int next = part < SIZE / 32 - 1 && column + 64 < n.columns ? experts[8] : -1;
+    uint4 hidden[2][2];
 #endif
 #pragma unroll
-      for (int j = 0; j < 8; j++) {
-        float v0 = d[32 * part + 4 * j + 2 * half], v1 = d[32 * part + 4 * j + 2 * half + 1];
+    for (int i = 0; i < 4; i++) {
+      int half = i / 2, g = i % 2, t = row + 8 * half;
+      bool real = t < n.tokens; /* all lanes of a row agree */
+      f[half][g] = real ? n.factors[(u64)t * n.n_experts + e[g]] : 0.f;
 #if ML_BACKWARD
-        dot += v0 * low_of(h[j]) + v1 * high_of(h[j]);
-        if (n.grad_w && (j < 7 ? e[j + 1] : next) != e[j]) { /* all ranks of an expert lie in these columns, or are added to what came before */
-          dot += __shfl_xor_sync(~0u, dot, 1);
-          dot += __shfl_xor_sync(~0u, dot, 2);
-          bool begun = first > 0 && n.experts[first / 8 - 1] == e[j];
-          if (real && lane == 0) {
-            float *to = n.grad_w + (u64)t * n.n_experts + e[j];
-            *to = n.scalings[e[j]] * dot + (begun ? *to : 0.f);
-          }
-          dot = 0;
-        }
-        if (real && n.weighted) ((u32 *)n.weighted)[at + 4 * j] = narrow(f[j] * low_of(h[j]), f[j] * high_of(h[j]));
-#else
-        if (real && n.hidden) ((u32 *)n.hidden)[at + 4 * j] = narrow(v0, v1);
+      hidden[half][g] = real && n.hidden ? ((const uint4 *)n.hidden)[((u64)t * n.columns + column) / 8 + 4 * g + lane]
+                                         : uint4{0, 0, 0, 0};
 #endif
-        if (real) ((u32 *)n.mixed)[at + 4 * j] = narrow(f[j] * v0, f[j] * v1);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int half = i / 2, g = i % 2, t = row + 8 * half;
+      bool real = t < n.tokens;
+      u64 at = ((u64)t * n.columns + column) / 8 + 4 * g + lane;
+      float s = f[half][g], v0[4], v1[4]; /* v0[j], v1[j]: columns 2j and 2j + 1 of the lane's 8 */
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        v0[j] = d[32 * part + 16 * g + 4 * j + 2 * half];
+        v1[j] = d[32 * part + 16 * g + 4 * j + 2 * half + 1];
       }
+      turn(v0);
+      turn(v1);
+#if ML_BACKWARD
+      u32 h[4] = {hidden[half][g].x, hidden[half][g].y, hidden[half][g].z, hidden[half][g].w};
+      if (n.grad_w) {
+        float dot = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) dot += v0[j] * low_of(h[j]) + v1[j] * high_of(h[j]);
+        int after = g == 0 ? __shfl_sync(~0u, e[1], 0, 4) : next;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          int own = __shfl_sync(~0u, e[g], j, 4), then = j < 3 ? __shfl_sync(~0u, e[g], j + 1, 4) : after;
+          sum[half] += __shfl_sync(~0u, dot, j, 4);
+          if (then == own) continue; /* all ranks of an expert lie in these columns, or are added to what came before */
+          bool begun = first > 0 && n.experts[first / 8 - 1] == own;
+          if (real && lane == 0) {
+            float *to = n.grad_w + (u64)t * n.n_experts + own;
+            *to = n.scalings[own] * sum[half] + (begun ? *to : 0.f);
+          }
+          sum[half] = 0;
+        }
+      }
+      if (real && n.weighted)
+        ((uint4 *)n.weighted)[at] =
+            uint4{narrow(s * low_of(h[0]), s * high_of(h[0])), narrow(s * low_of(h[1]), s * high_of(h[1])),
+                  narrow(s * low_of(h[2]), s * high_of(h[2])), narrow(s * low_of(h[3]), s * high_of(h[3]))};
+#else
+      if (real && n.hidden)
+        ((uint4 *)n.hidden)[at] =
+            uint4{narrow(v0[0], v1[0]), narrow(v0[1], v1[1]), narrow(v0[2], v1[2]), narrow(v0[3], v1[3])};
+#endif
+      if (real)
+        ((uint4 *)n.mixed)[at] = uint4{narrow(s * v0[0], s * v1[0]), narrow(s * v0[1], s * v1[1]),
+                                       narrow(s * v0[2], s * v1[2]), narrow(s * v0[3], s * v1[3])};
     }
   }
 }

@@ -44,8 +44,8 @@ compatibility with PEFT, each with what was measured and what is allowed. Everyt
 
 
 BENCH = """\
-Measure what a routed layer, whole models and single calls cost on this CPU, against stacked torch, loops over adapters,
-one stock LoRA and the base alone: in one process, in turns, as CSV files and plots.
+Measure what a routed layer, whole models and single calls cost on this CPU or a GPU, against stacked torch, loops over
+adapters, one stock LoRA and the base alone: in one process, in turns, as CSV files and plots.
 """
 
 
@@ -149,7 +149,7 @@ def _add_validate(commands: Any) -> None:
 
 
 def _add_bench(commands: Any) -> None:
-    bench = commands.add_parser("bench", help="measure against the other ways on this CPU", description=BENCH)
+    bench = commands.add_parser("bench", help="measure against the other ways on this machine", description=BENCH)
     add_arguments(bench)
     bench.set_defaults(act=_bench)
 

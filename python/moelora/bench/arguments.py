@@ -12,7 +12,7 @@ MEASURE = {
     "host": "what a call, a layer and a model cost on the host, on one thread",
 }
 
-FULL: dict[str, dict[str, Any]] = {
+_CPU: dict[str, dict[str, Any]] = {
     "layers": {
         "tokens": [1, 4, 16, 64, 256, 1024, 4096],
         "widths": [768, 2048, 4096],
@@ -30,7 +30,7 @@ FULL: dict[str, dict[str, Any]] = {
     "models": {"models": ["llama", "gpt2"], "mixtures": [(4, 16), (8, 16)], "batch": (2, 256)},
     "host": {"experts": [4, 8]},
 }
-SMOKE: dict[str, dict[str, Any]] = {
+_CPU_SMOKE: dict[str, dict[str, Any]] = {
     "layers": {
         "tokens": [1, 5],
         "widths": [32],
@@ -42,7 +42,49 @@ SMOKE: dict[str, dict[str, Any]] = {
     "models": {"models": ["llama"], "mixtures": [(2, 4)], "batch": (1, 8)},
     "host": {"experts": [2]},
 }
+_PASSES = ["forward", "forward_grad", "dx", "backward", "forward+backward"]
+_WAYS = [f"moelora_{way}" for way in ("torch", "decode", "dual", "fused", "shared")]
+_PEERS = ["base", "moelora", "stacked", "stacked_compiled", "one_lora", "loop", *_WAYS]
+_MODEL_PEERS = ["moelora", "one_lora", "stacked", "base", "moelora_router", "loop", "two_pass", "n_passes"]
+_MODEL_PEERS += ["stacked_compiled"]
+_CUDA: dict[str, dict[str, Any]] = {
+    "layers": {
+        "shapes": [
+            (8192, 4096, 4096, 64),
+            (8192, 4096, 4096, 128),
+            (4096, 4096, 4096, 64),
+            (4096, 4096, 4096, 128),
+            (2048, 2048, 2048, 64),
+            (8192, 2048, 16384, 64),
+            (8192, 4096, 14336, 64),
+            (8192, 14336, 4096, 64),
+            (1024, 4096, 4096, 64),
+            (512, 4096, 4096, 64),
+            *((T, 4096, d_out, 64) for d_out in (4096, 14336) for T in (1, 8, 16, 32, 64)),
+        ],
+        "adapters": ["bfloat16", "float32"],
+        "passes": _PASSES,
+        "peers": _PEERS,
+    },
+    "topk": {"tokens": [2048, 8192], "widths": [4096], "mixtures": [(8, 16), (64, 16)], "top_k": [2]},
+    "models": {"models": ["gemma-2b", "llama-8b", "qwen3-4b"], "experts": [4, 8], "peers": _MODEL_PEERS},
+    "host": {"experts": [4, 8]},
+}
+_CUDA_SMOKE: dict[str, dict[str, Any]] = {
+    "layers": {
+        "shapes": [(4, 512, 256, 32), (512, 256, 512, 64)],
+        "adapters": ["bfloat16", "float32"],
+        "passes": _PASSES,
+        "peers": _PEERS,
+    },
+    "topk": {"tokens": [64], "widths": [256], "mixtures": [(4, 16)], "top_k": [2]},
+    "models": {"models": ["gemma-2b", "llama-8b", "qwen3-4b"], "experts": [4, 8], "peers": _MODEL_PEERS},
+    "host": {"experts": [2]},
+}
+FULL = {"cpu": _CPU, "cuda": _CUDA}
+SMOKE = {"cpu": _CPU_SMOKE, "cuda": _CUDA_SMOKE}
 ROUNDS, SMOKE_ROUNDS = 20, 2
+RANK = 16  # of the experts in `--shapes`
 
 
 def add_arguments(bench: argparse.ArgumentParser) -> None:
@@ -88,6 +130,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--out", type=Path, default=Path("moelora-bench"), metavar="DIR", help="folder to write (default: %(default)s)"
     )
+    command.add_argument("--device", choices=list(FULL), default="cpu", help="where to measure (default: %(default)s)")
     command.add_argument("--rounds", type=_positive, help=f"timings of each kind (default: {ROUNDS})")
     command.add_argument("--threads", type=_positive, help="of torch and moelora (default: as many as torch has)")
     command.add_argument("--smoke", action="store_true", help="very small, few rounds: does it run?")
@@ -95,34 +138,47 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 
 def _add_grid(command: argparse.ArgumentParser, name: str) -> None:
     grid = command.add_argument_group("what is measured")
-    full = FULL[name]
+    full = {device: FULL[device].get(name, {}) for device in FULL}
+    known = {key for of_device in full.values() for key in of_device}
 
     def add(option: str, type: Any, about: str, **more: Any) -> None:
-        values = full[option.replace("-", "_")]
-        shown = " ".join("x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values)
-        grid.add_argument(f"--{option}", type=type, nargs="+", help=f"{about} (default: {shown})", **more)
+        shown = {}
+        for device, of_device in full.items():
+            if values := of_device.get(option.replace("-", "_")):
+                words = ("x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values)
+                shown[device] = f"{device}: {' '.join(words)}"
+        about += f" (default on {'; on '.join(shown.values())})"
+        grid.add_argument(f"--{option}", type=type, nargs="+", help=about, **more)
 
-    if "tokens" in full:
+    if "shapes" in known:
+        about = f"T, d_in, d_out and R = the sum of the ranks, which are {RANK}"
+        add("shapes", _shape, about, metavar="TxDxDxR")
+        add("adapters", str, "dtypes of the adapters", choices=full["cuda"]["adapters"], metavar="DTYPE")
+        add("passes", str, "which", choices=full["cuda"]["passes"], metavar="PASS")
+    if "tokens" in known:
         add("tokens", _positive, "numbers of tokens", metavar="T")
         add("widths", _positive, "d_in = d_out", metavar="D")
-    if "models" in full:
-        add("models", str, "which", choices=["llama", "gpt2"])
+    if "models" in known:
+        add("models", str, "which", choices=[model for of_device in full.values() for model in of_device["models"]])
         grid.add_argument("--batch", type=_pair, metavar="BxS", help="sequences and their tokens (default: 2x256)")
-    if "mixtures" in full:
+    if "mixtures" in known:
         about = "N experts of rank R"
         if name == "layers":
             about += "; the first has all peers"
         add("mixtures", _pair, about, metavar="NxR")
-    if "top_k" in full:
+    if "top_k" in known:
         add("top-k", _positive, "experts for each token", metavar="K")
-    if "experts" in full:
+    if "experts" in known:
         add("experts", _positive, "numbers of experts", metavar="N")
-    if "dtype" in full:
+    if "peers" in known:
+        always = "base and moelora" if name == "layers" else "moelora"
+        add("peers", str, f"which, besides {always}", choices=full["cuda"]["peers"], metavar="PEER")
+    if "dtype" in known:
         about = "of x and adapters" if name == "layers" else "which"
-        add("dtype", str, about, choices=full["dtype"], metavar="DTYPE")
+        add("dtype", str, about, choices=full["cpu"]["dtype"], metavar="DTYPE")
     if name == "layers":
         grid.add_argument(
-            "--isa", nargs="+", metavar="ISA", help="instruction sets of moelora (default: the best one, and AVX2)"
+            "--isa", nargs="+", metavar="ISA", help="of moelora on a CPU (default: the best one, and AVX2)"
         )
 
 
@@ -133,8 +189,19 @@ def _positive(text: str) -> int:
     return value
 
 
-def _pair(text: str) -> tuple[int, int]:
+def _pair(text: str) -> tuple[int, ...]:
+    return _product(text, "two", 2)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    shape = _product(text, "four", 4)
+    if shape[3] % RANK:
+        raise argparse.ArgumentTypeError(f"the last must be a multiple of {RANK}, the rank of an expert, got {text!r}")
+    return shape
+
+
+def _product(text: str, said: str, n: int) -> tuple[int, ...]:
     parts = text.split("x")
-    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"must be two positive integers with x between them, got {text!r}")
-    return int(parts[0]), int(parts[1])
+    if len(parts) != n or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"must be {said} positive integers with x between them, got {text!r}")
+    return tuple(map(int, parts))

@@ -1,4 +1,4 @@
-"""The goals of the CPU kernels, and which measured cells meet them."""
+"""The goals of the kernels, and which measured cells meet them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -12,14 +12,21 @@ from moelora.report.table import render as as_tables
 SLACK = 1.02  # beyond a goal, and still met
 
 # What makes a cell of a file, besides the peer.
-CELL = {
+_CPU_CELL = {
     "layers": ("T", "d", "N", "r", "dtype", "isa", "pass", "weights"),
     "topk": ("what", "T", "d", "N", "r", "k", "dtype", "pass"),
     "neighbours": ("what", "T", "d", "N", "r", "threads", "pass"),
     "models": ("model", "B", "S", "N", "r", "dtype", "p", "what"),
     "host": ("what", "T", "N", "pass"),
 }
-FILES = ("peak", *CELL)
+_GPU_CELL = {
+    "layers": ("T", "d_in", "d_out", "N", "r", "adapters", "pass"),
+    "topk": ("what", "T", "d", "N", "r", "k", "timed", "pass"),
+    "models": ("model", "B", "S", "N", "r", "p", "what"),
+    "host": ("what", "T", "N", "pass"),
+}
+CELL = {"cpu": _CPU_CELL, "cuda": _GPU_CELL}
+FILES = ("peak", *_CPU_CELL)
 
 Results = Mapping[str, Sequence[Row]]
 
@@ -31,6 +38,9 @@ class Goal(NamedTuple):
     ends or "64.." with one. R is N times r. `quantity` is
 
         "ratio"  the row's median over that of the row that differs by `against`
+        "floor"  the same over 1 + R / d_in + R / d_out, which counts the mixture's products
+        "added"  the row's median less that of the row that differs by `against`, in microseconds
+        "memory" the row's peak memory over that of the row that differs by `against`
         "us"     the row's median in microseconds
         "peak"   the row's share of the peak that was measured in the same run; at least the limit, all others at most
         "kept"   bytes kept for the backward over those of x, H and w
@@ -52,7 +62,7 @@ _WHOLE = "peer=moelora_weight weights=hot dtype=float32 isa=avx512* forced=no R=
 _COLD = "peer=moelora weights=cold dtype=float32 isa=avx512* forced=no R=64..128"
 _MODEL = "peer=moelora what=train?step dtype=float32"
 
-GOALS = (
+_ON_CPU = (
     Goal("f32 AVX-512 forward, T <= 16", "layers", f"{_F32} pass=forward T=..16", 0.45, "peer=stacked"),
     Goal("f32 AVX-512 forward, T = 64", "layers", f"{_F32} pass=forward T=64", 0.65, "peer=stacked"),
     Goal("f32 AVX-512 forward, T >= 256", "layers", f"{_F32} pass=forward T=256..", 0.50, "peer=stacked"),
@@ -90,6 +100,56 @@ GOALS = (
     Goal("bf16 Llama, step", "models", "peer=moelora what=train?step dtype=bfloat16", 1.00, "peer=stacked"),
 )
 
+_LARGE = "T=4096.. d_out=4096.. R=64..128"
+_SQUARE = "T=2048 d_in=2048 d_out=2048 R=64..64"
+
+
+def _of_layers(adapters: str) -> tuple[Goal, ...]:
+    ours, about = f"peer=moelora adapters={adapters}", f"{adapters} adapters"
+    base, stacked = "peer=base", "peer=stacked"
+    return (
+        Goal(f"forward, {about}", "layers", f"{ours} pass=forward {_LARGE}", 1.01, base, "floor"),
+        Goal(f"forward that keeps, {about}", "layers", f"{ours} pass=forward_grad {_LARGE}", 1.01, base, "floor"),
+        Goal(f"dX, {about}", "layers", f"{ours} pass=dx {_LARGE}", 1.01, base, "floor"),
+        Goal(f"forward, T = d = 2048, {about}", "layers", f"{ours} pass=forward {_SQUARE}", 1.20, base),
+        Goal(f"dX, T = d = 2048, {about}", "layers", f"{ours} pass=dx {_SQUARE}", 1.20, base),
+        Goal(
+            f"forward + backward, {about}",
+            "layers",
+            f"{ours} pass=forward+backward T=4096.. d_in=4096.. d_out=4096.. R=64..64",
+            1.10,
+            base,
+        ),
+        Goal(f"decode, {about}", "layers", f"{ours} pass=forward T=..64", 3, base, "added"),
+        Goal(f"any cell, {about}", "layers", ours, 1.00, stacked),
+    )
+
+
+_GEMMA = "peer=moelora model=gemma-2b N=8 p=0.0"
+_LLAMA = "peer=moelora model=llama-8b N=8 p=0.0"
+_STEP = "what=train?step"
+_ON_GPU = (
+    *_of_layers("bfloat16"),
+    *_of_layers("float32"),
+    Goal("host time of a call without grad", "host", "peer=moelora what=call pass=forward N=4", 8, quantity="us"),
+    Goal("host time of a call with grad", "host", "peer=moelora what=call pass=forward_grad N=4", 20, quantity="us"),
+    Goal("host time of a layer", "host", "peer=per_token what=layer N=4", 1.00, "peer=one_lora"),
+    Goal("host time of a layer, fixed weights", "host", "peer=static what=layer N=4", 1.00, "peer=one_lora"),
+    Goal("Gemma 2B, N = 8, forward", "models", f"{_GEMMA} what=forward", 0.92, "peer=one_lora"),
+    Goal("Gemma 2B, N = 8, step", "models", f"{_GEMMA} {_STEP}", 0.86, "peer=one_lora"),
+    Goal("Gemma 2B, N = 8, memory of the step", "models", f"{_GEMMA} {_STEP}", 0.92, "peer=one_lora", "memory"),
+    Goal("Llama 8B, N = 8, forward", "models", f"{_LLAMA} what=forward", 0.72, "peer=one_lora"),
+    Goal("Llama 8B, N = 8, step", "models", f"{_LLAMA} {_STEP}", 0.85, "peer=one_lora"),
+    Goal("Llama 8B, N = 8, memory of the step", "models", f"{_LLAMA} {_STEP}", 0.72, "peer=one_lora", "memory"),
+    Goal("N passes, N = 8, forward", "models", "peer=moelora N=8 p=0.0 what=forward", 1 / 9, "peer=n_passes"),
+    Goal("any model", "models", "peer=moelora p=0.0", 1.00, "peer=stacked"),
+    Goal("dropout p = 0.1, step", "models", f"peer=moelora p=0.1 {_STEP}", 1.15, "p=0.0"),
+    Goal("top 2, N = 64", "topk", "peer=moelora what=mixture N=64 k=2", 1.30, "N=8"),
+    Goal("top k, any cell", "topk", "peer=moelora what=mixture", 1.00, "peer=stacked"),
+    Goal("route", "topk", "peer=moelora what=route", 1.00, "peer=torch"),
+)
+GOALS = {"cpu": _ON_CPU, "cuda": _ON_GPU}
+
 
 class Verdict(NamedTuple):
     """One cell, its value, and whether that meets the goal."""
@@ -104,20 +164,29 @@ def load(folder: Path) -> dict[str, list[dict[str, str]]]:
     return {name: read_csv(folder / f"{name}.csv") for name in FILES}
 
 
-def judge(results: Results, goals: Sequence[Goal] = GOALS) -> list[tuple[Goal, list[Verdict]]]:
+def device_of(results: Results) -> str:
+    """Where the rows were measured, "cpu" or "cuda"; "cpu" if there are none."""
+    return "cuda" if any("gpu" in row for rows in results.values() for row in rows) else "cpu"
+
+
+def judge(results: Results, goals: Sequence[Goal] | None = None) -> list[tuple[Goal, list[Verdict]]]:
     """Each goal with its cells that were measured.
 
     Parameters
     ----------
     results : mapping
-        Rows by the name of their file.
-    goals : sequence of Goal
+        Rows by the name of their file, all from one device.
+    goals : sequence of Goal, optional
+        By default those of the device.
     """
-    return [(goal, list(_verdicts(goal, results.get(goal.file, ())))) for goal in goals]
+    device = device_of(results)
+    return [
+        (goal, list(_verdicts(goal, CELL[device][goal.file], results.get(goal.file, ()))))
+        for goal in (GOALS[device] if goals is None else goals)
+    ]
 
 
-def _verdicts(goal: Goal, rows: Sequence[Row]) -> Iterator[Verdict]:
-    places = CELL[goal.file]
+def _verdicts(goal: Goal, places: Sequence[str], rows: Sequence[Row]) -> Iterator[Verdict]:
     by_place = {tuple(row[name] for name in (*places, "peer")): row for row in rows}
     for row in rows:
         if not all(_fits(row, *condition.split("=")) for condition in goal.cells.split()):
@@ -127,11 +196,15 @@ def _verdicts(goal: Goal, rows: Sequence[Row]) -> Iterator[Verdict]:
             name, value = goal.against.split("=")
             there[name] = value
         reference = by_place.get(tuple(there.values()))
-        if reference is None:  # not measured in this cell
+        if reference is None or not (_median(row) and _median(reference)):  # not measured in this cell, or no memory
             continue
         found = _value(goal.quantity, row, reference)
         met = found * SLACK >= goal.limit if goal.quantity == "peak" else found <= goal.limit * SLACK
         yield Verdict(" ".join(f"{name}={row[name]}" for name in places if row[name]), found, met)
+
+
+def _median(row: Row) -> str:
+    return row["us_median" if "us_median" in row else "ms_median"]
 
 
 def _fits(row: Row, name: str, wanted: str) -> bool:
@@ -150,8 +223,15 @@ def _value(quantity: str, row: Row, reference: Row) -> float:
     if quantity == "kept":
         T, d, n, r = (int(row[name]) for name in ("T", "d", "N", "r"))
         return int(row["kept_bytes"]) / (T * (d + n * r + n) * {"float32": 4, "bfloat16": 2}[row["dtype"]])
-    median = "us_median" if "us_median" in row else "ms_median"
-    return float(row[median]) / float(reference[median])
+    if quantity == "memory":
+        return float(row["peak_mib"]) / float(reference["peak_mib"])
+    if quantity == "added":
+        return float(row["us_median"]) - float(reference["us_median"])
+    ratio = float(_median(row)) / float(_median(reference))
+    if quantity == "floor":
+        R, d_in, d_out = int(row["N"]) * int(row["r"]), int(row["d_in"]), int(row["d_out"])
+        return ratio / (1 + R / d_in + R / d_out)
+    return ratio
 
 
 def limit_text(goal: Goal) -> str:
@@ -160,7 +240,11 @@ def limit_text(goal: Goal) -> str:
         return f"<= {goal.limit:g} us"
     if goal.quantity == "peak":
         return f">= {goal.limit:.2f} of the peak"
-    return f"<= {goal.limit:.2f} of {goal.against.removeprefix('peer=') or 'x, H and w'}"
+    against = goal.against.removeprefix("peer=") or "x, H and w"
+    if goal.quantity == "added":
+        return f"<= {against} + {goal.limit:g} us"
+    factor = {"floor": " x (1 + R/d_in + R/d_out)", "memory": " of the memory"}.get(goal.quantity, "")
+    return f"<= {goal.limit:.2f}{factor} of {against}"
 
 
 def summary_rows(judged: Sequence[tuple[Goal, Sequence[Verdict]]]) -> list[list[str]]:

@@ -7,7 +7,7 @@ and v. Their peers: `one_lora` and `stock_n` are PEFT with one and with N active
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,9 +33,11 @@ def calls(tokens: int) -> dict[str, Peer]:
     return {name: of[name] for name in ("moelora", "stacked", "base")}
 
 
-def layers(n: int) -> dict[str, Peer]:
-    """One layer with N experts."""
-    x = torch.randn(TOKENS, WIDTH, requires_grad=True)
+def layers(
+    n: int, tokens: int = TOKENS, width: int = WIDTH, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> dict[str, Peer]:
+    """One layer with N experts; their adapters are float32 whatever the base is, as PEFT makes them."""
+    x = torch.randn(tokens, width, dtype=dtype, device=device, requires_grad=True)
 
     def peer(model: Any, weights: Tensor | None = None) -> Peer:
         layer, tuner = model.base_model.model.proj, model.base_model
@@ -49,13 +51,13 @@ def layers(n: int) -> dict[str, Peer]:
         return Peer((lambda: layer(x)) if frame is None else inside, [x], list(layer.parameters()))
 
     def lora(n: int) -> Any:
-        return with_lora(OneLayer(WIDTH), n, RANK, ["proj"])
+        return with_lora(OneLayer(width).to(device, dtype), n, RANK, ["proj"])
 
     return {
         "one_lora": peer(lora(1)),
         "stock_n": peer(lora(n)),
-        "static": peer(adopt(lora(n)), torch.rand(n)),
-        "per_token": peer(adopt(lora(n)), torch.rand(TOKENS, n)),
+        "static": peer(adopt(lora(n)), torch.rand(n, device=device)),
+        "per_token": peer(adopt(lora(n)), torch.rand(tokens, n, device=device)),
     }
 
 
@@ -111,7 +113,13 @@ def measure(experts: Sequence[int], rounds: int) -> Iterator[dict[str, Any]]:
 def _rows(
     what: str, T: int, n: int, of: dict[str, Peer], which: str, rounds: int, reference: str
 ) -> Iterator[dict[str, Any]]:
-    seconds = timed(of, which, rounds)
+    yield from as_rows(what, T, n, which, timed(of, which, rounds), reference)
+
+
+def as_rows(
+    what: str, T: int, n: int, which: str, seconds: Mapping[str, Sequence[float]], reference: str
+) -> Iterator[dict[str, Any]]:
+    """A row for each peer; `reference` is the one that it is compared with."""
     one = quartiles(seconds[reference])[1]
     for name, values in seconds.items():
         yield {

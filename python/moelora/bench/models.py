@@ -22,7 +22,7 @@ Peak memory is that of the process beyond what it held before.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,9 +52,9 @@ class Peer:
     def __init__(
         self, model: nn.Module, compute: Callable[[Tensor | None], Tensor], more: nn.Module | None = None
     ) -> None:
-        trained = [p for m in (model, more) if m is not None for p in m.parameters() if p.requires_grad]
         self.model, self.compute = model, compute
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
+        self.trained = [p for m in (model, more) if m is not None for p in m.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5) if self.trained else None
 
     def forward(self) -> None:
         """Logits, without gradients."""
@@ -66,11 +66,23 @@ class Peer:
         self.compute(labels).backward()
         if self.optimizer is not None:
             self.optimizer.step()
-            self.optimizer.zero_grad()
+        self.clear()
+
+    def gradients(self, labels: Tensor) -> None:
+        """A step without the optimizer."""
+        self.compute(labels).backward()
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+        for parameter in self.trained:
+            parameter.grad = None
 
 
 class StackedLinear(nn.Module):
     """A LoRA layer's adapters in torch operations, A [R, d_in] and B^T [R, d_out] of all of them stacked.
+
+    A CPU computes in the adapters' dtype; a GPU in that of x, which its tensor cores take.
 
     Attributes
     ----------
@@ -90,8 +102,9 @@ class StackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] to [..., d_out]."""
         base: Tensor = self.base_layer(x)
-        hidden = F.linear(x.flatten(0, -2).to(self.A.dtype), self.A) * self.weights
-        mixed = torch.addmm(base.flatten(0, -2).to(self.A.dtype), hidden, self.B_t)
+        dtype = self.weights.dtype
+        hidden = F.linear(x.flatten(0, -2).to(dtype), self.A.to(dtype)) * self.weights
+        mixed = torch.addmm(base.flatten(0, -2).to(dtype), hidden, self.B_t.to(dtype))
         return mixed.view(base.shape).to(base.dtype)
 
 
@@ -111,20 +124,38 @@ def stack(model: peft.PeftModel, weights: Tensor) -> nn.Module:
             first = looked_at.active_adapters[0]
             new = StackedLinear(layer)
             spread = weights.flatten(0, 1) * looked_at.scaling[first]
-            new.weights = spread.repeat_interleave(looked_at.r[first], 1)
+            dtype = looked_at.base_layer.weight.dtype if weights.is_cuda else new.A.dtype
+            new.weights = spread.repeat_interleave(looked_at.r[first], 1).to(dtype)
             top.set_submodule(name, new)
     return top
 
 
 def peers(
-    base: PreTrainedModel, n: int, r: int, ids: Tensor, weights: Tensor, *, p: float = 0.0, compiled: bool = False
+    base: PreTrainedModel,
+    n: int,
+    r: int,
+    ids: Tensor,
+    weights: Tensor,
+    *,
+    p: float = 0.0,
+    targets: str | list[str] = "all-linear",
+    compiled: Callable[[nn.Module], Any] | None = None,
+    only: Container[str] | None = None,
 ) -> dict[str, Peer]:
-    """Ways to run `base` with N experts; with dropout those alone that do it as PEFT does."""
+    """Ways to run `base` with N experts; with dropout those alone that do it as PEFT does.
+
+    Parameters
+    ----------
+    compiled : callable, optional
+        What compiles a model, for `stacked_compiled`.
+    only : container of str, optional
+        Names of those that are made.
+    """
     names = [f"expert_{i}" for i in range(n)]
     plain: dict[str, Any] = {
         "r": r,
         "lora_alpha": 2 * r,
-        "target_modules": "all-linear",
+        "target_modules": targets,
         "task_type": "CAUSAL_LM",
         "lora_dropout": p,
     }
@@ -143,6 +174,23 @@ def peers(
         config = moelora.MoELoraConfig(**plain, num_experts=n, top_k_experts=n, router_aux_loss_coef=0.0)
         return moelora.get_peft_model(twin(base), config)
 
+    def plainly(model: Any) -> Peer:
+        return Peer(model, partial(result, model))
+
+    def given() -> Peer:
+        model = routed()
+        model.base_model.detach_router()
+        return Peer(model, partial(result, model, routing_weights=weights))
+
+    def frozen() -> Peer:
+        model = twin(base).requires_grad_(False)
+        model.enable_input_require_grads()  # type: ignore[no-untyped-call]
+        return plainly(model)
+
+    def passes() -> Peer:
+        model = stock(n)
+        return Peer(model, lambda labels: n_passes(model, weights, ids, labels))
+
     def looped(weights: Tensor | None) -> Peer:
         model = stock(n)
         loop = AdapterLoop(model)
@@ -152,29 +200,27 @@ def peers(
         router = routed().base_model.router
         return Peer(model, lambda labels: two_passes(loop, model, router, ids, labels), router)
 
-    one, given = stock(1), routed()
-    given.base_model.detach_router()
-    found = {
-        "moelora": Peer(given, partial(result, given, routing_weights=weights)),
-        "one_lora": Peer(one, partial(result, one)),
-        "loop": looped(weights),
+    makers: dict[str, Callable[[], Peer]] = {
+        "moelora": given,
+        "one_lora": lambda: plainly(stock(1)),
+        "loop": lambda: looped(weights),
     }
-    if p:
-        return found
+    if not p:
+        makers |= {
+            "moelora_router": lambda: plainly(routed()),
+            "stacked": lambda: plainly(stack(stock(n), weights)),
+            "base": frozen,
+            "two_pass": lambda: looped(None),
+            "n_passes": passes,
+        }
+    if compiled is not None:
 
-    frozen, stacked, old, with_router = twin(base).requires_grad_(False), stack(stock(n), weights), stock(n), routed()
-    frozen.enable_input_require_grads()  # type: ignore[no-untyped-call]
-    found |= {
-        "moelora_router": Peer(with_router, partial(result, with_router)),
-        "stacked": Peer(stacked, partial(result, stacked)),
-        "base": Peer(frozen, partial(result, frozen)),
-        "two_pass": looped(None),
-        "n_passes": Peer(old, lambda labels: n_passes(old, weights, ids, labels)),
-    }
-    if compiled and CAN_COMPILE:
-        model = stack(stock(n), weights)
-        found["stacked_compiled"] = Peer(model, partial(result, torch.compile(model)))
-    return found
+        def stacked_compiled() -> Peer:
+            model = stack(stock(n), weights)
+            return Peer(model, partial(result, compiled(model)))
+
+        makers["stacked_compiled"] = stacked_compiled
+    return {name: make() for name, make in makers.items() if only is None or name in only}
 
 
 class Grid(NamedTuple):
@@ -193,7 +239,8 @@ def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
         torch.manual_seed(0)
         ids = torch.randint(base.config.vocab_size, grid.batch)
         weights = torch.rand(*grid.batch, n).softmax(-1)
-        compiled = (model, n, r) == (grid.models[0], *grid.mixtures[0])
+        first = (model, n, r) == (grid.models[0], *grid.mixtures[0])
+        compiled = torch.compile if first and CAN_COMPILE else None
         without = {(name, 0.0): peer for name, peer in peers(base, n, r, ids, weights, compiled=compiled).items()}
         dropped = {}
         if (n, r) == grid.mixtures[0]:

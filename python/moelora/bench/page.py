@@ -1,9 +1,10 @@
-"""The tables of docs/benchmarks.md, from the CSV files."""
+"""The tables of docs/benchmarks.md, from the CSV files of a CPU or of a GPU."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from moelora.bench.goals import SUMMARY_HEADS, Results, judge, limit_text, summary_rows
+from moelora.bench.goals import SUMMARY_HEADS, Results, device_of, judge, limit_text, summary_rows
 from moelora.bench.record import Row
 
 MARKED = re.compile(r"(<!-- bench: ([a-z-]+) -->\n).*?(<!-- bench: end -->)", re.DOTALL)
@@ -13,6 +14,8 @@ def render(page: str, results: Results, stem: str) -> str:
     """A page with what stands between its marks made anew.
 
     A block begins with ``<!-- bench: NAME -->``, where NAME is one of `BLOCKS`, and ends with ``<!-- bench: end -->``.
+    Those whose name begins with "cuda-" are for results from a GPU, all others for those from a CPU; results from one
+    leave the blocks for the other alone.
 
     Parameters
     ----------
@@ -39,10 +42,15 @@ def render(page: str, results: Results, stem: str) -> str:
     if unknown := [name for name in marks if name not in BLOCKS]:
         raise ValueError(f"{unknown[0]!r} is none of the blocks {', '.join(BLOCKS)}")
 
+    device = device_of(results)
+
     def block(match: re.Match[str]) -> str:
+        if match[2].startswith("cuda-") is not (device == "cuda"):
+            return match[0]
         file, make = BLOCKS[match[2]]
         text = make(results, stem) if results[file] else ""
-        return f"{match[1]}\n{text or f'Not measured yet: `moelora bench {file}`.'}\n\n{match[3]}"
+        more = " --device cuda" if device == "cuda" else ""
+        return f"{match[1]}\n{text or f'Not measured yet: `moelora bench {file}{more}`.'}\n\n{match[3]}"
 
     return MARKED.sub(block, page)
 
@@ -53,9 +61,11 @@ def _machine(results: Results, stem: str) -> str:
         f"{name} {row[name]}" for name in ("torch", "peft", "transformers", "numpy", "python", "moelora")
     )
     commands = dict.fromkeys(row["command"] for rows in results.values() for row in rows)
-    return f"{row['cpu']}, {row['threads']} threads, {row['openblas']}; {versions}.\n\n" + "\n".join(
-        ["```sh", *commands, "```"]
-    )
+    if device_of(results) == "cuda":
+        machine = f"{row['gpu']}, driver {row['driver']}, CUDA {row['cuda']}, NVRTC {row['nvrtc']}, {row['cpu']}"
+    else:
+        machine = f"{row['cpu']}, {row['threads']} threads, {row['openblas']}"
+    return "\n".join([f"{machine}; {versions}.", "", "```sh", *commands, "```"])
 
 
 def _peak(results: Results, stem: str) -> str:
@@ -183,23 +193,26 @@ def _siblings(results: Results, stem: str) -> str:
 
 def _models(results: Results, stem: str) -> str:
     tables = []
+    short = "{:.1f}" if device_of(results) == "cuda" else "{:.0f}"
     for place in dict.fromkeys((row["model"], row["N"], row["dtype"]) for row in results["models"]):
         here = [row for row in results["models"] if (row["model"], row["N"], row["dtype"]) == place]
         of = {(row["peer"], row["p"], row["what"]): row for row in here}
-        step = float(of["moelora", "0.0", "train step"]["ms_median"])
+        step = float(of["moelora", "0.0", "train step"]["ms_median"] or "nan")
         lines = []
         for peer, p in dict.fromkeys((row["peer"], row["p"]) for row in here):
             train, forward = of[peer, p, "train step"], of.get((peer, p, "forward"))
-            lines.append(
-                [
-                    peer if p == "0.0" else f"{peer}, dropout {p}",
-                    f"{float(forward['ms_median']):.0f} ms" if forward else "",
-                    f"{float(train['ms_median']):.0f} ms",
-                    f"{float(train['ms_q1']):.0f} to {float(train['ms_q3']):.0f}",
+            name = peer if p == "0.0" else f"{peer}, dropout {p}"
+            line = [name, f"{_ms(forward, 'median', short)} ms" if forward and forward["ms_median"] else ""]
+            if train["ms_median"]:
+                line += [f"{_ms(train, 'median', short)} ms"]
+                line += [f"{_ms(train, 'q1', short)} to {_ms(train, 'q3', short)}"]
+                line += [
                     f"{float(train['ms_median']) / step:.2f}",
                     f"{train['peak_mib']} MiB" if train["peak_mib"] else "",
                 ]
-            )
+            else:
+                line += [train["peak_mib"], "", "", ""]
+            lines.append(line)
         heads = ["", "forward", "train step", "quartiles", "over moelora", "peak memory of the step"]
         first = here[0]
         tables.append(
@@ -207,6 +220,55 @@ def _models(results: Results, stem: str) -> str:
             f"{first['B']} x {first['S']} tokens:\n\n{_table(heads, lines)}"
         )
     return "\n\n".join(tables)
+
+
+def _ms(row: Row, name: str, short: str) -> str:
+    return short.format(float(row[f"ms_{name}"]))
+
+
+def _gpu_layers(results: Results, stem: str) -> str:
+    """Large T: the base's microseconds, and the times of all others over it."""
+    rows = [row for row in results["layers"] if int(row["T"]) > 64]
+    places = ["T", "d_in", "d_out", "R"]
+    tables = []
+    for adapters, which in itertools.product(_values(rows, "adapters"), _values(rows, "pass")):
+        here = [row for row in rows if (row["adapters"], row["pass"]) == (adapters, which)]
+        others = [peer for peer in _values(here, "peer") if peer != "base"]
+        lines = []
+        for place, of in _by_shape(here).items():
+            floor = 1 + int(place[3]) / int(place[1]) + int(place[3]) / int(place[2])
+            ratios = [of[peer]["over_base"] if peer in of else "" for peer in others]
+            lines.append([*place, of["moelora"]["way"], _short(of["base"]["us_median"]), f"{floor:.3f}", *ratios])
+        heads = [*places, "way", "base, us", "1 + R/d_in + R/d_out", *others]
+        tables.append(f"{which}, {adapters} adapters:\n\n{_table(heads, lines)}")
+    return "\n\n".join(tables)
+
+
+def _gpu_decode(results: Results, stem: str) -> str:
+    """Few tokens: microseconds."""
+    rows = [row for row in results["layers"] if int(row["T"]) <= 64]
+    tables = []
+    for adapters in _values(rows, "adapters"):
+        here = [row for row in rows if row["adapters"] == adapters]
+        peers = _values(here, "peer")
+        lines = [
+            [*place, of["moelora"]["way"], *(_short(of[peer]["us_median"]) if peer in of else "" for peer in peers)]
+            for place, of in _by_shape(here).items()
+        ]
+        tables.append(f"{adapters} adapters:\n\n{_table(['T', 'd_in', 'd_out', 'R', 'way', *peers], lines)}")
+    return "\n\n".join(tables)
+
+
+def _by_shape(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
+    shapes: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        R = str(int(row["N"]) * int(row["r"]))
+        shapes.setdefault((row["T"], row["d_in"], row["d_out"], R), {})[row["peer"]] = row
+    return shapes
+
+
+def _gpu_route(results: Results, stem: str) -> str:
+    return _median_table(results["topk"], {"what": "route"}, ["timed", "T", "N", "k", "pass"])
 
 
 def _host(results: Results, stem: str) -> str:
@@ -252,6 +314,16 @@ BLOCKS: dict[str, tuple[str, Callable[[Results, str], str]]] = {
     "host": ("host", _host),
     "goals": ("layers", _goals),
     "short": ("layers", _short_cells),
+    "cuda-machine": ("layers", _machine),
+    "cuda-goals": ("layers", _goals),
+    "cuda-short": ("layers", _short_cells),
+    "cuda-layers": ("layers", _gpu_layers),
+    "cuda-decode": ("layers", _gpu_decode),
+    "cuda-topk": ("topk", _topk),
+    "cuda-route": ("topk", _gpu_route),
+    "cuda-models": ("models", _models),
+    "cuda-host": ("host", _host),
+    "cuda-plots": ("layers", _plots),
 }
 """By name: the file that a block shows, which is also the command that measures it, and what makes its text."""
 

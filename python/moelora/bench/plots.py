@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from moelora.bench.goals import Results
+from moelora.bench.goals import Results, device_of
 from moelora.bench.record import Row
 
 COLOURS = {
@@ -23,6 +23,9 @@ COLOURS = {
     "base": "#555555",
     "base_medium": "#aaaaaa",
     "torch": "#1f77b4",
+    "moelora_router": "#98df8a",
+    "two_pass": "#e377c2",
+    "n_passes": "#8c564b",
 }
 
 
@@ -57,6 +60,8 @@ def names(results: Results) -> list[str]:
 
 
 def _figures(results: Results) -> dict[str, Callable[[], Figure]]:
+    if device_of(results) == "cuda":
+        return _gpu_figures(results)
     figures: dict[str, Callable[[], Figure]] = {}
     layers = [row for row in results["layers"] if row["forced"] == "no" and row["weights"] == "hot"]
     for dtype in _values(layers, "dtype"):
@@ -74,6 +79,73 @@ def _figures(results: Results) -> dict[str, Callable[[], Figure]]:
         figures[f"experts_{dtype}"] = partial(_panels, here, "N", "k", title, "experts N")
         figures[f"top_k_{dtype}"] = partial(_panels, here, "k", "N", title, "k")
     return figures
+
+
+def _gpu_figures(results: Results) -> dict[str, Callable[[], Figure]]:
+    figures: dict[str, Callable[[], Figure]] = {}
+    square = [
+        row for row in results["layers"] if row["d_in"] == row["d_out"] and not row["peer"].startswith("moelora_")
+    ]
+    if square:
+        d = max(_values(square, "d_in"), key=int)
+        n = min((row["N"] for row in square if row["d_in"] == d), key=int)
+        figures["cuda_layers"] = partial(_over_base, [row for row in square if (row["d_in"], row["N"]) == (d, n)])
+    if results["models"]:
+        figures["cuda_models"] = partial(_bars, results["models"])
+    return figures
+
+
+def _over_base(rows: Sequence[Row]) -> Figure:
+    """Time over the base's against T, a row of panels for each dtype of adapters, a column for each of two passes."""
+    of_adapters = _values(rows, "adapters")
+    figure = Figure(figsize=(10, 3.4 * len(of_adapters)), facecolor="white", layout="constrained")
+    first = rows[0]
+    figure.suptitle(
+        f"One layer, {first['N']} experts of rank {first['r']}, d = {first['d_in']}: time over the base layer's",
+        fontsize=11,
+        fontweight="bold",
+    )
+    panels = figure.subplots(len(of_adapters), 2, squeeze=False)
+    for line, adapters in zip(panels, of_adapters, strict=True):
+        for axes, which in zip(line, ("forward", "forward+backward"), strict=True):
+            here = [row for row in rows if (row["adapters"], row["pass"]) == (adapters, which)]
+            for peer in _values(here, "peer"):
+                points = sorted((int(row["T"]), float(row["over_base"])) for row in here if row["peer"] == peer)
+                at, ratio = zip(*points, strict=True)
+                width = 2 if peer == "moelora" else 1.2
+                axes.plot(at, ratio, color=COLOURS[peer], label=peer, linewidth=width, marker=".")
+            ticks = sorted({int(row["T"]) for row in here})
+            axes.set(xscale="log", yscale="log", title=f"{which}, {adapters} adapters", xlabel="tokens T")
+            axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45)
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:.2g}")
+            axes.grid(alpha=0.3, which="both")
+        line[0].set_ylabel("over base")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def _bars(rows: Sequence[Row]) -> Figure:
+    """Of each model the time and the peak memory of a train step, without what ran out of memory."""
+    steps = [row for row in rows if (row["what"], row["p"]) == ("train step", "0.0") and row["ms_median"]]
+    cells = list(dict.fromkeys((row["model"], row["N"]) for row in steps))
+    figure = Figure(figsize=(4 * len(cells) + 1, 6), facecolor="white", layout="constrained")
+    figure.suptitle("A train step, and what it needs beyond the parameters", fontsize=11, fontweight="bold")
+    panels = figure.subplots(2, len(cells), squeeze=False)
+    for column, cell in enumerate(cells):
+        here = [row for row in steps if (row["model"], row["N"]) == cell]
+        peers = [row["peer"] for row in here]
+        for axes, name, scale, unit in (
+            (panels[0][column], "ms_median", 1, "ms"),
+            (panels[1][column], "peak_mib", 1024, "GiB"),
+        ):
+            axes.barh(peers, [float(row[name]) / scale for row in here], color=[COLOURS[peer] for peer in peers])
+            axes.invert_yaxis()
+            axes.set_xlabel(unit)
+            axes.grid(alpha=0.3, axis="x")
+        panels[0][column].set_title(f"{cell[0]}, {cell[1]} experts")
+    return figure
 
 
 def _panels(rows: Sequence[Row], x: str, column: str, title: str, label: str) -> Figure:

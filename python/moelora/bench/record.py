@@ -1,7 +1,9 @@
 """CSV files that say where they come from."""
 
 import csv
+import functools
 import platform
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -23,14 +25,37 @@ def columns(seconds: Sequence[float], unit: str) -> dict[str, str]:
     return {f"{unit}_{name}": f"{value * scale:.2f}" for name, value in zip(names, quartiles(seconds), strict=True)}
 
 
-def environment() -> dict[str, str]:
-    """The columns that say on what a row was measured."""
+def environment(device: str) -> dict[str, str]:
+    """The columns that say on what a row was measured: "cpu" or "cuda"."""
+    if device == "cuda":
+        return _gpu() | {"cpu": cpu()} | _versions()
     config = moelora.show_config(mode="dicts")
     return {
         "cpu": cpu(),
         "isa": config["instruction set"]["used"],
         "threads": str(torch.get_num_threads()),
         "openblas": config["blas"]["name"],
+    } | _versions()
+
+
+@functools.cache
+def _gpu() -> dict[str, str]:
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        drivers = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        drivers = []
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": drivers[0] if drivers else "",  # one for all GPUs
+        "cuda": str(torch.version.cuda),
+        "nvrtc": moelora.show_config(mode="dicts")["cuda"].get("nvrtc", ""),
+    }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {
         "python": platform.python_version(),
         "numpy": np.__version__,
         "torch": torch.__version__,
@@ -40,7 +65,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], command: str) -> None:
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], command: str, device: str) -> None:
     """Write rows as they come, so that an interrupted run keeps what it measured; the first row names the columns.
 
     Threads and instruction set are those in force when a row comes.
@@ -49,7 +74,7 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], command: str) -> No
     with path.open("w", newline="") as file:
         writer = None
         for row in rows:
-            whole = {**row, **environment(), "command": command}
+            whole = {**row, **environment(device), "command": command}
             if writer is None:
                 writer = csv.DictWriter(file, [*whole])
                 writer.writeheader()

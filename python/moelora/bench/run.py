@@ -14,6 +14,10 @@ import moelora
 import moelora.functional
 from moelora.bench import host, layers, models, neighbours, peak, topk
 from moelora.bench.arguments import FULL, MEASURE, ROUNDS, SMOKE, SMOKE_ROUNDS
+from moelora.bench.cuda import host as gpu_host
+from moelora.bench.cuda import layers as gpu_layers
+from moelora.bench.cuda import models as gpu_models
+from moelora.bench.cuda import topk as gpu_topk
 from moelora.bench.goals import as_text, judge, load
 from moelora.bench.page import render
 from moelora.bench.record import write_csv
@@ -58,7 +62,12 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
         return 1
     if options.out.exists() and not options.out.is_dir():
         parser.error(f"argument --out: {options.out} is not a folder")
-    suites = list(MEASURE) if options.bench == "all" else [options.bench]
+    device: str = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch finds no GPU here for 'cuda'")
+    suites = list(FULL[device]) if options.bench == "all" else [options.bench]
+    if suites[0] not in FULL[device]:
+        parser.error(f"argument --device: on 'cuda' there are {', '.join(FULL[device])}, not {suites[0]}")
     # Where the files go is no part of what they hold.
     kept = [word for last, word in pairwise(["", *given]) if "--out" not in (last, word.partition("=")[0])]
     command = shlex.join(["moelora", *kept])
@@ -68,8 +77,9 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
     torch.set_num_threads(options.threads or threads)
     try:
         for name in suites:
-            for file, rows in _rows(name, grids[name], rounds, options.smoke):
-                write_csv(options.out / f"{file}.csv", rows, command)
+            measured = _on_gpu if device == "cuda" else _on_cpu
+            for file, rows in measured(name, grids[name], rounds, options.smoke):
+                write_csv(options.out / f"{file}.csv", rows, command, device)
     finally:
         torch.set_num_threads(threads)
     return _draw(options.out, options.out)
@@ -77,10 +87,17 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
 
 def _grid(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """What was asked for, the rest from the defaults."""
-    defaults = (SMOKE if options.smoke else FULL)[name]
+    defaults = (SMOKE if options.smoke else FULL)[options.device][name]
     grid = {key: getattr(options, key, None) or value for key, value in defaults.items()}
     parser: argparse.ArgumentParser = options.parser
-    if name == "layers":
+    foreign = {key for grids in FULL.values() for key in grids.get(name, {})} - {*defaults}
+    for key in foreign | ({"isa"} if options.device == "cuda" else set()):
+        if getattr(options, key, None) is not None:
+            parser.error(f"argument --{key.replace('_', '-')}: there is none on {options.device!r}")
+    for model in getattr(options, "models", None) or ():
+        if model not in FULL[options.device][name]["models"]:
+            parser.error(f"argument --models: there is no {model} on {options.device!r}")
+    if name == "layers" and options.device == "cpu":
         available = moelora.show_config(mode="dicts")["instruction set"]["available"]
         best = moelora.get_isa()
         grid["isa"] = getattr(options, "isa", None) or list(
@@ -94,8 +111,25 @@ def _grid(options: argparse.Namespace, name: str) -> dict[str, Any]:
     return grid
 
 
-def _rows(name: str, grid: dict[str, Any], rounds: int, smoke: bool) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
-    """Files of a suite, and their rows as they are measured."""
+Files = Iterator[tuple[str, Iterator[dict[str, Any]]]]
+"""The files of a suite, and their rows as they are measured."""
+
+
+def _on_gpu(name: str, grid: dict[str, Any], rounds: int, smoke: bool) -> Files:
+    if name == "layers":
+        cells = gpu_layers.Grid(grid["shapes"], grid["adapters"], grid["passes"], grid["peers"])
+        yield name, gpu_layers.measure(cells, rounds)
+    elif name == "topk":
+        few = gpu_topk.Grid(grid["tokens"], grid["widths"], grid["mixtures"], grid["top_k"])
+        yield name, gpu_topk.measure(few, rounds)
+    elif name == "models":
+        whole = gpu_models.Grid(grid["models"], grid["experts"], grid["peers"], smoke)
+        yield name, gpu_models.measure(whole, rounds)
+    else:
+        yield name, gpu_host.measure(grid["experts"], rounds)
+
+
+def _on_cpu(name: str, grid: dict[str, Any], rounds: int, smoke: bool) -> Files:
     if name == "layers":
         peaks: list[dict[str, Any]] = []
 

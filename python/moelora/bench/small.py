@@ -33,11 +33,11 @@ def build(name: str, *, smoke: bool) -> PreTrainedModel:
 
 
 class OneLayer(nn.Module):
-    """A model that is one linear layer [width, width]."""
+    """A model that is one linear layer [d_out, d_in]; square where d_out is not given."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, d_in: int, d_out: int | None = None) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, width, bias=False)
+        self.proj = nn.Linear(d_in, d_out or d_in, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.proj(x)

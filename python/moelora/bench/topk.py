@@ -16,7 +16,7 @@ Gradients are those of the weights, and where k = "all" also of the sums, which 
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,22 +43,25 @@ class Grid(NamedTuple):
     dtypes: Sequence[str]
 
 
-def mixture_peers(cell: Cell, k: int) -> dict[str, Peer]:
-    """Ways to add the mixture of each token's k best experts, on the same numbers."""
+def mixture_peers(cell: Cell, k: int, weight: Tensor | None = None) -> dict[str, Peer]:
+    """Ways to add the mixture of each token's k best experts, on the same numbers; to x W^T if there is a weight."""
     T, d, n, r, _ = cell
     dtype, _ = DTYPES[cell.dtype]
     torch.manual_seed(0)
 
-    x, base = torch.randn(T, d).to(dtype).requires_grad_(), torch.randn(T, d).to(dtype)
+    x, given = torch.randn(T, d).to(dtype).requires_grad_(), torch.randn(T, d).to(dtype)
     # Distinct numbers: half precision would have ties, which each way breaks as it likes.
     w = (torch.rand(T, n).argsort(-1) + 1).div(n).to(dtype).requires_grad_()
     A, B = adapters(cell)
     stacked_A = torch.cat(A).detach().requires_grad_()
     stacked_B_t = torch.cat(B, 1).t().detach().contiguous().requires_grad_()
 
+    def base() -> Tensor:
+        return given if weight is None else F.linear(x, weight)
+
     def loop() -> Tensor:
         values, indices = w.topk(k, -1)
-        y = base.clone()
+        y = base().clone()
         for e in range(n):
             tokens, places = torch.where(indices == e)
             added = F.linear(F.linear(x[tokens], A[e]), B[e]) * (SCALING * values[tokens, places, None])
@@ -68,10 +71,11 @@ def mixture_peers(cell: Cell, k: int) -> dict[str, Peer]:
     def dense() -> Tensor:
         values, indices = w.topk(k, -1)
         kept = torch.zeros_like(w).scatter(-1, indices, values)
-        return stacked(x, stacked_A, stacked_B_t, kept, base, r)
+        return stacked(x, stacked_A, stacked_B_t, kept, base(), r)
 
+    below: dict[str, Any] = {"base_output": given} if weight is None else {"weight": weight}
     return {
-        "moelora": Peer(lambda: routed_lora(x, A, B, w, SCALING, base_output=base, top_k=k), [x, w], [*A, *B]),
+        "moelora": Peer(lambda: routed_lora(x, A, B, w, SCALING, **below, top_k=k), [x, w], [*A, *B]),
         "topk_loop": Peer(loop, [x, w], [*A, *B]),
         "stacked": Peer(dense, [x, w], [stacked_A, stacked_B_t]),
     }
@@ -89,7 +93,7 @@ def route_peers(T: int, n: int, k: int | None) -> dict[str, Peer]:
 
         def with_sums() -> tuple[Tensor, Tensor]:
             weights = logits.softmax(-1)
-            torch.full((n,), T)  # the counts
+            torch.full((n,), T, device=logits.device)  # the counts
             return weights, weights.sum(0)
 
         return {
@@ -124,14 +128,17 @@ def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
 
 def _rows(of: dict[str, Peer], rounds: int, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for which in PASSES:
-        seconds = timed(of, which, rounds)
-        ours = quartiles(seconds["moelora"])[1]
-        for name, values in seconds.items():
-            yield {
-                **about,
-                "pass": which,
-                "peer": name,
-                **columns(values, "us"),
-                "over_moelora": f"{quartiles(values)[1] / ours:.3f}",
-                "rounds": len(values),
-            }
+        yield from as_rows(timed(of, which, rounds), {**about, "pass": which})
+
+
+def as_rows(seconds: Mapping[str, Sequence[float]], about: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each peer."""
+    ours = quartiles(seconds["moelora"])[1]
+    for name, values in seconds.items():
+        yield {
+            **about,
+            "peer": name,
+            **columns(values, "us"),
+            "over_moelora": f"{quartiles(values)[1] / ours:.3f}",
+            "rounds": len(values),
+        }

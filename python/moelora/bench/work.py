@@ -44,7 +44,7 @@ def timed(
     every : mapping of int, optional
         See `interleave`.
     """
-    passes = {name: _pass(peer, which) for name, peer in peers.items()}
+    passes = {name: part(peer, which) for name, peer in peers.items()}
     before = {name: prepare for name, (_, prepare) in passes.items() if prepare is not None}
     if between is not None:
         before = dict.fromkeys(peers, between)
@@ -54,8 +54,8 @@ def timed(
         )
 
 
-def _pass(peer: Peer, which: str) -> tuple[Callable[[], object], Callable[[], object] | None]:
-    """What is timed, and what runs before it."""
+def part(peer: Peer, which: str) -> tuple[Callable[[], object], Callable[[], object] | None]:
+    """What is timed in one of the passes of `timed`, and what runs before it."""
     forward, leaves = peer.forward, [*peer.inputs, *peer.parameters]
 
     if which in ("forward", "forward_grad"):

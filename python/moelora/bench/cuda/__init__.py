@@ -1,0 +1,1 @@
+"""The same on a GPU: `moelora bench --device cuda`."""

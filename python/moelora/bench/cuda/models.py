@@ -1,0 +1,200 @@
+"""Whole language models on a GPU, with random weights in the shapes of Gemma 2B, Llama 3 8B and Qwen3 4B.
+
+The base is bfloat16, adapters float32 as PEFT makes them, of rank 16. The peers are those of `moelora.bench.models`:
+stacked computes in bfloat16, stock PEFT's layers and the loop compute in float32, as they do without autocast, and
+`stacked_compiled` has each decoder layer through `torch.compile`. No peer has zeros for B.
+
+A forward is without gradients, in evaluation mode; a train step is forward, loss and backward, without an optimizer.
+Peak memory is what torch allocates beyond what it held before, which is the parameters. A peer that needs more than
+there is has a row without times, with peak "oom".
+"""
+
+import gc
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
+
+from moelora.bench.arguments import RANK
+from moelora.bench.models import DROPOUT, SELDOM, Peer, peers
+from moelora.bench.record import columns
+from moelora.bench.work import CAN_COMPILE
+from moelora.peft.anatomy import decoder
+from moelora.report.timing import interleave, quartiles
+
+DROPPED = ("gemma-2b", 4)  # where moelora and one_lora have dropout, too
+
+
+class Shape(NamedTuple):
+    """A model, the layers that are adapted, and on which batches [B, S] with how many experts."""
+
+    config: type[PretrainedConfig]
+    size: Mapping[str, Any]
+    targets: str | list[str]
+    cells: Sequence[tuple[int, tuple[int, int]]]
+
+
+SHAPES = {
+    "gemma-2b": Shape(
+        GemmaConfig,
+        {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "vocab_size": 256000}
+        | {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256},
+        ["q_proj", "k_proj", "v_proj", "o_proj"],
+        [(4, (4, 512)), (8, (8, 512))],
+    ),
+    "llama-8b": Shape(
+        LlamaConfig,
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8},
+        "all-linear",
+        [(8, (4, 512))],
+    ),
+    "qwen3-4b": Shape(
+        Qwen3Config,
+        {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "vocab_size": 151936}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
+        "all-linear",
+        [(4, (4, 512))],
+    ),
+}
+SMOKE: Mapping[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 256}
+
+
+def build(name: str, *, smoke: bool, device: str = "cuda") -> PreTrainedModel:
+    """A model of random bfloat16 weights; with `smoke` next to none."""
+    shape = SHAPES[name]
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = shape.config(**{**shape.size, **ends, **(SMOKE if smoke else {})})
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=torch.bfloat16
+        )
+    return model
+
+
+def compile_layers(model: nn.Module) -> nn.Module:
+    """Compile each decoder layer, so that one compilation serves them all; returns the model."""
+    _, layers = decoder(model)
+    for layer in layers:
+        layer.compile()
+    return model
+
+
+class Grid(NamedTuple):
+    """Which models, each with its own batches for N experts, and which peers."""
+
+    models: Sequence[str]
+    experts: Sequence[int]
+    peers: Sequence[str]
+    smoke: bool
+
+
+def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
+    """Rows of ``models.csv``."""
+    # Peers take turns with very different tensors.
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        yield from _models(grid, rounds)
+
+
+def _models(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
+    for name in grid.models:
+        base, shape = build(name, smoke=grid.smoke), SHAPES[name]
+        for n, batch in shape.cells:
+            if n not in grid.experts:
+                continue
+            B, S = (1, 64) if grid.smoke else batch
+            ids = torch.randint(base.config.vocab_size, (B, S), device="cuda")
+            weights = torch.rand(B, S, n, device="cuda").softmax(-1)
+            call = (base, n, RANK, ids, weights)
+            with torch.device("cuda"):
+                ways = peers(
+                    *call,
+                    targets=shape.targets,
+                    compiled=compile_layers if CAN_COMPILE else None,
+                    only={"moelora", *grid.peers},
+                )
+                of = {(way, 0.0): peer for way, peer in ways.items()}
+                dropped = {}
+                if (name, n) == DROPPED:
+                    ways = peers(*call, targets=shape.targets, only={"moelora", "one_lora"} & {*ways}, p=DROPOUT)
+                    dropped = {(way, DROPOUT): peer for way, peer in ways.items()}
+            fill([*of.values(), *dropped.values()])
+            about = {"model": name, "B": B, "S": S, "N": n, "r": RANK, "dtype": "bfloat16"}
+            yield from _rows(of, "forward", ids, rounds, about)
+            yield from _rows(of | dropped, "train step", ids, rounds, about)
+            del of, ways, dropped
+            _release()
+        del base
+        _release()
+
+
+def fill(of: Iterable[Peer]) -> None:
+    """Give every B numbers: products of zeros take less power, and so less time."""
+    for peer in of:
+        for name, parameter in peer.model.named_parameters():
+            if "lora_B" in name or name.endswith(".B_t"):
+                nn.init.normal_(parameter, std=1e-3)
+
+
+def _rows(
+    of: Mapping[tuple[str, float], Peer], what: str, ids: Tensor, rounds: int, about: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    calls: dict[str, Callable[[], None]] = {}
+    every, peaks = {}, {}
+    for (name, p), peer in of.items():
+        peer.model.train(what == "train step")
+        call = f"{name} {p}"
+        run = partial(_whole, peer.forward if what == "forward" else partial(peer.gradients, ids))
+        peaks[call] = _peak_mib(peer, run)
+        if peaks[call] != "oom":
+            calls[call] = run
+            every[call] = SELDOM.get(name, 1)
+    seconds = interleave(calls, rounds, every=every)
+    ours = quartiles(seconds.get("moelora 0.0", [math.nan]))[1]
+    for (call, peak), (name, p) in zip(peaks.items(), of, strict=True):
+        values = seconds.get(call, [])
+        measured = columns(values, "ms") if values else dict.fromkeys(columns([0.0], "ms"), "")
+        yield {
+            **about,
+            "p": p,
+            "what": what,
+            "peer": name,
+            **measured,
+            "over_moelora": f"{quartiles(values)[1] / ours:.3f}" if values else "",
+            "peak_mib": peak,
+            "rounds": len(values),
+        }
+
+
+def _whole(call: Callable[[], None]) -> None:
+    call()
+    torch.cuda.synchronize()
+
+
+def _peak_mib(peer: Peer, call: Callable[[], None]) -> str:
+    """Of a call that is not the first one; "oom" if there is not as much."""
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        try:
+            call()
+        except torch.OutOfMemoryError:
+            peer.clear()
+            break
+    else:
+        return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}"
+    _release()  # once the error, and what its frames hold, is gone
+    return "oom"
+
+
+def _release() -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -1,0 +1,74 @@
+"""Few experts of many for each token, and routing, on a GPU; the peers are those of `moelora.bench.topk`.
+
+`mixture` rows are whole layers, d_in = d_out = d, in bfloat16, base product included, called one after the other: a
+loop over experts asks the GPU how many tokens each has, and so can't be captured into a graph. `route` rows are in
+CUDA graphs, and again called one after the other.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from moelora.bench.cuda import clock
+from moelora.bench.layers import Cell
+from moelora.bench.topk import PASSES, as_rows, mixture_peers, route_peers
+from moelora.bench.work import Peer, part
+
+SELDOM = {"topk_loop": 4}
+
+
+class Grid(NamedTuple):
+    """Which cells: the product of these, as far as k < N."""
+
+    tokens: Sequence[int]
+    widths: Sequence[int]
+    mixtures: Sequence[tuple[int, int]]
+    top_k: Sequence[int]
+
+
+def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
+    """Rows of ``topk.csv``."""
+    for d, T, (n, r), k in itertools.product(grid.widths, grid.tokens, grid.mixtures, grid.top_k):
+        if k < n:
+            with torch.device("cuda"):  # not while they are timed: every operation would take longer
+                weight = torch.randn(d, d).mul_(d**-0.5).bfloat16()
+                of = mixture_peers(Cell(T, d, n, r, "bfloat16"), k, weight)
+            about = {"what": "mixture", "T": T, "d": d, "N": n, "r": r, "k": k, "dtype": "bfloat16"}
+            yield from _rows(of, rounds, about, ["calls"])
+    experts = dict.fromkeys(n for n, _ in grid.mixtures)
+    for T, n, kept in itertools.product(grid.tokens, experts, (None, *grid.top_k)):
+        if kept is None or kept < n:
+            with torch.device("cuda"):
+                of = route_peers(T, n, kept)
+            about = {"what": "route", "T": T, "d": "", "N": n, "r": "", "k": kept or "all", "dtype": "float32"}
+            yield from _rows(of, rounds, about, ["graph", "calls"])
+
+
+def _rows(of: dict[str, Peer], rounds: int, about: dict[str, Any], ways: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for how, which in itertools.product(ways, PASSES):
+        # A graph is captured on another stream than the default one, and with it its backward.
+        stream = torch.cuda.Stream() if how == "graph" else torch.cuda.default_stream()
+        with torch.cuda.stream(stream), torch.set_grad_enabled(which != "forward"):
+            if how == "graph":
+                graphs = {name: [_step(peer, which)] for name, peer in of.items()}
+                seconds = clock.in_graphs(graphs, rounds)
+            else:
+                calls = {name: part(peer, which)[0] for name, peer in of.items()}
+                seconds = clock.on_gpu(calls, rounds, every=SELDOM)
+        yield from as_rows(seconds, {**about, "timed": how, "pass": which})
+
+
+def _step(peer: Peer, which: str) -> clock.Call:
+    """A pass whose gradients are returned: a leaf's own would be written on the stream that it was made on."""
+    if which == "forward":
+        return peer.forward
+    leaves = [*peer.inputs, *peer.parameters]
+    seeds = [torch.randn_like(y) for y in _outputs(peer)]
+    return lambda: torch.autograd.grad(_outputs(peer), leaves, seeds)
+
+
+def _outputs(peer: Peer) -> tuple[torch.Tensor, ...]:
+    outputs = peer.forward()
+    return outputs if isinstance(outputs, tuple) else (outputs,)
