@@ -186,7 +186,7 @@ def test_an_exported_program_runs(strict, make_mixture, tmp_path):
             self.lora_B = torch.nn.ParameterList(mixture.lora_B)
 
         def forward(self, x, routing_weights):
-            return routed_lora(x, [*self.lora_A], [*self.lora_B], routing_weights, mixture.scaling, top_k=2)
+            return routed_lora(x, self.lora_A, self.lora_B, routing_weights, mixture.scaling, top_k=2)
 
     tokens = torch.export.Dim("tokens", min=2, max=64)
     program = torch.export.export(
