@@ -92,7 +92,7 @@ def test_all_others_do_not():
     [((2, 3, 1), "base_output", None), ((2, 3, 1), "weight", 2), ((2, 2, 2), "none", None), ((2, 2, 2), "none", 2)],
     ids=str,
 )
-def test_compile_keeps_one_graph(make_mixture, no_core, base, top_k, ranks):
+def test_compile_keeps_one_graph(make_mixture, base, top_k, ranks):
     def function(x, w, lora_A, lora_B, scaling, given):
         return routed_lora(x, lora_A, lora_B, w, scaling, top_k=top_k, **given)
 
@@ -111,7 +111,7 @@ def test_compile_keeps_one_graph(make_mixture, no_core, base, top_k, ranks):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_compile_to_machine_code(make_mixture, no_core):
+def test_compile_to_machine_code(make_mixture):
     m = make_mixture(dtype=torch.float32)
     y = torch.compile(Layer(m, top_k=2), fullgraph=True)(m.x, m.routing_weights)
     expected = m.loop(top_k=2)
@@ -150,7 +150,7 @@ def test_backward_under_compiled_autograd(make_mixture):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_export_with_dynamic_shapes(make_mixture, no_core, strict):
+def test_export_with_dynamic_shapes(make_mixture, strict):
     m, other = make_mixture(grad=False), make_mixture(tokens=(3, 9), grad=False)
     layer = Layer(m, top_k=2)
     dims = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("seq", min=2)}

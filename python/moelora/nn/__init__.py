@@ -1,5 +1,6 @@
 """moelora for torch: the routed LoRA product, routing, routers, their losses, and groups of parameters."""
 
+from moelora.nn import ops as ops  # registers what compiled code calls
 from moelora.nn.autograd import routed_lora, routed_lora_formula
 from moelora.nn.losses import router_aux_loss
 from moelora.nn.optim import parameter_groups

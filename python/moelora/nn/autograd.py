@@ -14,6 +14,7 @@ from torch.utils._device import DeviceContext
 
 from moelora import runtime
 from moelora.functional import HAS_EXT
+from moelora.nn.compiled import call_operator, is_operator
 from moelora.nn.cuda import on_gpu
 from moelora.nn.dropout import draw_seed, dropped, dropped_grads, dropped_linear
 
@@ -97,9 +98,10 @@ def routed_lora(
 
     Differentiable once in `x`, `lora_A`, `lora_B`, `routing_weights` and `base_output`. Every gradient is in the dtype
     and shape of its tensor, and a zero tensor, not None, for an expert that no token uses. Plain CPU tensors run in
-    the C core, which keeps for the backward x, x A^T, the weights and the adapters. All others (on a GPU, meta, fake,
-    traced, DTensor, subclasses, inside torch.func transforms or torch.compile) and empty inputs take
-    `routed_lora_formula`.
+    the C core, which keeps for the backward x, x A^T, the weights and the adapters. bfloat16 and
+    float16 on a GPU run in moelora's CUDA kernels, where those can run. torch.compile and torch.export see either as
+    one operator, moelora::routed_lora. All others (meta, fake, traced, DTensor, subclasses, inside torch.func
+    transforms) and empty inputs take `routed_lora_formula`.
 
     Parameters
     ----------
@@ -163,6 +165,8 @@ def routed_lora(
                 return y
     if plain is None:
         call = _check(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
+        if torch.compiler.is_compiling() and ROUND_ADAPTERS and is_operator(call):
+            return call_operator(call)
         tensors = [t for t in (call.x, call.routing_weights, call.base_output, call.weight, call.bias) if t is not None]
         tensors += call.lora_A
         tensors += call.lora_B

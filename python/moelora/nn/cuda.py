@@ -34,6 +34,10 @@ def available(device: torch.device) -> bool:
     return known
 
 
+# torch.compile asks once, while it traces, and looks for nothing in there. Its decorator for that would import it.
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _look(ordinal: int) -> bool:
     global _warned
     if os.environ.get("MOELORA_CUDA") == "0" or not runtime.HAS_EXT or torch.version.cuda is None:

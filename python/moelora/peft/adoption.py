@@ -64,6 +64,7 @@ def adopt(model: Model, *, mixture: str = "layer") -> Model:
         model.special_peft_forward_args.update(KEYWORDS)
         if not isinstance(model, RoutedPeftModel):
             stock: Any = type(model)
+            vars(model)["_active_adapter"] = vars(model).pop("active_adapter")
             model.__class__ = routed_class(stock)
     else:
         reason = (
@@ -93,6 +94,7 @@ def release(model: Model) -> Model:
         model.special_peft_forward_args.difference_update(KEYWORDS)
         if isinstance(model, RoutedPeftModel):
             vars(model)["active_adapter"] = model.active_adapter
+            del vars(model)["_active_adapter"]
             model.__class__ = model._stock_class
     else:
         for module in _entrances(model):

@@ -60,7 +60,7 @@ class RoutedLora(Routed, LoraLayer):
             weights = weights.to(x.device)
         if top_k is not None:
             # What is not in the core has no use for it: it would have to find out anew which weights are 0.
-            in_core = x.device.type == "cpu" and not torch.compiler.is_compiling()
+            in_core = x.device.type == "cpu" and not (dropout_p and torch.compiler.is_compiling())
             top_k = min(top_k, len(present)) if in_core else None
 
         plain = None if args or kwargs else _plain_base(layer, x)

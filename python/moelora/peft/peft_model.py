@@ -29,16 +29,19 @@ class RoutedPeftModel(peft.PeftModel):
 
     base_model: Any
     _stock_class: Any
+    _active_adapter: (
+        Any  # not in __dict__["active_adapter"], which torch.compile of torch 2.11 would read here for ever
+    )
 
     @property
     def active_adapter(self) -> Any:
         """The adapter that PEFT takes for the active one; it may have been renamed or removed in the tuner."""
-        name = self.__dict__.get("active_adapter")
+        name = self._active_adapter
         return name if name in self.peft_config else next(iter(self.base_model.active_adapters), name)
 
     @active_adapter.setter
     def active_adapter(self, name: Any) -> None:
-        self.__dict__["active_adapter"] = name
+        self._active_adapter = name
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as PEFT does and, with all adapters of a mixture, what belongs to it.

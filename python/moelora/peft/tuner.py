@@ -209,8 +209,10 @@ class RoutedTuner(Experts, StaticMixtures):
         paged = kwargs.get("cache_implementation") == "paged"
         if paged and (weights is not None or (frame is not None and frame.two_passes)):
             raise continuous_batching()
-        hooks: Any = super()
-        stock = _Undone(hooks._enable_peft_forward_hooks(*args, **kwargs)) if self.has_hooks else nullcontext()
+        stock: Any = nullcontext()
+        if self.has_hooks:
+            # In one expression: torch.compile of torch 2.11 takes no super() that is kept.
+            stock = _Undone(super()._enable_peft_forward_hooks(*args, **kwargs))  # type: ignore[misc]
         with stock, Entered(frame):
             yield
 
