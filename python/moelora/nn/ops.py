@@ -94,9 +94,9 @@ def _backward(
     grads: Sequence[Tensor | None] | None = None
     if on_gpu(grad_y):
         if autograd._is_unwatched():
-            grads = _core.cuda_backward(saved, node_need, scales, grad_y, top_k or 0)
+            grads = _core.cuda_backward(saved, node_need, scales, grad_y, None, None, top_k or 0)
             if grads is None:
-                node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k))
+                node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k, None))
                 grads = autograd._products_backward(node, saved, grad_y)
     elif grad_y.numel() and autograd.uses_core(*(t for t in (grad_y, *saved) if t is not None)):
         threads = runtime.get_num_threads()
