@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include "grouped.h"
+#include "kernels/philox.h"
 
 enum {
   ALIGNMENT = 64,
@@ -34,11 +35,8 @@ void *ml_take(call *c, int64_t rows_, int64_t cols, int64_t size) {
 int ml_threads_for(const call *c, int64_t multiply_adds) { return multiply_adds < SMALL_WORK ? 1 : c->p->n_threads; }
 
 ml_mask ml_mask_of(const ml_routed_lora *p, int64_t e) {
-  /* A probability below 1 drops at most all numbers but one. */
-  double probability = p->experts[e].dropout;
-  uint32_t all = 1 << 16, threshold = (uint32_t)(probability * all + 0.5);
-  if (threshold == all && probability < 1) threshold--;
-  return (ml_mask){p->dropout_seed, (uint32_t)e, threshold, threshold < all ? (double)all / (all - threshold) : 0};
+  uint32_t threshold = philox_threshold(p->experts[e].dropout);
+  return (ml_mask){p->dropout_seed, (uint32_t)e, threshold, philox_scale(threshold)};
 }
 
 static int64_t rank_of(const call *c, int64_t e) { return e < 64 && c->unused >> e & 1 ? 0 : c->p->experts[e].rank; }

@@ -98,4 +98,28 @@ typedef struct {
   void *grad_logits;        /* [T, N] of the logits' dtype, out */
 } ml_route_gradient;
 
+/* Rows of 16-bit elements, `row` apart. */
+typedef struct {
+  const void *data;
+  long long row;
+  int rows, cols;
+} ml_cuda_rows;
+
+/* Dropout of x, of which every expert has its own: what its masks follow from. */
+typedef struct {
+  unsigned keys[7][2];            /* of the rounds of Philox (core/kernels/philox.h) */
+  unsigned drops[ML_MAX_EXPERTS]; /* of the 2^16 numbers that an element may draw those for which it is dropped */
+  float scale[ML_MAX_EXPERTS];    /* of what is kept */
+} ml_dropout;
+
+/* Columns of one expert that share its masks: 8 * tiles of them, from 8 * block on. */
+typedef struct {
+  unsigned char block, tiles, expert;
+} ml_slot;
+
+typedef struct {
+  ml_slot of[ML_MAX_COLUMNS / 8];
+  int n;
+} ml_slots;
+
 #endif

@@ -81,7 +81,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
           load_box(to + j * BOX, thin, barrier, first_column + 64 * j, (begin + i) * DEPTH);
       }
     }
-    __syncwarp();
     cluster_sync();
     cluster_sync();
     return;

@@ -92,7 +92,6 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
         for (int i = 0; i < boxes; i++) load_box(of_mixed + i * X_BOX, &mixed, narrow_side, i * 64, 0);
       }
     }
-    __syncwarp();
     if (ranks > 1) { /* as below */
       cluster_sync();
       cluster_sync();

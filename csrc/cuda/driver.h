@@ -55,6 +55,7 @@ typedef enum {
   ML_COLLECT,
   ML_FEW,
   ML_DECODE,
+  ML_DROPOUT,
   ML_N_SOURCES
 } ml_source;
 

@@ -12,6 +12,8 @@ typedef unsigned short u16;
 #define TYPE "bf16"
 #endif
 
+DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
 /* Two floats as 16-bit elements, the first in the low half. */
 DEVICE u32 narrow(float low, float high) {
   u32 both;

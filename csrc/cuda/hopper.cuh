@@ -10,8 +10,6 @@ struct alignas(64) tensor_map {
   u64 words[16];
 };
 
-DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
 /* ---- barriers in shared memory ---- */
 
 DEVICE void barrier_init(u32 barrier, u32 arrivals) {
@@ -32,9 +30,15 @@ DEVICE void barrier_wait(u32 barrier, u32 phase) {
 }
 
 /* The threads of one warpgroup, 1 or 2 (0 is __syncthreads). */
-DEVICE void warpgroup_sync(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+DEVICE void warpgroup_sync(int id) {
+  __syncwarp();
+  asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
+}
 /* The threads of two warpgroups. */
-DEVICE void warpgroups_sync() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
+DEVICE void warpgroups_sync() {
+  __syncwarp();
+  asm volatile("bar.sync 3, 256;" ::: "memory");
+}
 
 /* ---- the copy engine ---- */
 
@@ -74,6 +78,7 @@ DEVICE u32 cluster_size() {
   return size;
 }
 DEVICE void cluster_sync() {
+  __syncwarp(); /* a barrier takes whole warps, and what went before may have parted this one */
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 DEVICE u32 address_in(u32 rank, u32 shared) {

@@ -3,6 +3,8 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "kernels/philox.h"
+
 enum {
   ROWS = 128,
   DECODE_TOKENS = 128, /* for which W's rows fill the tiles */
@@ -34,6 +36,21 @@ ml_cuda_status ml_layer_begin(ml_layer *layer) {
   layer->columns = (int)round_up(column, 64);
   memset(layer->adapters.expert_of + column / 8, layer->n_experts - 1, (size_t)(layer->columns - column) / 8);
   return ML_CUDA_OK;
+}
+
+void ml_layer_drop(ml_layer *layer, uint64_t seed, const double *probabilities) {
+  layer->drops = true;
+  ml_dropout *to = &layer->dropout;
+  _Static_assert(sizeof to->keys == PHILOX_ROUNDS * 2 * sizeof **to->keys, "the keys of all rounds");
+  for (int round = 0; round < PHILOX_ROUNDS; round++) {
+    for (int which = 0; which < 2; which++) {
+      to->keys[round][which] = philox_key(seed, round, which);
+    }
+  }
+  for (int e = 0; e < layer->n_experts; e++) {
+    to->drops[e] = philox_threshold(probabilities[e]);
+    to->scale[e] = (float)philox_scale(to->drops[e]);
+  }
 }
 
 /* ---- which way ---- */
@@ -97,8 +114,9 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
     return ML_BY_TORCH;
   }
   int64_t n = backward ? layer->d_in : layer->d_out;
-  bool can[] = {true, !backward && layer->tokens <= DECODE_TOKENS && layer->columns <= DECODE_COLUMNS, true,
-                layer->columns <= 128 && idle_blocks(layer, n) > 0, layer->columns == 64 && shared_width(layer, n) > 0};
+  bool can[] = {true, !backward && !layer->drops && layer->tokens <= DECODE_TOKENS && layer->columns <= DECODE_COLUMNS,
+                true, !layer->drops && layer->columns <= 128 && idle_blocks(layer, n) > 0,
+                !layer->drops && layer->columns == 64 && shared_width(layer, n) > 0};
   int way = atomic_load(&forced);
   if (way >= 0 && can[way]) {
     return (ml_way)way;
@@ -116,12 +134,69 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
   return tiles * 2 < blocks ? ML_BY_TORCH : ML_BY_DUAL; /* torch's products split the sum where tiles are few */
 }
 
+/* ---- dropout's slots, and the parts of its sums ---- */
+
+/* Blocks of 8 columns that an expert has. */
+static int blocks_of(const ml_layer *layer, int e) { return (int)ceil_div(layer->adapters.of[e].rank, 8); }
+
+/* How many of them a slot has: more, and masks are drawn less often, but registers are few. */
+static int slot_tiles(const ml_layer *layer) {
+  int most = 1;
+  for (int e = 0; e < layer->n_experts; e++) {
+    int blocks = blocks_of(layer, e);
+    most = blocks > most ? blocks : most;
+  }
+  return most > 2 ? 4 : most;
+}
+
+/* The slots of the experts that have a gradient of A, or of all. */
+static ml_slots slots_of(const ml_layer *layer, const ml_adapters *grads) {
+  ml_slots slots = {.n = 0};
+  int tiles = slot_tiles(layer);
+  for (int e = 0; e < layer->n_experts; e++) {
+    int blocks = blocks_of(layer, e);
+    for (int block = 0; block < blocks && (grads == NULL || grads->of[e].a != NULL); block += tiles) {
+      slots.of[slots.n++] = (ml_slot){.block = (unsigned char)(layer->adapters.of[e].column / 8 + block),
+                                      .tiles = (unsigned char)min_(tiles, blocks - block),
+                                      .expert = (unsigned char)e};
+    }
+  }
+  return slots;
+}
+
+/* Groups of slots that share what a block reads, and how many are in each. */
+static int slot_groups(const ml_slots *slots, int tiles) { return (int)ceil_div(slots->n, tiles == 4 ? 2 : 4); }
+static int slot_ways(const ml_slots *slots, int groups) { return (int)ceil_div(slots->n, groups); }
+
+/* Into how many parts a sum of `steps` is cut that `blocks` blocks would compute whole, for `wanted` on a multiprocessor. */
+static int splits_for(const ml_layer *layer, int64_t blocks, int64_t steps, int wanted) {
+  int64_t splits = wanted * (int64_t)layer->gpu->multiprocessors / blocks;
+  return (int)(splits < 1 ? 1 : min_(splits, steps));
+}
+
+enum { SPAN = 128, DROP_ROWS = 64, COLLECT_ROWS = 32, SPREAD_ROWS = 128 }; /* as in dropout.cu */
+
+static int project_splits(const ml_layer *layer, int groups) {
+  return splits_for(layer, ceil_div(layer->tokens, DROP_ROWS) * groups, ceil_div(layer->d_in, SPAN), 4);
+}
+static int collect_splits(const ml_layer *layer, int groups) {
+  return splits_for(layer, ceil_div(layer->d_in, SPAN) * groups, ceil_div(layer->tokens, COLLECT_ROWS), 3);
+}
+
+static size_t parts_bytes(const ml_layer *layer, bool backward) {
+  ml_slots slots = slots_of(layer, NULL);
+  int groups = slot_groups(&slots, slot_tiles(layer));
+  /* With fewer gradients there are fewer groups, and more parts: one group has the most. */
+  int splits = backward ? collect_splits(layer, 1) : project_splits(layer, groups);
+  return (size_t)splits * (size_t)layer->columns * (size_t)(backward ? layer->d_in : layer->tokens) * 4;
+}
+
 /* ---- the workspace ---- */
 
 typedef struct {
   ml_prepared prepared;
   void *mixed, *weighted;
-  float *grad_w;
+  float *grad_w, *parts;
   size_t bytes;
 } places;
 
@@ -145,6 +220,9 @@ static places places_in(const ml_layer *layer, char *workspace, bool backward) {
   if (backward) {
     PLACE(p.weighted, T * C * 2);
     PLACE(p.grad_w, T * N * 4);
+  }
+  if (layer->drops) {
+    PLACE(p.parts, parts_bytes(layer, backward));
   }
 #undef PLACE
   p.prepared.tokens = (int)layer->tokens;
@@ -412,6 +490,74 @@ static ml_cuda_status collect(const ml_layer *layer, const places *p, ml_rows x,
                 arguments);
 }
 
+/* ---- launches with dropout ---- */
+
+static ml_cuda_status launch_dropout(const ml_layer *layer, const char *entry, int64_t grid, int64_t block,
+                                     int64_t shared_bytes, void **arguments) {
+  ml_variant variant = {ML_DROPOUT, {layer->f16, (int16_t)slot_tiles(layer)}};
+  ml_launch how = {.grid = (unsigned)grid, .block = (unsigned)block, .shared_bytes = (unsigned)shared_bytes};
+  return launch(layer, variant, entry, how, arguments);
+}
+
+static ml_cuda_rows x_of(const ml_layer *layer, ml_rows x) {
+  return (ml_cuda_rows){x.data, x.row, (int)layer->tokens, (int)layer->d_in};
+}
+
+/* H_e = (D_e x) A_e^T, and s w H. */
+static ml_cuda_status drop_project(const ml_layer *layer, const places *p, ml_narrow narrow, ml_rows x) {
+  ml_slots slots = slots_of(layer, NULL);
+  int tiles = slot_tiles(layer), groups = slot_groups(&slots, tiles), ways = slot_ways(&slots, groups);
+  int splits = project_splits(layer, groups), columns = layer->columns;
+  ml_slot last = slots.of[slots.n - 1];
+  int blocks = last.block + last.tiles;
+  ml_cuda_rows of_x = x_of(layer, x);
+  const void *a = p->prepared.a;
+  const float *parts = p->parts;
+  void *shrink[] = {&of_x, &a, &parts, &columns, &splits, &slots, (void *)(uintptr_t)&layer->dropout};
+  void *mix[] = {&narrow, &parts, &splits, &blocks};
+  ml_cuda_status status = launch_dropout(layer, "ml_drop_project", ceil_div(layer->tokens, DROP_ROWS) * splits * groups,
+                                         64 * ways, (2 * DROP_ROWS + 2 * ways * 8 * tiles) * SPAN * 2, shrink);
+  return status == ML_CUDA_OK
+             ? launch_dropout(layer, "ml_drop_mix", ceil_div(layer->tokens * columns / 8, 256), 256, 0, mix)
+             : status;
+}
+
+/* dA_e = Q_e^T (D_e x). */
+static ml_cuda_status drop_collect(const ml_layer *layer, const places *p, ml_rows x, const ml_adapters *grads) {
+  ml_slots slots = slots_of(layer, grads);
+  if (slots.n == 0) {
+    return ML_CUDA_OK;
+  }
+  int groups = slot_groups(&slots, slot_tiles(layer)), ways = slot_ways(&slots, groups);
+  int splits = collect_splits(layer, groups), columns = layer->columns, width = (int)layer->d_in;
+  int f32 = layer->f32_adapters;
+  ml_adapters to = layer->adapters;
+  for (int e = 0; e < layer->n_experts; e++) {
+    to.of[e].a = grads->of[e].a;
+  }
+  ml_cuda_rows of_x = x_of(layer, x);
+  const void *q = p->mixed;
+  const float *parts = p->parts;
+  const int *experts = p->prepared.experts;
+  void *collect[] = {&of_x, &q, &parts, &columns, &splits, &slots, (void *)(uintptr_t)&layer->dropout};
+  void *store[] = {&to, &experts, &parts, &columns, &splits, &width, &f32};
+  ml_cuda_status status =
+      launch_dropout(layer, "ml_drop_collect", ceil_div(layer->d_in, SPAN) * splits * groups, 32 * ways, 0, collect);
+  return status == ML_CUDA_OK
+             ? launch_dropout(layer, "ml_drop_store", ceil_div(columns * layer->d_in / 4, 256), 256, 0, store)
+             : status;
+}
+
+/* grad_x (+)= sum_e D_e (Q_e A_e). */
+static ml_cuda_status drop_spread(const ml_layer *layer, const places *p, void *grad_x, bool adds) {
+  ml_slots slots = slots_of(layer, NULL);
+  const void *q = p->mixed, *a = p->prepared.a;
+  int add = adds, tokens = (int)layer->tokens, width = (int)layer->d_in, columns = layer->columns;
+  void *arguments[] = {&q, &a, &grad_x, &add, &tokens, &width, &columns, &slots, (void *)(uintptr_t)&layer->dropout};
+  return launch_dropout(layer, "ml_drop_spread", ceil_div(layer->d_in, SPAN) * ceil_div(layer->tokens, SPREAD_ROWS),
+                        256, 0, arguments);
+}
+
 /* Whether the gradient of weights is what the shrink leaves, [T, N] in float32. */
 static bool is_plain_grad_w(const ml_layer *layer) {
   return layer->share == 1 && layer->weights.dtype == ML_CUDA_F32 && layer->weights.top_k == 0;
@@ -440,33 +586,45 @@ ml_cuda_status ml_layer_forward(const ml_layer *layer, ml_rows x, void *y, void 
     return status == ML_CUDA_OK ? decode(layer, x, p.mixed, y) : status;
   }
   ml_cuda_status status = prepare(layer, &p);
-  if (status == ML_CUDA_OK && way == ML_BY_DUAL) {
+  if (status == ML_CUDA_OK && layer->drops) {
+    status = drop_project(layer, &p, narrow, x);
+  } else if (status == ML_CUDA_OK && way == ML_BY_DUAL) {
     status = project(layer, &p, narrow, x, false);
   }
   return status == ML_CUDA_OK ? wide_side(layer, way, &p, narrow, x, y, false) : status;
 }
 
 ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_y, const void *hidden, void *grad_x,
-                                 void *grad_w, const ml_adapters *grads, void *workspace) {
+                                 bool adds, void *grad_w, const ml_adapters *grads, void *workspace) {
   ml_way way = ml_layer_way(layer, true);
   places p = places_in(layer, workspace, true);
   ml_narrow narrow = narrow_of(&p);
-  if (!ml_layer_has_kernels(layer) || (grad_x != NULL && way == ML_BY_TORCH) || !is_aligned(grad_y.data) ||
-      grad_y.row % 8 != 0 || !is_aligned(x.data) || x.row % 8 != 0) {
+  if (!ml_layer_has_kernels(layer) || (grad_x != NULL && way == ML_BY_TORCH && !layer->drops) ||
+      !is_aligned(grad_y.data) || grad_y.row % 8 != 0 || !is_aligned(x.data) || x.row % 8 != 0) {
     return ML_CUDA_UNSUPPORTED;
   }
   narrow.hidden = (void *)(uintptr_t)hidden;
   narrow.weighted = hidden != NULL ? p.weighted : NULL;
   narrow.grad_w = grad_w == NULL ? NULL : is_plain_grad_w(layer) ? grad_w : p.grad_w;
+  ml_adapters undropped = *grads;
+  for (int e = 0; e < layer->n_experts && layer->drops; e++) {
+    undropped.of[e].a = NULL;
+  }
   ml_cuda_status status = prepare(layer, &p);
-  if (status == ML_CUDA_OK && (grad_x == NULL || way == ML_BY_DUAL)) {
+  if (status == ML_CUDA_OK && (grad_x == NULL || way == ML_BY_DUAL || layer->drops)) {
     status = project(layer, &p, narrow, grad_y, true);
   }
-  if (status == ML_CUDA_OK && grad_x != NULL) {
+  if (status == ML_CUDA_OK && grad_x != NULL && !layer->drops) {
     status = wide_side(layer, way, &p, narrow, grad_y, grad_x, true);
   }
   if (status == ML_CUDA_OK) {
-    status = collect(layer, &p, x, grad_y, grads);
+    status = collect(layer, &p, x, grad_y, &undropped);
+  }
+  if (status == ML_CUDA_OK && layer->drops) {
+    status = drop_collect(layer, &p, x, grads);
+  }
+  if (status == ML_CUDA_OK && layer->drops && grad_x != NULL) {
+    status = drop_spread(layer, &p, grad_x, adds);
   }
   if (status == ML_CUDA_OK && narrow.grad_w != grad_w) {
     status = grad_weights(layer, p.grad_w, grad_w);
@@ -479,6 +637,14 @@ ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_
 ml_cuda_status ml_layer_prepare(const ml_layer *layer, void *workspace) {
   places p = places_in(layer, workspace, true);
   return prepare(layer, &p);
+}
+
+ml_cuda_status ml_layer_shrink(const ml_layer *layer, ml_rows x, void *hidden, void *workspace) {
+  places p = places_in(layer, workspace, false);
+  ml_narrow narrow = narrow_of(&p);
+  narrow.hidden = hidden;
+  return !layer->drops || !is_aligned(x.data) || x.row % 8 != 0 ? ML_CUDA_UNSUPPORTED
+                                                                : drop_project(layer, &p, narrow, x);
 }
 
 ml_cuda_status ml_layer_mix(const ml_layer *layer, const void *hidden, void *workspace) {

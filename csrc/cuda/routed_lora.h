@@ -23,24 +23,29 @@ typedef struct {
   ml_weights weights;
   int64_t share; /* tokens that have weights in common: 1, the tokens of a sequence, or all */
   int columns;   /* C; set by ml_layer_begin */
+  bool drops;    /* set by ml_layer_drop, as what follows */
+  ml_dropout dropout;
 } ml_layer;
 
 /* How a layer is computed: a pure function of shape, dtype and GPU. */
 typedef enum {
   ML_BY_TORCH,  /* two products of torch's, with ml_layer_mix between them */
   ML_BY_DECODE, /* few.cu, then decode.cu: few tokens, forward */
-  ML_BY_DUAL,   /* project.cu, then dual.cu */
+  ML_BY_DUAL,   /* project.cu, or with dropout dropout.cu, then dual.cu */
   ML_BY_FUSED,  /* dual.cu with the shrink inside */
   ML_BY_SHARED  /* shared.cu: a tile a multiprocessor, 64 columns */
 } ml_way;
 
 /* ML_CUDA_UNSUPPORTED: too many experts or columns, widths that are not multiples of 8, pointers that are not of 16. */
 ml_cuda_status ml_layer_begin(ml_layer *layer);
+/* After that, dropout of x by masks that are those of core/moelora.h for this seed and these probabilities in [0, 1]. */
+void ml_layer_drop(ml_layer *layer, uint64_t seed, const double *probabilities);
 ml_way ml_layer_way(const ml_layer *layer, bool backward);
 const char *ml_way_name(ml_way way);
 /* From now on every layer that can be computed so is; NULL: by the rule again. ML_CUDA_VALUE: no name of a way. */
 ml_cuda_status ml_force_way(const char *name);
-bool ml_layer_has_kernels(const ml_layer *layer); /* of Hopper's: project.cu and collect.cu, which need no weight */
+bool ml_layer_has_kernels(const ml_layer *layer); /* of Hopper's: project.cu and collect.cu, which need no weight; and
+                                                      those of dropout.cu, which are used with them alone */
 
 /* Rows [T, width] of 16-bit elements, `row` elements apart. */
 typedef struct {
@@ -56,11 +61,11 @@ ml_cuda_status ml_layer_forward(const ml_layer *layer, ml_rows x, void *y, void 
 
 /* grad_x without gaps, NULL: not wanted. grad_w as the weights' own shape without gaps, in their dtype, or NULL. grads: a and b
  * are the gradients' arrays of every expert, in the adapters' dtype, or NULL. x may be NULL data where no a is wanted, hidden
- * where neither b nor grad_w is. Without a weight grad_x has to be NULL, and *narrow_grad, [T, C] in the workspace, is Q, of which
- * the caller makes it with *stacked_a [C, d_in]. */
+ * where neither b nor grad_w is. Without a weight grad_x has to be NULL. With dropout, which any way has, it need not be, and
+ * `adds`: it holds g W already, to which the experts' part is added. */
 size_t ml_layer_backward_bytes(const ml_layer *layer);
 ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_y, const void *hidden, void *grad_x,
-                                 void *grad_w, const ml_adapters *grads, void *workspace);
+                                 bool adds, void *grad_w, const ml_adapters *grads, void *workspace);
 
 /* ---- between torch's products: on any GPU from 8.0 on ---- */
 
@@ -75,6 +80,8 @@ ml_places ml_layer_places(const ml_layer *layer, void *workspace);
 
 /* Stacks and factors. */
 ml_cuda_status ml_layer_prepare(const ml_layer *layer, void *workspace);
+/* With dropout: hidden [T, C] (or NULL) and mixed from x. */
+ml_cuda_status ml_layer_shrink(const ml_layer *layer, ml_rows x, void *hidden, void *workspace);
 /* hidden [T, C] = x A^T, given; mixed is made of it. */
 ml_cuda_status ml_layer_mix(const ml_layer *layer, const void *hidden, void *workspace);
 /* mixed = P = g B, given, becomes Q; weighted and grad_w (or NULL) are made of it and of hidden. */

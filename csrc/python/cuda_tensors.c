@@ -154,6 +154,29 @@ static bool read_scalings(cuda_call_ *c, PyObject *scalings) {
   return true;
 }
 
+/* None, or the seed of the masks and a tuple of a probability for each expert; once the layer has begun. */
+static bool read_dropout(cuda_call_ *c, PyObject *dropout) {
+  if (dropout == Py_None) {
+    return true;
+  }
+  double probabilities[ML_MAX_EXPERTS];
+  PyObject *each = PyTuple_CheckExact(dropout) && PyTuple_GET_SIZE(dropout) == 2 ? PyTuple_GET_ITEM(dropout, 1) : NULL;
+  if (each == NULL || !PyLong_CheckExact(PyTuple_GET_ITEM(dropout, 0)) || !PyTuple_CheckExact(each) ||
+      PyTuple_GET_SIZE(each) != c->layer.n_experts) {
+    return false;
+  }
+  uint64_t seed = PyLong_AsUnsignedLongLongMask(PyTuple_GET_ITEM(dropout, 0));
+  for (int e = 0; e < c->layer.n_experts; e++) {
+    PyObject *p = PyTuple_GET_ITEM(each, e);
+    if (!PyFloat_CheckExact(p) || !(PyFloat_AS_DOUBLE(p) >= 0 && PyFloat_AS_DOUBLE(p) <= 1)) {
+      return false;
+    }
+    probabilities[e] = PyFloat_AS_DOUBLE(p);
+  }
+  ml_layer_drop(&c->layer, seed, probabilities);
+  return true;
+}
+
 /* The frozen base, None or [d_out, d_in] with rows of unit stride; without such rows torch computes it (data == NULL). */
 static bool read_frozen(cuda_call_ *c, PyObject *weight, PyObject *bias) {
   dl_tensor view;
@@ -203,7 +226,7 @@ static void *data_of(const cuda_call_ *c, PyObject *tensor) {
 /* ---- is it the plain case? ---- */
 
 /* (x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
- * -> None, or (adapters, scaling, requires_grad) */
+ * -> None, or (adapters, scaling, requires_grad, whether the kernels have dropout) */
 PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
   if (!takes("cuda_call", 8, n_args)) {
     return NULL;
@@ -240,7 +263,9 @@ PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
       required = required == 0 ? any_requires_grad(c.torch, others, 3) : required;
       plain = frozen < 0 || required < 0 ? ERROR : frozen > 0 ? NO : YES;
       if (plain == YES) {
-        result = Py_BuildValue("OOO", adapters, scaling, required ? Py_True : Py_False);
+        bool has_dropout = ml_layer_has_kernels(&c.layer) && (uintptr_t)x.data % 16 == 0 && x.row % 8 == 0;
+        result =
+            Py_BuildValue("OOOO", adapters, scaling, required ? Py_True : Py_False, has_dropout ? Py_True : Py_False);
       }
     }
   }
@@ -257,10 +282,10 @@ PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
  * New tensors come first: making them may run other code, and pointers are good only until anybody else runs.
  */
 
-/* (x, adapters, routing_weights, scaling, weight, bias, top_k, keep_hidden) -> (y, hidden or None); None: by torch's products */
+/* (x, adapters, routing_weights, scaling, weight, bias, dropout, top_k, keep_hidden) -> (y, hidden or None); None: by torch's products */
 PyObject *cuda_forward(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
   int64_t top_k, d_in;
-  if (!takes("cuda_forward", 8, n_args) || !read_int64(args[6], "top_k", &top_k)) {
+  if (!takes("cuda_forward", 9, n_args) || !read_int64(args[7], "top_k", &top_k)) {
     return NULL;
   }
   cuda_call_ c;
@@ -268,14 +293,15 @@ PyObject *cuda_forward(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
   answer plain = read_shape(&c, module, args[0], &x, &d_in);
   plain = plain == YES ? read_experts(&c, args[1]) && d_in == c.layer.d_in && read_weights(&c, args[2], top_k) &&
                              read_scalings(&c, args[3]) && read_frozen(&c, args[4], args[5]) &&
-                             ml_layer_begin(&c.layer) == ML_CUDA_OK && ml_layer_way(&c.layer, false) != ML_BY_TORCH
+                             ml_layer_begin(&c.layer) == ML_CUDA_OK && read_dropout(&c, args[6]) &&
+                             ml_layer_way(&c.layer, false) != ML_BY_TORCH
                        : plain;
   if (plain != YES) {
     return plain == ERROR ? NULL : Py_NewRef(Py_None);
   }
   PyObject *result = NULL, *y = new_rows(&c, c.layer.d_out), *workspace = NULL, *hidden = NULL;
   if (y == NULL || (workspace = new_workspace(&c, ml_layer_forward_bytes(&c.layer))) == NULL ||
-      (hidden = args[7] == Py_True ? new_rows(&c, c.layer.columns) : Py_NewRef(Py_None)) == NULL) {
+      (hidden = args[8] == Py_True ? new_rows(&c, c.layer.columns) : Py_NewRef(Py_None)) == NULL) {
     goto done;
   }
   ml_cuda_status status;
@@ -313,7 +339,9 @@ static PyObject *new_like(const cuda_call_ *c, PyObject *like) {
   return new_dense(c->torch->empty_cuda, wide ? c->torch->float32 : narrow, view.ndim, view.shape);
 }
 
-static PyObject *new_grads(const cuda_call_ *c, PyObject *const *saved, PyObject *needed, PyObject *grad_y) {
+/* With room for what is needed. `grad_x`: what the gradient of x is made in, where not None. */
+static PyObject *new_grads(const cuda_call_ *c, PyObject *const *saved, PyObject *needed, PyObject *grad_y,
+                           PyObject *grad_x) {
   Py_ssize_t n = PyTuple_GET_SIZE(needed);
   PyObject *grads = PyTuple_New(n);
   for (Py_ssize_t i = 0; grads != NULL && i < n; i++) {
@@ -323,7 +351,7 @@ static PyObject *new_grads(const cuda_call_ *c, PyObject *const *saved, PyObject
     } else if (i == NODE_BASE_OUTPUT) {
       grad = Py_NewRef(grad_y);
     } else if (i == NODE_X) {
-      grad = new_rows(c, c->layer.d_in);
+      grad = grad_x != Py_None ? Py_NewRef(grad_x) : new_rows(c, c->layer.d_in);
     } else {
       grad = new_like(c, saved[i == NODE_ROUTING_WEIGHTS ? SAVED_ROUTING_WEIGHTS : i - N_NODE + N_SAVED]);
     }
@@ -336,20 +364,21 @@ static PyObject *new_grads(const cuda_call_ *c, PyObject *const *saved, PyObject
   return grads;
 }
 
-/* (saved, needs_input_grad, scaling, grad_y, top_k) -> the gradients of the node's arguments; None: by torch's products */
+/* (saved, needs_input_grad, scaling, grad_y, grad_x, dropout, top_k) -> the gradients of the node's arguments; None: by torch's
+ * products, or, with dropout, by none of ours. grad_x: with dropout and a weight grad_y times the weight, else None. */
 PyObject *cuda_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
   int64_t top_k, d_out;
-  if (!takes("cuda_backward", 5, n_args) || !read_int64(args[4], "top_k", &top_k)) {
+  if (!takes("cuda_backward", 7, n_args) || !read_int64(args[6], "top_k", &top_k)) {
     return NULL;
   }
-  PyObject *needed = args[1], *grad_y = args[3], *grads = NULL, *workspace = NULL;
+  PyObject *needed = args[1], *grad_y = args[3], *base = args[4], *grads = NULL, *workspace = NULL;
   Py_ssize_t n_saved = PyTuple_CheckExact(args[0]) ? PyTuple_GET_SIZE(args[0]) : 0;
   if (n_saved <= N_SAVED || !PyTuple_CheckExact(needed) || PyTuple_GET_SIZE(needed) != n_saved - N_SAVED + N_NODE) {
     return Py_NewRef(Py_None);
   }
   PyObject *const *saved = &PyTuple_GET_ITEM(args[0], 0);
   cuda_call_ c;
-  ml_rows g, x = {0}, hidden = {0};
+  ml_rows g, x = {0}, hidden = {0}, unused;
   answer plain = read_shape(&c, module, grad_y, &g, &d_out);
   PyObject *adapters = plain == YES ? PyTuple_GetSlice(args[0], N_SAVED, n_saved) : NULL;
   if (adapters == NULL) {
@@ -362,8 +391,11 @@ PyObject *cuda_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_ar
           (saved[SAVED_X] == Py_None || read_rows(&c, saved[SAVED_X], c.layer.d_in, &x)) &&
           ml_layer_begin(&c.layer) == ML_CUDA_OK &&
           (saved[SAVED_HIDDEN] == Py_None || read_rows(&c, saved[SAVED_HIDDEN], c.layer.columns, &hidden)) &&
-          ml_layer_has_kernels(&c.layer) && (!need_x || ml_layer_way(&c.layer, true) != ML_BY_TORCH);
-  if (plain != YES || (grads = new_grads(&c, saved, needed, grad_y)) == NULL ||
+          read_dropout(&c, args[5]) && ml_layer_has_kernels(&c.layer) &&
+          (!need_x || c.layer.drops || ml_layer_way(&c.layer, true) != ML_BY_TORCH) &&
+          (base == Py_None ? !need_x || !c.layer.drops || saved[SAVED_WEIGHT] == Py_None
+                           : read_rows(&c, base, c.layer.d_in, &unused) && unused.row == c.layer.d_in);
+  if (plain != YES || (grads = new_grads(&c, saved, needed, grad_y, base)) == NULL ||
       (workspace = new_workspace(&c, ml_layer_backward_bytes(&c.layer))) == NULL) {
     goto done;
   }
@@ -377,7 +409,7 @@ PyObject *cuda_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_ar
   void *grad_w = data_of(&c, PyTuple_GET_ITEM(grads, NODE_ROUTING_WEIGHTS));
   ml_cuda_status status;
   Py_BEGIN_ALLOW_THREADS;
-  status = ml_layer_backward(&c.layer, x, g, hidden.data, grad_x, grad_w, &into, memory);
+  status = ml_layer_backward(&c.layer, x, g, hidden.data, grad_x, base != Py_None, grad_w, &into, memory);
   Py_END_ALLOW_THREADS;
   if (status == ML_CUDA_UNSUPPORTED) {
     plain = NO;
@@ -396,15 +428,14 @@ done:
 
 /* ---- between torch's products ---- */
 
-/* The layer of (x or grad_y, adapters, routing_weights, scaling, top_k), without its base. */
-static answer read_mixture(cuda_call_ *c, PyObject *module, PyObject *const *args, bool backward, int64_t *width) {
-  int64_t top_k;
-  ml_rows unused;
+/* The layer of (x or grad_y, adapters, routing_weights, scaling, top_k), without its base; the rows of the first. */
+static answer read_mixture(cuda_call_ *c, PyObject *module, PyObject *const *args, bool backward, ml_rows *rows) {
+  int64_t top_k, width;
   if (!read_int64(args[4], "top_k", &top_k)) {
     return ERROR;
   }
-  answer plain = read_shape(c, module, args[0], &unused, width);
-  return plain == YES ? read_experts(c, args[1]) && *width == (backward ? c->layer.d_out : c->layer.d_in) &&
+  answer plain = read_shape(c, module, args[0], rows, &width);
+  return plain == YES ? read_experts(c, args[1]) && width == (backward ? c->layer.d_out : c->layer.d_in) &&
                             read_weights(c, args[2], top_k) && read_scalings(c, args[3]) &&
                             ml_layer_begin(&c->layer) == ML_CUDA_OK
                       : plain;
@@ -417,16 +448,17 @@ static PyObject *part_of(PyObject *workspace, const void *memory, const void *pa
                              1LL, at);
 }
 
-/* (x or grad_y, adapters, routing_weights, scaling, top_k, backward)
+/* (x or grad_y, adapters, routing_weights, scaling, top_k, backward, dropout)
  * -> (workspace, stacked A [C, d_in], stacked B [d_out, C], mixed [T, C], backward: weighted [T, C], else None), or None */
 PyObject *cuda_prepare(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
-  if (!takes("cuda_prepare", 6, n_args)) {
+  if (!takes("cuda_prepare", 7, n_args)) {
     return NULL;
   }
   cuda_call_ c;
-  int64_t width;
+  ml_rows unused;
   bool backward = args[5] == Py_True;
-  answer plain = read_mixture(&c, module, args, backward, &width);
+  answer plain = read_mixture(&c, module, args, backward, &unused);
+  plain = plain == YES ? read_dropout(&c, args[6]) : plain;
   if (plain != YES) {
     return plain == ERROR ? NULL : Py_NewRef(Py_None);
   }
@@ -456,12 +488,14 @@ PyObject *cuda_prepare(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
   return result;
 }
 
-/* (x, adapters, routing_weights, scaling, top_k, hidden, workspace); or, backward, (grad_y, adapters, routing_weights, scaling, top_k,
+/* (x, adapters, routing_weights, scaling, top_k, hidden, dropout, workspace): with dropout hidden is made here; or, backward, (grad_y, adapters, routing_weights, scaling, top_k,
  * hidden, grad_w or None, workspace) */
-static PyObject *mix(PyObject *module, PyObject *const *args, bool backward, PyObject *grad_w, PyObject *workspace) {
+static PyObject *mix(PyObject *module, PyObject *const *args, bool backward, PyObject *grad_w, PyObject *dropout,
+                     PyObject *workspace) {
   cuda_call_ c;
-  int64_t width;
-  answer plain = read_mixture(&c, module, args, backward, &width);
+  ml_rows rows;
+  answer plain = read_mixture(&c, module, args, backward, &rows);
+  plain = plain == YES ? read_dropout(&c, dropout) : plain;
   void *memory = plain == YES ? data_of(&c, workspace) : NULL, *hidden = memory == NULL ? NULL : data_of(&c, args[5]);
   if (memory == NULL) {
     if (plain != ERROR) {
@@ -472,17 +506,19 @@ static PyObject *mix(PyObject *module, PyObject *const *args, bool backward, PyO
   void *grad = data_of(&c, grad_w);
   ml_cuda_status status;
   Py_BEGIN_ALLOW_THREADS;
-  status = backward ? ml_layer_mix_backward(&c.layer, hidden, grad, memory) : ml_layer_mix(&c.layer, hidden, memory);
+  status = backward        ? ml_layer_mix_backward(&c.layer, hidden, grad, memory)
+           : c.layer.drops ? ml_layer_shrink(&c.layer, rows, hidden, memory)
+                           : ml_layer_mix(&c.layer, hidden, memory);
   Py_END_ALLOW_THREADS;
   return raise_cuda(status) ? NULL : Py_NewRef(Py_None);
 }
 
 PyObject *cuda_mix(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
-  return takes("cuda_mix", 7, n_args) ? mix(module, args, false, Py_None, args[6]) : NULL;
+  return takes("cuda_mix", 8, n_args) ? mix(module, args, false, Py_None, args[6], args[7]) : NULL;
 }
 
 PyObject *cuda_mix_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
-  return takes("cuda_mix_backward", 8, n_args) ? mix(module, args, true, args[6], args[7]) : NULL;
+  return takes("cuda_mix_backward", 8, n_args) ? mix(module, args, true, args[6], Py_None, args[7]) : NULL;
 }
 
 /* ---- which way ---- */

@@ -166,7 +166,7 @@ def cuda_call(
     weight: Any,
     bias: Any,
     /,
-) -> tuple[tuple[Any, ...], tuple[float, ...], bool] | None: ...
+) -> tuple[tuple[Any, ...], tuple[float, ...], bool, bool] | None: ...
 def cuda_forward(
     x: Any,
     adapters: tuple[Any, ...],
@@ -174,6 +174,7 @@ def cuda_forward(
     scaling: tuple[float, ...],
     weight: Any,
     bias: Any,
+    dropout: _Dropout | None,
     top_k: int,
     keep_hidden: bool,
     /,
@@ -183,6 +184,8 @@ def cuda_backward(
     needs_input_grad: tuple[bool, ...],
     scaling: tuple[float, ...],
     grad_y: Any,
+    grad_x: Any,
+    dropout: _Dropout | None,
     top_k: int,
     /,
 ) -> tuple[Any, ...] | None: ...
@@ -193,6 +196,7 @@ def cuda_prepare(
     scaling: tuple[float, ...],
     top_k: int,
     backward: bool,
+    dropout: _Dropout | None,
     /,
 ) -> tuple[Any, Any, Any, Any, Any] | None: ...
 def cuda_mix(
@@ -202,6 +206,7 @@ def cuda_mix(
     scaling: tuple[float, ...],
     top_k: int,
     hidden: Any,
+    dropout: _Dropout | None,
     workspace: Any,
     /,
 ) -> None: ...

@@ -210,10 +210,9 @@ def _describe_gpu(ordinal: int) -> dict[str, Any]:
         return {"error": str(error)}
     # The rule itself, for one layer: whatever decides, this can't differ from it.
     layer = 4096, 4096, 64
+    gpu = major, multiprocessors
     ways = {
-        tokens: " / ".join(
-            _core.cuda_way(major, multiprocessors, tokens, *layer, backward) for backward in (False, True)
-        )
+        tokens: " / ".join(_core.cuda_way(*gpu, tokens, *layer, backward) for backward in (False, True))
         for tokens in (1, 64, 256, 1024, 4096, 16384)
     }
     return {

@@ -96,6 +96,7 @@ unsigned cuLibraryGetKernel(CUkernel *kernel, CUlibrary library, const char *nam
 
 unsigned cuKernelSetAttribute(unsigned attribute, int value, CUkernel kernel, CUdevice device) {
   (void)kernel;
+  if (attribute == ML_CU_FUNCTION_SHARED_PERCENT && value == 100) return ML_CU_SUCCESS;
   if (attribute != ML_CU_FUNCTION_SHARED_BYTES || device < FIRST_DEVICE || value > 232448) return INVALID_VALUE;
   fake.shared_bytes = value;
   return ML_CU_SUCCESS;

@@ -17,11 +17,15 @@ VALUES = {
     "ML_LOGITS": (0, 1, 2),
     "ML_TOKENS": (8, 16, 32, 64),
     "ML_CHUNKS": (1, 2),
+    "ML_SHARE": (4, 2, 8),
+    "ML_TILES": (1, 2, 4),
+    "ML_TOP": (0, 1),
     ("decode.cu", "ML_ROWS"): (16, 32, 64, 128),
     ("dual.cu", "ML_WIDTH"): (128, 256),
     ("dual.cu", "ML_COLS"): (0, 64, 128),
     ("project.cu", "ML_COLS"): (64, 128, 256),
     ("route.cu", "ML_WIDTH"): (1, 2, 4, 8, 16, 32, 64, 128),
+    ("shared.cu", "ML_WIDTH"): (128, 256),
 }
 
 

@@ -26,4 +26,17 @@ static inline uint64_t philox_product(int which, uint32_t word) { return (uint64
 static inline uint32_t philox_high(uint64_t product) { return (uint32_t)(product >> 32); }
 static inline uint32_t philox_low(uint64_t product) { return (uint32_t)product; }
 
+/* Of the 2^16 numbers that an element may draw, how many, the first, drop it: for a probability below 1 all but one at
+ * most. */
+static inline uint32_t philox_threshold(double probability) {
+  uint32_t all = 1 << 16, threshold = (uint32_t)(probability * all + 0.5);
+  return threshold == all && probability < 1 ? threshold - 1 : threshold;
+}
+
+/* 2^16 over how many do not, so that the mean is exact; 0 where there are none. */
+static inline double philox_scale(uint32_t threshold) {
+  uint32_t all = 1 << 16;
+  return threshold < all ? (double)all / (all - threshold) : 0;
+}
+
 #endif

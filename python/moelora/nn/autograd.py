@@ -16,7 +16,7 @@ from moelora import runtime
 from moelora.functional import HAS_EXT
 from moelora.nn.compiled import call_operator, is_operator
 from moelora.nn.cuda import on_gpu
-from moelora.nn.dropout import draw_seed, dropped_grads, dropped_linear
+from moelora.nn.dropout import draw_seed, dropped, dropped_grads, dropped_linear
 
 if HAS_EXT:
     from moelora import _core
@@ -632,10 +632,13 @@ def _on_gpu(
     plain = _core.cuda_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
     if plain is None:
         return None
-    adapters, scales, needs_grad = plain
-    if (top_k or 0) > len(scales) or any(_probabilities(dropout_p, len(scales))):
+    adapters, scales, needs_grad, has_dropout = plain
+    if (top_k or 0) > len(scales):
         return None
-    settings = (scales, None if top_k == len(scales) else top_k, None, None)
+    probabilities = _probabilities(dropout_p, len(scales))
+    if any(probabilities) and (not has_dropout or torch.cuda.is_current_stream_capturing()):
+        return None
+    settings = (scales, None if top_k == len(scales) else top_k, _draw(probabilities), None)
     if needs_grad and torch.is_grad_enabled():
         return _apply_on_gpu(x, routing_weights, base_output, (weight, bias), settings, *adapters)
     y, _ = _gpu_forward(x, routing_weights, base_output, (weight, bias), settings, adapters, keep_hidden=False)
@@ -653,18 +656,18 @@ def _gpu_forward(
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """y, and hidden [..., C] with the experts' columns as the kernels lay them."""
-    scaling, top_k, *_ = settings
+    scaling, top_k, dropout, _ = settings
     weight, bias = frozen
     if weight is not None:
-        done = _core.cuda_forward(x, adapters, routing_weights, scaling, weight, bias, top_k or 0, keep_hidden)
+        done = _core.cuda_forward(x, adapters, routing_weights, scaling, weight, bias, dropout, top_k or 0, keep_hidden)
         if done is not None:
             return done[0], done[1]
         base_output = F.linear(x, weight, bias)
     call = (x, adapters, routing_weights, scaling, top_k or 0)
-    prepared: Any = _core.cuda_prepare(*call, False)
+    prepared: Any = _core.cuda_prepare(*call, False, dropout)
     workspace, stacked_a, stacked_b, mixed, _ = prepared
-    hidden = x.flatten(0, -2) @ stacked_a.t()
-    _core.cuda_mix(*call, hidden, workspace)
+    hidden = x.flatten(0, -2) @ stacked_a.t() if dropout is None else torch.empty_like(mixed)
+    _core.cuda_mix(*call, hidden, dropout, workspace)
     y = mixed @ stacked_b.t() if base_output is None else torch.addmm(base_output.flatten(0, -2), mixed, stacked_b.t())
     return y.view(*x.shape[:-1], y.shape[-1]), hidden.view(*x.shape[:-1], hidden.shape[-1]) if keep_hidden else None
 
@@ -685,7 +688,7 @@ class _RoutedLoRAOnGPU(torch.autograd.Function):
         n, need = len(settings[0]), ctx.needs_input_grad
         keep_hidden = need[1] or True in need[-n:]
         y, hidden = _gpu_forward(x, routing_weights, base_output, frozen, settings, adapters, keep_hidden=keep_hidden)
-        ctx.settings = settings[:2]
+        ctx.settings = settings[:3]
         kept_x = x if True in need[-2 * n : -n] else None
         ctx.save_for_backward(kept_x, hidden, routing_weights, frozen[0] if need[0] else None, *adapters)
         return y
@@ -696,13 +699,16 @@ class _RoutedLoRAOnGPU(torch.autograd.Function):
         if not (need[0] or need[1] or True in need[_N_NODE:]):
             return (None, None, grad_y, *(None,) * (len(need) - 3))
         saved = ctx.saved_tensors
-        scaling, top_k = ctx.settings
         twice = torch.is_grad_enabled()  # create_graph
         grads: Sequence[Tensor | None] | None = None
         if _is_unwatched():
-            grads = _core.cuda_backward(saved, need, scaling, grad_y, top_k or 0)
+            grads = _kernels_backward(ctx, saved, grad_y)
             if grads is None and on_gpu(grad_y):
-                grads = _products_backward(ctx, saved, grad_y)
+                if ctx.settings[2] is None:
+                    grads = _products_backward(ctx, saved, grad_y)
+                else:  # what may be unusual is where its rows lie
+                    copy = grad_y.clone(memory_format=torch.contiguous_format)
+                    grads = _kernels_backward(ctx, saved, copy)
         if grads is not None:
             return tuple(_refuse_twice(grads, [grad_y, *saved]) if twice else grads)
         if twice:
@@ -713,12 +719,22 @@ class _RoutedLoRAOnGPU(torch.autograd.Function):
 _apply_on_gpu: Callable[..., Tensor] = super(torch.autograd.Function, _RoutedLoRAOnGPU).apply
 
 
+def _kernels_backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> tuple[Any, ...] | None:
+    """Gradients of the node's arguments by kernels alone, but for g W with dropout; None: not plain, or none for it."""
+    need, weight, (scaling, top_k, dropout) = ctx.needs_input_grad, saved[3], ctx.settings
+    base = None
+    if dropout is not None and need[0] and weight is not None:
+        with torch.no_grad():
+            base = grad_y @ weight
+    return _core.cuda_backward(saved, need, scaling, grad_y, base, dropout, top_k or 0)
+
+
 def _products_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None] | None:
     """Gradients of the node's arguments by torch's products, what lies between them by kernels; None: not plain."""
     x, hidden, routing_weights, weight, *adapters = saved
-    need, (scaling, top_k) = ctx.needs_input_grad, ctx.settings
+    need, (scaling, top_k, _) = ctx.needs_input_grad, ctx.settings
     n, call = len(scaling), (grad_y, tuple(adapters), routing_weights, scaling, top_k or 0)
-    prepared = _core.cuda_prepare(*call, True)
+    prepared = _core.cuda_prepare(*call, True, None)
     if prepared is None:
         return None
     workspace, stacked_a, stacked_b, mixed, weighted = prepared
@@ -751,7 +767,7 @@ def _products_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[T
 def _gpu_formula_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None]:
     """The same where the kernels can't read grad_y: batched by vmap (is_grads_batched), a subclass, traced."""
     x, _, routing_weights, weight, *adapters = saved
-    need, (scaling, top_k) = ctx.needs_input_grad, ctx.settings
+    need, (scaling, top_k, dropout) = ctx.needs_input_grad, ctx.settings
     n, dtype = len(scaling), grad_y.dtype
     ranks = [a.shape[0] for a in adapters[:n]]
     a, b = torch.cat(adapters[:n]).to(dtype), torch.cat(adapters[n:], 1).to(dtype)
@@ -759,7 +775,13 @@ def _gpu_formula_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> lis
         x = grad_y.new_zeros((*grad_y.shape[:-1], a.shape[1]))
     leaves = [t.detach().requires_grad_() for t in (x, routing_weights, a, b)]
     with torch.enable_grad():
-        h = F.linear(leaves[0], leaves[2])
+        if dropout is None:
+            h = F.linear(leaves[0], leaves[2])
+        else:
+            seed, dropout_p = dropout
+            rows = leaves[2].split(ranks)
+            seen = [dropped(leaves[0], seed, e, p, as_kernels=True) for e, p in enumerate(dropout_p)]
+            h = torch.cat([F.linear(t, a_e) for t, a_e in zip(seen, rows, strict=True)], -1)
         y = F.linear(_mix(h, leaves[1], ranks, scaling, top_k), leaves[3])
     grad_x, grad_w, grad_a, grad_b = torch.autograd.grad(y, leaves, grad_y)
     if weight is not None:

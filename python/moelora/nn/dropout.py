@@ -1,9 +1,9 @@
 """Dropout of x, apart for each expert, by masks that are drawn again wherever they are needed, never kept.
 
-A mask is a pure function of a seed and of expert, token and column: the one that the C core computes
-(csrc/core/kernels/philox.h), here in torch operations; on a GPU the one that torch's own generator draws there, in one
-kernel, when it is given that seed. The seed comes from torch's generator on the CPU: what reproduces or restores that,
-as `torch.manual_seed` and checkpointing do, reproduces the masks.
+A mask is a pure function of a seed and of expert, token and column: the one that the C core and the CUDA kernels
+compute (csrc/core/kernels/philox.h), here in torch operations. Where a GPU takes the formula it is another one, which
+torch's own generator draws there in one kernel, when it is given that seed. The seed comes from torch's generator on
+the CPU: what reproduces or restores that, as `torch.manual_seed` and checkpointing do, reproduces the masks.
 """
 
 import math
@@ -25,9 +25,12 @@ def draw_seed() -> Tensor:
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
-def dropped(x: Tensor, seed: Tensor | int, expert: int, p: float) -> Tensor:
-    """`x` [..., d] as an expert sees it: dropped elements are 0, the others divided by the share that is kept."""
-    return _masked(x, *_mask(x, seed, expert, p))
+def dropped(x: Tensor, seed: Tensor | int, expert: int, p: float, *, as_kernels: bool = False) -> Tensor:
+    """`x` [..., d] as an expert sees it: dropped elements are 0, the others divided by the share that is kept.
+
+    `as_kernels`: by the kernels' masks on any device.
+    """
+    return _masked(x, *_mask(x, seed, expert, p, as_kernels))
 
 
 def dropped_linear(x: Tensor, lora_A: Tensor, ranks: Sequence[int], dropout_p: Sequence[float]) -> Tensor:
@@ -116,7 +119,9 @@ def _masked(x: Tensor, kept: Tensor | None, scale: float) -> Tensor:
     return x if kept is None else torch.where(kept, x * scale, 0)
 
 
-def _mask(like: Tensor, seed: Tensor | int, expert: int, p: float) -> tuple[Tensor | None, float]:
+def _mask(
+    like: Tensor, seed: Tensor | int, expert: int, p: float, as_kernels: bool = False
+) -> tuple[Tensor | None, float]:
     """Which elements of a tensor such as this are kept, None for all of them, and what those are multiplied by."""
     # Of 2^16 numbers that an element may draw. A p below 1 is never rounded to 1.
     numbers = 2**16
@@ -127,7 +132,8 @@ def _mask(like: Tensor, seed: Tensor | int, expert: int, p: float) -> tuple[Tens
         return None, 1.0
     if drops == numbers:
         return torch.zeros_like(like, dtype=torch.bool), 0.0
-    return _kept(like, seed, expert, drops), numbers / (numbers - drops)
+    kept = _drawn if like.is_cuda and not as_kernels and not torch._C._are_functorch_transforms_active() else _kept
+    return kept(like, seed, expert, drops), numbers / (numbers - drops)
 
 
 _LOW = 2**32 - 1
@@ -136,8 +142,6 @@ _COLUMNS, _LANES = 128, 16  # columns drawn at a time, by so many counters
 
 def _kept(x: Tensor, seed: Tensor | int, expert: int, drops: int) -> Tensor:
     """Which elements of `x` are not among those that draw one of the first `drops` of 2^16 numbers."""
-    if x.is_cuda and not torch._C._are_functorch_transforms_active():
-        return _drawn(x, int(seed), expert, drops)
     d = x.shape[-1]
     groups = -(-d // _COLUMNS)
     tokens = torch.arange(math.prod(x.shape[:-1]), device=x.device)[:, None]
@@ -149,9 +153,9 @@ def _kept(x: Tensor, seed: Tensor | int, expert: int, drops: int) -> Tensor:
     return kept.reshape(*kept.shape[:-3], groups * _COLUMNS)[..., :d].reshape(x.shape)
 
 
-def _drawn(x: Tensor, seed: int, expert: int, drops: int) -> Tensor:
+def _drawn(x: Tensor, seed: Tensor | int, expert: int, drops: int) -> Tensor:
     """The same by the generator of x's device."""
-    generator = torch.Generator(x.device).manual_seed((seed + expert * 0x9E3779B97F4A7C15) % 2**63)
+    generator = torch.Generator(x.device).manual_seed((int(seed) + expert * 0x9E3779B97F4A7C15) % 2**63)
     kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)  # in the order of its elements whatever x's strides
     return kept.bernoulli_(1 - drops / 2**16, generator=generator)
 

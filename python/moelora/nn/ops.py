@@ -91,18 +91,17 @@ def _backward(
     grad_y = grad_y.contiguous()  # that of a sum is one number, expanded
     saved, scales = (x, hidden, routing_weights, weight, *lora_A, *lora_B), tuple(scaling)
     node_need = (*need[:2], False, False, False, *need[2:])
+    node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k, None))
     grads: Sequence[Tensor | None] | None = None
     if on_gpu(grad_y):
         if autograd._is_unwatched():
-            grads = _core.cuda_backward(saved, node_need, scales, grad_y, top_k or 0)
+            grads = autograd._kernels_backward(node, saved, grad_y)
             if grads is None:
-                node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k))
                 grads = autograd._products_backward(node, saved, grad_y)
     elif grad_y.numel() and autograd.uses_core(*(t for t in (grad_y, *saved) if t is not None)):
         threads = runtime.get_num_threads()
         grads = _core.backward_tensors(saved, node_need, scales, grad_y, None, top_k or 0, threads)
         if grads is None:
-            node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k, None))
             first, second, *others = autograd._core_backward(node, saved, grad_y)
             grads = (first, second, None, None, None, *others)
     if grads is None:
