@@ -54,7 +54,7 @@ typedef struct {
  * Forward, of H = x A^T:  hidden = H (where not NULL),  mixed = s w H
  * Backward, of P = g B:   mixed = Q = s w P,  weighted = s w H,  grad_w = s <P, H> per token and expert */
 typedef struct {
-  const float *factors;  /* [T, N] s_e w_te */
+  const float *factors;  /* [T, N] s_e w_te; elements.cuh has what top_k drops */
   const int *experts;    /* [C / 8] the expert of 8 columns */
   const float *scalings; /* [N] */
   void *mixed;           /* [T, C] out */

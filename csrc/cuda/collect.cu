@@ -81,8 +81,10 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
           load_box(to + j * BOX, thin, barrier, first_column + 64 * j, (begin + i) * DEPTH);
       }
     }
-    cluster_sync();
-    cluster_sync();
+    if (blocks > 1) { /* as below */
+      cluster_sync();
+      cluster_sync();
+    }
     return;
   }
 
@@ -108,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   warpgroups_sync(); /* both have read all stages */
   u32 part = ring + 16 * threadIdx.x;
   keep_part(part, d);
-  cluster_sync();
+  if (blocks > 1) cluster_sync();
   int c = first_column + 64 * chunk + 16 * (threadIdx.x / 32 % 4) + threadIdx.x % 32 / 4;
   void *to[2];
   int r[2], ranks[2];
@@ -141,5 +143,5 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       }
     }
   }
-  cluster_sync(); /* no block may end while others read its shared memory */
+  if (blocks > 1) cluster_sync(); /* no block may end while others read its shared memory */
 }

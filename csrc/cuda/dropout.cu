@@ -263,8 +263,8 @@ extern "C" __global__ void ml_drop_mix(const ml_narrow n, const float *parts, in
   float f = n.factors[i / all * n.n_experts + n.experts[i % all]];
   if (n.hidden)
     ((uint4 *)n.hidden)[i] = {narrow(v[0], v[1]), narrow(v[2], v[3]), narrow(v[4], v[5]), narrow(v[6], v[7])};
-  ((uint4 *)n.mixed)[i] = {narrow(f * v[0], f * v[1]), narrow(f * v[2], f * v[3]), narrow(f * v[4], f * v[5]),
-                           narrow(f * v[6], f * v[7])};
+  ((uint4 *)n.mixed)[i] = {narrow(times(f, v[0]), times(f, v[1])), narrow(times(f, v[2]), times(f, v[3])),
+                           narrow(times(f, v[4]), times(f, v[5])), narrow(times(f, v[6]), times(f, v[7]))};
 }
 
 /* ---- backward ---- */

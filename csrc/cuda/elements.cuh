@@ -57,6 +57,12 @@ DEVICE float weight_at(const ml_weights &w, int token, int e) {
   return w.dtype == ML_CUDA_F16 ? widen_f16(element) : widen_bf16(element);
 }
 
+/* The factor s w of an expert for a token, or, where top_k drops the expert, DROPPED, which no s w is: times it everything is 0,
+ * infinities and NaN, too. */
+#define DROPPED (-0.f)
+DEVICE float factor_of(float scaling, float weight) { return scaling * weight + 0.f; /* -0 becomes 0 */ }
+DEVICE float times(float factor, float value) { return __float_as_uint(factor) == 0x80000000u ? 0.f : factor * value; }
+
 /* Whether expert e is among the token's top k: the largest weights, ties to the lower index, NaN above all. */
 DEVICE bool is_kept(const ml_weights &w, int token, int e) {
   if (w.top_k == 0) return true;

@@ -65,9 +65,9 @@ extern "C" __global__ __launch_bounds__(THREADS) void ml_few(const __grid_consta
   float h = 0, f = 0;
   if (real) {
     for (int i = 0; i < THREADS / 32; i++) h += parts[t][i];
-    f = is_kept(weights, token, e) ? adapters.of[e].scaling * weight_at(weights, token, e) : 0.f;
+    f = is_kept(weights, token, e) ? factor_of(adapters.of[e].scaling, weight_at(weights, token, e)) : DROPPED;
   }
-  u32 both = narrow(f * h, h);
+  u32 both = narrow(times(f, h), h);
   mixed[(u64)token * columns + c] = (u16)both;
   if (hidden) hidden[(u64)token * columns + c] = (u16)(both >> 16);
 }

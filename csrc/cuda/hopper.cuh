@@ -304,16 +304,16 @@ DEVICE void finish_shrink(const float (&d)[SIZE], const ml_narrow &n, int row, i
       }
       if (real && n.weighted)
         ((uint4 *)n.weighted)[at] =
-            uint4{narrow(s * low_of(h[0]), s * high_of(h[0])), narrow(s * low_of(h[1]), s * high_of(h[1])),
-                  narrow(s * low_of(h[2]), s * high_of(h[2])), narrow(s * low_of(h[3]), s * high_of(h[3]))};
+            uint4{narrow(times(s, low_of(h[0])), times(s, high_of(h[0]))), narrow(times(s, low_of(h[1])), times(s, high_of(h[1]))),
+                  narrow(times(s, low_of(h[2])), times(s, high_of(h[2]))), narrow(times(s, low_of(h[3])), times(s, high_of(h[3])))};
 #else
       if (real && n.hidden)
         ((uint4 *)n.hidden)[at] =
             uint4{narrow(v0[0], v1[0]), narrow(v0[1], v1[1]), narrow(v0[2], v1[2]), narrow(v0[3], v1[3])};
 #endif
       if (real)
-        ((uint4 *)n.mixed)[at] = uint4{narrow(s * v0[0], s * v1[0]), narrow(s * v0[1], s * v1[1]),
-                                       narrow(s * v0[2], s * v1[2]), narrow(s * v0[3], s * v1[3])};
+        ((uint4 *)n.mixed)[at] = uint4{narrow(times(s, v0[0]), times(s, v1[0])), narrow(times(s, v0[1]), times(s, v1[1])),
+                                       narrow(times(s, v0[2]), times(s, v1[2])), narrow(times(s, v0[3]), times(s, v1[3]))};
     }
   }
 }

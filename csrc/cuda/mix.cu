@@ -10,7 +10,7 @@ extern "C" __global__ void ml_mix(const ml_narrow n) {
   float f = n.factors[i / blocks * n.n_experts + n.experts[i % blocks]];
   uint4 h = ((const uint4 *)n.hidden)[i];
   u32 v[4] = {h.x, h.y, h.z, h.w};
-  for (int j = 0; j < 4; j++) v[j] = narrow(f * low_of(v[j]), f * high_of(v[j]));
+  for (int j = 0; j < 4; j++) v[j] = narrow(times(f, low_of(v[j])), times(f, high_of(v[j])));
   ((uint4 *)n.mixed)[i] = {v[0], v[1], v[2], v[3]};
 }
 
@@ -26,8 +26,8 @@ extern "C" __global__ void ml_mix_backward(const __grid_constant__ ml_adapters a
     u64 at = (row + c) / 2;
     u32 p = ((const u32 *)n.mixed)[at], h = n.hidden ? ((const u32 *)n.hidden)[at] : 0u;
     dot += low_of(p) * low_of(h) + high_of(p) * high_of(h);
-    ((u32 *)n.mixed)[at] = narrow(f * low_of(p), f * high_of(p));
-    if (n.weighted) ((u32 *)n.weighted)[at] = narrow(f * low_of(h), f * high_of(h));
+    ((u32 *)n.mixed)[at] = narrow(times(f, low_of(p)), times(f, high_of(p)));
+    if (n.weighted) ((u32 *)n.weighted)[at] = narrow(times(f, low_of(h)), times(f, high_of(h)));
   }
   if (n.grad_w) n.grad_w[i] = n.scalings[e] * dot;
 }

@@ -47,7 +47,7 @@ extern "C" __global__ void ml_prepare(const __grid_constant__ ml_adapters adapte
   }
   for (u64 i = thread; i < (u64)out.tokens * out.n_experts; i += threads) {
     int t = (int)(i / out.n_experts), e = (int)(i % out.n_experts);
-    out.factors[i] = is_kept(weights, t, e) ? adapters.of[e].scaling * weight_at(weights, t, e) : 0.f;
+    out.factors[i] = is_kept(weights, t, e) ? factor_of(adapters.of[e].scaling, weight_at(weights, t, e)) : DROPPED;
   }
   if (thread < blocks) out.experts[thread] = adapters.expert_of[thread];
   if (thread < out.n_experts) out.scalings[thread] = adapters.of[thread].scaling;

@@ -16,6 +16,10 @@ static int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 static bool is_aligned(const void *p) { return (uintptr_t)p % 16 == 0; }
+/* Whether the copy engine can read them: in order, not one above the other. */
+static bool are_rows(const void *data, int64_t row, int64_t width) {
+  return is_aligned(data) && row % 8 == 0 && row >= width;
+}
 
 ml_cuda_status ml_layer_begin(ml_layer *layer) {
   int64_t column = 0;
@@ -109,8 +113,8 @@ static int shared_width(const ml_layer *layer, int64_t n) {
 }
 
 ml_way ml_layer_way(const ml_layer *layer, bool backward) {
-  if (!ml_layer_has_kernels(layer) || layer->weight == NULL || !is_aligned(layer->weight) ||
-      layer->weight_row % 8 != 0) {
+  if (!ml_layer_has_kernels(layer) || layer->weight == NULL || !is_aligned(layer->bias) ||
+      !are_rows(layer->weight, layer->weight_row, layer->d_in)) {
     return ML_BY_TORCH;
   }
   int64_t n = backward ? layer->d_in : layer->d_out;
@@ -578,7 +582,7 @@ ml_cuda_status ml_layer_forward(const ml_layer *layer, ml_rows x, void *y, void 
   places p = places_in(layer, workspace, false);
   ml_narrow narrow = narrow_of(&p);
   narrow.hidden = hidden;
-  if (way == ML_BY_TORCH || !is_aligned(x.data) || x.row % 8 != 0) {
+  if (way == ML_BY_TORCH || !are_rows(x.data, x.row, layer->d_in)) {
     return ML_CUDA_UNSUPPORTED;
   }
   if (way == ML_BY_DECODE) {
@@ -600,7 +604,7 @@ ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_
   places p = places_in(layer, workspace, true);
   ml_narrow narrow = narrow_of(&p);
   if (!ml_layer_has_kernels(layer) || (grad_x != NULL && way == ML_BY_TORCH && !layer->drops) ||
-      !is_aligned(grad_y.data) || grad_y.row % 8 != 0 || !is_aligned(x.data) || x.row % 8 != 0) {
+      !are_rows(grad_y.data, grad_y.row, layer->d_out) || (x.data != NULL && !are_rows(x.data, x.row, layer->d_in))) {
     return ML_CUDA_UNSUPPORTED;
   }
   narrow.hidden = (void *)(uintptr_t)hidden;

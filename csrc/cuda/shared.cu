@@ -56,7 +56,7 @@ DEVICE void finish_slice(const ml_narrow &n, u32 base, u32 mixed_barrier, int fi
       int row = group * 16 + (lane >> 2) + 8 * half, token = first + row;
       bool real = token < n.tokens;
       float f = real ? n.factors[(u64)token * n.n_experts + e] : 0.f, v0 = v[2 * half], v1 = v[2 * half + 1];
-      u32 mixed = narrow(f * v0, f * v1);
+      u32 mixed = narrow(times(f, v0), times(f, v1));
       u64 at = ((u64)token * COLS + column) / 2;
 #if ML_BACKWARD
       u32 h = real && n.hidden ? ((const u32 *)n.hidden)[at] : 0u;
@@ -66,7 +66,7 @@ DEVICE void finish_slice(const ml_narrow &n, u32 base, u32 mixed_barrier, int fi
       if ((lane & 3) == 0) asm volatile("st.shared.f32 [%0], %1;" ::"r"(base + DOTS + (row * 8 + block) * 4), "f"(dot) : "memory");
       if (real && writes) {
         ((u32 *)n.mixed)[at] = mixed;
-        if (n.weighted) ((u32 *)n.weighted)[at] = narrow(f * low_of(h), f * high_of(h));
+        if (n.weighted) ((u32 *)n.weighted)[at] = narrow(times(f, low_of(h)), times(f, high_of(h)));
       }
 #else
       if (real && writes && n.hidden) ((u32 *)n.hidden)[at] = narrow(v0, v1);

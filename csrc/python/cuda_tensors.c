@@ -201,20 +201,46 @@ static bool read_frozen(cuda_call_ *c, PyObject *weight, PyObject *bias) {
   return true;
 }
 
+/* n elements of the call's dtype without gaps, for the widest loads. */
+static bool is_whole(const cuda_call_ *c, PyObject *obj, int64_t n, void **data) {
+  dl_tensor view;
+  int64_t there, stride;
+  if (!view_here(c, obj, &view) || !is_narrow(c, &view) || !is_one_axis(&view, view.ndim, &there, &stride) ||
+      there != n || (stride != 1 && n > 1) || (uintptr_t)view.data % 16 != 0) {
+    return false;
+  }
+  *data = view.data;
+  return true;
+}
+
 static PyObject *narrow_dtype(const cuda_call_ *c) { return c->layer.f16 ? c->torch->float16 : c->torch->bfloat16; }
+
+/* A new tensor, which torch makes on the current GPU: an error where the call's is another one. */
+static PyObject *new_here(const cuda_call_ *c, PyObject *dtype, int axes, const int64_t *sizes) {
+  PyObject *tensor = new_dense(c->torch->empty_cuda, dtype, axes, sizes);
+  dl_tensor view;
+  if (tensor != NULL && !view_here(c, tensor, &view)) {
+    Py_CLEAR(tensor);
+    PyErr_Format(PyExc_RuntimeError, "moelora's CUDA kernels: GPU %d must be the current one", (int)c->device);
+  }
+  return tensor;
+}
 
 /* [..., width] for x's tokens. */
 static PyObject *new_rows(const cuda_call_ *c, int64_t width) {
   int64_t sizes[3];
   memcpy(sizes, c->shape, sizeof sizes);
   sizes[c->axes - 1] = width;
-  return new_dense(c->torch->empty_cuda, narrow_dtype(c), c->axes, sizes);
+  return new_here(c, narrow_dtype(c), c->axes, sizes);
 }
 
 /* Memory for a call, as 16-bit elements. */
-static PyObject *new_workspace(const cuda_call_ *c, size_t bytes) {
-  int64_t sizes[1] = {(int64_t)(bytes / 2)};
-  return new_dense(c->torch->empty_cuda, narrow_dtype(c), 1, sizes);
+static int64_t workspace_elements(const cuda_call_ *c, bool backward) {
+  return (int64_t)((backward ? ml_layer_backward_bytes(&c->layer) : ml_layer_forward_bytes(&c->layer)) / 2);
+}
+static PyObject *new_workspace(const cuda_call_ *c, bool backward) {
+  int64_t sizes[1] = {workspace_elements(c, backward)};
+  return new_here(c, narrow_dtype(c), 1, sizes);
 }
 
 /* Where a new tensor's elements are; it is one of ours, so that can't fail. NULL for None. */
@@ -300,7 +326,7 @@ PyObject *cuda_forward(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
     return plain == ERROR ? NULL : Py_NewRef(Py_None);
   }
   PyObject *result = NULL, *y = new_rows(&c, c.layer.d_out), *workspace = NULL, *hidden = NULL;
-  if (y == NULL || (workspace = new_workspace(&c, ml_layer_forward_bytes(&c.layer))) == NULL ||
+  if (y == NULL || (workspace = new_workspace(&c, false)) == NULL ||
       (hidden = args[8] == Py_True ? new_rows(&c, c.layer.columns) : Py_NewRef(Py_None)) == NULL) {
     goto done;
   }
@@ -336,7 +362,7 @@ static PyObject *new_like(const cuda_call_ *c, PyObject *like) {
   }
   bool wide = view.dtype.bits == 32;
   PyObject *narrow = view.dtype.code == DL_BFLOAT ? c->torch->bfloat16 : c->torch->float16;
-  return new_dense(c->torch->empty_cuda, wide ? c->torch->float32 : narrow, view.ndim, view.shape);
+  return new_here(c, wide ? c->torch->float32 : narrow, view.ndim, view.shape);
 }
 
 /* With room for what is needed. `grad_x`: what the gradient of x is made in, where not None. */
@@ -378,7 +404,8 @@ PyObject *cuda_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_ar
   }
   PyObject *const *saved = &PyTuple_GET_ITEM(args[0], 0);
   cuda_call_ c;
-  ml_rows g, x = {0}, hidden = {0}, unused;
+  ml_rows g, x = {0}, unused;
+  void *hidden = NULL;
   answer plain = read_shape(&c, module, grad_y, &g, &d_out);
   PyObject *adapters = plain == YES ? PyTuple_GetSlice(args[0], N_SAVED, n_saved) : NULL;
   if (adapters == NULL) {
@@ -390,13 +417,14 @@ PyObject *cuda_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_ar
           read_scalings(&c, args[2]) && read_frozen(&c, saved[SAVED_WEIGHT], Py_None) &&
           (saved[SAVED_X] == Py_None || read_rows(&c, saved[SAVED_X], c.layer.d_in, &x)) &&
           ml_layer_begin(&c.layer) == ML_CUDA_OK &&
-          (saved[SAVED_HIDDEN] == Py_None || read_rows(&c, saved[SAVED_HIDDEN], c.layer.columns, &hidden)) &&
+          (saved[SAVED_HIDDEN] == Py_None ||
+           is_whole(&c, saved[SAVED_HIDDEN], c.layer.tokens * c.layer.columns, &hidden)) &&
           read_dropout(&c, args[5]) && ml_layer_has_kernels(&c.layer) &&
           (!need_x || c.layer.drops || ml_layer_way(&c.layer, true) != ML_BY_TORCH) &&
           (base == Py_None ? !need_x || !c.layer.drops || saved[SAVED_WEIGHT] == Py_None
                            : read_rows(&c, base, c.layer.d_in, &unused) && unused.row == c.layer.d_in);
   if (plain != YES || (grads = new_grads(&c, saved, needed, grad_y, base)) == NULL ||
-      (workspace = new_workspace(&c, ml_layer_backward_bytes(&c.layer))) == NULL) {
+      (workspace = new_workspace(&c, true)) == NULL) {
     goto done;
   }
   ml_adapters into;
@@ -409,7 +437,7 @@ PyObject *cuda_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_ar
   void *grad_w = data_of(&c, PyTuple_GET_ITEM(grads, NODE_ROUTING_WEIGHTS));
   ml_cuda_status status;
   Py_BEGIN_ALLOW_THREADS;
-  status = ml_layer_backward(&c.layer, x, g, hidden.data, grad_x, base != Py_None, grad_w, &into, memory);
+  status = ml_layer_backward(&c.layer, x, g, hidden, grad_x, base != Py_None, grad_w, &into, memory);
   Py_END_ALLOW_THREADS;
   if (status == ML_CUDA_UNSUPPORTED) {
     plain = NO;
@@ -463,7 +491,7 @@ PyObject *cuda_prepare(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
     return plain == ERROR ? NULL : Py_NewRef(Py_None);
   }
   PyObject *parts[5] = {0}, *result = NULL;
-  parts[0] = new_workspace(&c, backward ? ml_layer_backward_bytes(&c.layer) : ml_layer_forward_bytes(&c.layer));
+  parts[0] = new_workspace(&c, backward);
   if (parts[0] == NULL) {
     return NULL;
   }
@@ -488,22 +516,41 @@ PyObject *cuda_prepare(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
   return result;
 }
 
-/* (x, adapters, routing_weights, scaling, top_k, hidden, dropout, workspace): with dropout hidden is made here; or, backward, (grad_y, adapters, routing_weights, scaling, top_k,
- * hidden, grad_w or None, workspace) */
+/* The gradient of the routing weights, in their dtype without gaps, or None. */
+static bool read_grad_w(const cuda_call_ *c, PyObject *obj, void **data) {
+  const ml_weights *w = &c->layer.weights;
+  dl_tensor view;
+  int64_t n, stride;
+  if (obj == Py_None) {
+    return true;
+  }
+  if (!view_here(c, obj, &view) || !is_one_axis(&view, view.ndim, &n, &stride) || (stride != 1 && n > 1) ||
+      n != c->layer.tokens / c->layer.share * w->n_experts ||
+      !is_of(&view, w->dtype == ML_CUDA_BF16 ? DL_BFLOAT : DL_FLOAT, w->dtype == ML_CUDA_F32 ? 32 : 16)) {
+    return false;
+  }
+  *data = view.data;
+  return true;
+}
+
+/* (x, adapters, routing_weights, scaling, top_k, hidden, dropout, workspace): with dropout hidden is made here; or, backward,
+ * (grad_y, adapters, routing_weights, scaling, top_k, hidden or None, grad_w or None, workspace) */
 static PyObject *mix(PyObject *module, PyObject *const *args, bool backward, PyObject *grad_w, PyObject *dropout,
                      PyObject *workspace) {
   cuda_call_ c;
   ml_rows rows;
+  void *memory = NULL, *hidden = NULL, *grad = NULL;
   answer plain = read_mixture(&c, module, args, backward, &rows);
   plain = plain == YES ? read_dropout(&c, dropout) : plain;
-  void *memory = plain == YES ? data_of(&c, workspace) : NULL, *hidden = memory == NULL ? NULL : data_of(&c, args[5]);
-  if (memory == NULL) {
-    if (plain != ERROR) {
-      PyErr_SetString(PyExc_ValueError, "expected the tensors that cuda_prepare took and made");
-    }
+  if (plain == ERROR) {
     return NULL;
   }
-  void *grad = data_of(&c, grad_w);
+  if (plain == NO ||
+      !((backward && args[5] == Py_None) || is_whole(&c, args[5], c.layer.tokens * c.layer.columns, &hidden)) ||
+      !read_grad_w(&c, grad_w, &grad) || !is_whole(&c, workspace, workspace_elements(&c, backward), &memory)) {
+    PyErr_SetString(PyExc_ValueError, "expected the tensors that cuda_prepare took and made");
+    return NULL;
+  }
   ml_cuda_status status;
   Py_BEGIN_ALLOW_THREADS;
   status = backward        ? ml_layer_mix_backward(&c.layer, hidden, grad, memory)
@@ -526,6 +573,10 @@ PyObject *cuda_mix_backward(PyObject *module, PyObject *const *args, Py_ssize_t 
 /* (name or None) */
 PyObject *set_cuda_way(PyObject *module, PyObject *name) {
   (void)module;
+  if (name != Py_None && !PyUnicode_Check(name)) {
+    PyErr_Format(PyExc_TypeError, "name must be a str or None, got %s", Py_TYPE(name)->tp_name);
+    return NULL;
+  }
   const char *text = name == Py_None ? NULL : PyUnicode_AsUTF8(name);
   if (text == NULL && name != Py_None) {
     return NULL;
@@ -549,11 +600,16 @@ PyObject *cuda_way(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
     if (!read_int64(args[i], names[i], &numbers[i])) {
       return NULL;
     }
+    if (numbers[i] < 1 || numbers[i] > INT32_MAX) {
+      PyErr_Format(PyExc_ValueError, "%s must lie in [1, %d], got %lld", names[i], INT32_MAX, (long long)numbers[i]);
+      return NULL;
+    }
   }
   ml_gpu gpu = {.major = (int)numbers[0], .multiprocessors = (int)numbers[1]};
   ml_layer layer = {.gpu = &gpu, .tokens = numbers[2], .d_in = numbers[3], .d_out = numbers[4], .n_experts = 1};
   static _Alignas(16) const char weight[16];
   layer.weight = weight;
+  layer.weight_row = layer.d_in;
   layer.adapters.of[0].rank = (int)numbers[5];
   bool plain = ml_layer_begin(&layer) == ML_CUDA_OK;
   return PyUnicode_FromString(ml_way_name(plain ? ml_layer_way(&layer, args[6] == Py_True) : ML_BY_TORCH));

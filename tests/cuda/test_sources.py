@@ -15,7 +15,7 @@ VALUES = {
     "ML_BACKWARD": (0, 1),
     "ML_BIAS": (0, 1),
     "ML_LOGITS": (0, 1, 2),
-    "ML_TOKENS": (8, 16, 32, 64),
+    "ML_TOKENS": (8, 32, 64, 128),
     "ML_CHUNKS": (1, 2),
     "ML_SHARE": (4, 2, 8),
     "ML_TILES": (1, 2, 4),
@@ -24,6 +24,8 @@ VALUES = {
     ("dual.cu", "ML_WIDTH"): (128, 256),
     ("dual.cu", "ML_COLS"): (0, 64, 128),
     ("project.cu", "ML_COLS"): (64, 128, 256),
+    "ML_SHARE": (2,),
+    ("shared.cu", "ML_WIDTH"): (128, 256),
     ("route.cu", "ML_WIDTH"): (1, 2, 4, 8, 16, 32, 64, 128),
     ("shared.cu", "ML_WIDTH"): (128, 256),
 }

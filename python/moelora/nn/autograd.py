@@ -629,6 +629,9 @@ def _on_gpu(
     """What the CUDA kernels make of plain tensors on the current GPU; None where something is not plain."""
     if not ROUND_ADAPTERS:
         return None
+    if x.get_device() != torch.cuda.current_device():  # where new tensors are made
+        with torch.cuda.device(x.device):
+            return _on_gpu(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
     plain = _core.cuda_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
     if plain is None:
         return None
@@ -638,6 +641,8 @@ def _on_gpu(
     probabilities = _probabilities(dropout_p, len(scales))
     if any(probabilities) and (not has_dropout or torch.cuda.is_current_stream_capturing()):
         return None
+    if any(probabilities) and not (x.is_contiguous() and x.data_ptr() % 16 == 0):
+        x = x.clone(memory_format=torch.contiguous_format)  # the masks have no other way
     settings = (scales, None if top_k == len(scales) else top_k, _draw(probabilities), None)
     if needs_grad and torch.is_grad_enabled():
         return _apply_on_gpu(x, routing_weights, base_output, (weight, bias), settings, *adapters)
@@ -729,6 +734,7 @@ def _kernels_backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> tuple
     return _core.cuda_backward(saved, need, scaling, grad_y, base, dropout, top_k or 0)
 
 
+@torch.no_grad()
 def _products_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None] | None:
     """Gradients of the node's arguments by torch's products, what lies between them by kernels; None: not plain."""
     x, hidden, routing_weights, weight, *adapters = saved
@@ -760,7 +766,7 @@ def _products_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[T
                 continue
             rank = adapter.shape[0 if first == 0 else 1]
             rows = stacked[columns[e] : columns[e] + rank]
-            grads.append(rows if first == 0 else rows.t().contiguous())
+            grads.append(rows if first == 0 else rows.t().clone(memory_format=torch.contiguous_format))
     return grads
 
 

@@ -9,7 +9,7 @@ operations compute the same, in the kernels' layout of hidden: [..., R] in float
 [..., C] in x's dtype, with the columns of `compiled.columns`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,17 +91,18 @@ def _backward(
     grad_y = grad_y.contiguous()  # that of a sum is one number, expanded
     saved, scales = (x, hidden, routing_weights, weight, *lora_A, *lora_B), tuple(scaling)
     node_need = (*need[:2], False, False, False, *need[2:])
-    node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k, None))
     grads: Sequence[Tensor | None] | None = None
     if on_gpu(grad_y):
         if autograd._is_unwatched():
-            grads = autograd._kernels_backward(node, saved, grad_y)
+            grads = _core.cuda_backward(saved, node_need, scales, grad_y, None, None, top_k or 0)
             if grads is None:
+                node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k, None))
                 grads = autograd._products_backward(node, saved, grad_y)
     elif grad_y.numel() and autograd.uses_core(*(t for t in (grad_y, *saved) if t is not None)):
         threads = runtime.get_num_threads()
         grads = _core.backward_tensors(saved, node_need, scales, grad_y, None, top_k or 0, threads)
         if grads is None:
+            node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k, None))
             first, second, *others = autograd._core_backward(node, saved, grad_y)
             grads = (first, second, None, None, None, *others)
     if grads is None:
@@ -288,9 +289,20 @@ def _refuse(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(autograd._TWICE)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("routed_lora", _forward, _device)
-    _library.impl("routed_lora_backward", _backward, _device)
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """With its first tensor's GPU as the current one, where new tensors are made."""
+
+    def on_its_device(t: Tensor, *others: Any) -> Any:
+        with torch.cuda.device(t.device):
+            return function(t, *others)
+
+    return on_its_device
+
+
+_library.impl("routed_lora", _forward, "CPU")
+_library.impl("routed_lora", _on_its_device(_forward), "CUDA")
+_library.impl("routed_lora_backward", _backward, "CPU")
+_library.impl("routed_lora_backward", _on_its_device(_backward), "CUDA")
 torch.library.register_fake("moelora::routed_lora", _fake_forward, lib=_library)
 torch.library.register_fake("moelora::routed_lora_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("moelora::routed_lora", _differentiate, setup_context=_setup_context, lib=_library)

@@ -1,0 +1,263 @@
+"""How a layer is computed on a GPU, which follows from its shape; and what the entries for CUDA tensors refuse."""
+
+import gc
+import re
+import sys
+import tracemalloc
+
+import pytest
+import torch
+
+from moelora import _core
+
+H200 = 9, 132  # major compute capability, multiprocessors
+
+
+@pytest.fixture
+def force():
+    yield _core.set_cuda_way
+    _core.set_cuda_way(None)
+
+
+def way(tokens, d_in, d_out, columns, backward=False, gpu=H200):
+    return _core.cuda_way(*gpu, tokens, d_in, d_out, columns, backward)
+
+
+# A product's tiles have 128 rows by 256 columns, or 128 columns where fewer of 256 would be filled.
+@pytest.mark.parametrize(
+    "tokens, d_in, d_out, columns, forward, backward",
+    [
+        # up to 128 tokens and 256 columns: decode, forward
+        (1, 4096, 4096, 64, "decode", "torch"),
+        (128, 4096, 4096, 256, "decode", "torch"),
+        (128, 4096, 4096, 257, "torch", "torch"),
+        (129, 4096, 4096, 256, "torch", "torch"),
+        # nine tenths of the multiprocessors have a tile, and those without can do the shrinks meanwhile
+        (4096, 4096, 4096, 64, "fused", "fused"),  # 512 tiles, 16 idle blocks, 2 shrinks each
+        (4096, 4096, 4096, 128, "fused", "fused"),
+        (4096, 4096, 4096, 129, "dual", "dual"),
+        (8192, 1024, 1024, 64, "dual", "dual"),  # 8 idle blocks, 8 shrinks each
+        (2048, 2048, 2048, 64, "shared", "shared"),  # 4 idle blocks, 4 shrinks each
+        (2048, 2048, 2048, 65, "dual", "dual"),
+        (1408, 3072, 3072, 64, "shared", "shared"),  # 132 tiles: nobody is idle
+        (1408, 3072, 3072, 128, "dual", "dual"),
+        # one tile a block, for more than half of the multiprocessors
+        (1024, 2048, 2048, 64, "shared", "shared"),
+        (1024, 2048, 2048, 128, "torch", "torch"),  # 64 tiles
+        (1152, 2048, 2048, 128, "dual", "dual"),  # 72
+        (300, 1024, 768, 64, "torch", "torch"),
+        # forward follows d_out, backward d_in
+        (4096, 1024, 4096, 64, "fused", "shared"),
+        (4096, 384, 392, 128, "torch", "dual"),  # tiles of 256 columns, and of 128
+    ],
+)
+def test_the_shape_decides(tokens, d_in, d_out, columns, forward, backward):
+    assert way(tokens, d_in, d_out, columns) == forward
+    assert way(tokens, d_in, d_out, columns, backward=True) == backward
+
+
+@pytest.mark.parametrize(
+    "changes", [{"d_in": 4100}, {"d_out": 4100}, {"columns": 2049}, {"gpu": (8, 132)}, {"gpu": (10, 148)}]
+)
+def test_what_the_kernels_do_not_take_is_torchs(changes):
+    assert way(**{"tokens": 4096, "d_in": 4096, "d_out": 4096, "columns": 64} | changes) == "torch"
+
+
+def test_the_gpu_decides():
+    assert [way(4096, 4096, 4096, 64, gpu=(9, n)) for n in (132, 114, 128)] == ["fused", "fused", "dual"]
+
+
+@pytest.mark.parametrize(
+    "name, shape, backward, taken",
+    [
+        ("torch", (8, 4096, 4096, 64), False, "torch"),
+        ("dual", (8, 4096, 4096, 64), False, "dual"),
+        ("dual", (300, 1024, 768, 2048), True, "dual"),
+        ("fused", (8, 4096, 4096, 128), True, "fused"),
+        ("fused", (8, 4096, 4096, 129), False, "decode"),
+        ("fused", (1408, 3072, 3072, 64), False, "shared"),  # no block is idle
+        ("decode", (128, 4096, 4096, 64), False, "decode"),
+        ("decode", (129, 1024, 1024, 64), False, "torch"),
+        ("decode", (1, 4096, 4096, 64), True, "torch"),
+        ("shared", (4096, 4096, 4096, 64), False, "fused"),  # more tiles than blocks
+        ("dual", (300, 1024, 1020, 64), False, "torch"),
+    ],
+)
+def test_a_forced_way_is_taken_where_it_can_be(force, name, shape, backward, taken):
+    force(name)
+    assert way(*shape, backward) == taken
+    force(None)
+    assert way(4096, 4096, 4096, 64) == "fused"
+
+
+@pytest.mark.parametrize("name", ["", "Torch", "fuse"])
+def test_other_ways_are_refused(force, name):
+    force("dual")
+    with pytest.raises(ValueError, match=re.escape(f"or None, got {name!r}")):
+        force(name)
+    assert way(8, 4096, 4096, 64) == "dual"
+
+
+@pytest.mark.parametrize("name", [1, b"dual", ("dual",)])
+def test_ways_are_strings(name):
+    with pytest.raises(TypeError, match=f"name must be a str or None, got {type(name).__name__}"):
+        _core.set_cuda_way(name)
+
+
+NAMES = ["major", "multiprocessors", "tokens", "d_in", "d_out", "ranks"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_has_positive_numbers(name):
+    given = dict(zip(NAMES, (*H200, 8, 4096, 4096, 64), strict=True))
+    for value in (0, -1, -100, 2**31, 2**33 + 8):
+        with pytest.raises(ValueError, match=rf"{name} must lie in \[1, 2147483647\], got {value}"):
+            _core.cuda_way(*(given | {name: value}).values(), False)
+    with pytest.raises(TypeError, match=f"{name} must be an int"):
+        _core.cuda_way(*(given | {name: 8.0}).values(), False)
+    for value in (1, 2**31 - 1):
+        assert isinstance(_core.cuda_way(*(given | {name: value}).values(), False), str)
+
+
+# ---- tensors ----
+
+
+def arguments(device="cpu", n=2):
+    def ones(*shape, dtype=torch.float32):
+        return torch.ones(shape, dtype=dtype, device=device)
+
+    x, weight = ones(3, 16, dtype=torch.bfloat16), ones(24, 16, dtype=torch.bfloat16)
+    return {
+        "x": x,
+        "lora_A": [ones(8, 16) for _ in range(n)],
+        "lora_B": [ones(24, 8) for _ in range(n)],
+        "weights": ones(3, n),
+        "scaling": (1.0,) * n,
+        "weight": weight,
+        "bias": weight[:, 0].clone(),
+    }
+
+
+def call(**given):
+    g = arguments() | given
+    return _core.cuda_call(g["x"], g["lora_A"], g["lora_B"], g["weights"], g["scaling"], None, g["weight"], g["bias"])
+
+
+def forward(**given):
+    g = arguments() | given
+    adapters = (*g["lora_A"], *g["lora_B"])
+    return _core.cuda_forward(g["x"], adapters, g["weights"], g["scaling"], g["weight"], g["bias"], None, 0, True)
+
+
+def backward(**given):
+    g = arguments() | {"grad_y": torch.ones(3, 24, dtype=torch.bfloat16), "need": (True,) * 9} | given
+    hidden = torch.ones(3, 64, dtype=torch.bfloat16)
+    saved = (g["x"], hidden, g["weights"], g["weight"], *g["lora_A"], *g["lora_B"])
+    return _core.cuda_backward(saved, g["need"], g["scaling"], g["grad_y"], None, None, 0)
+
+
+def prepare(**given):
+    g = arguments() | given
+    return _core.cuda_prepare(g["x"], (*g["lora_A"], *g["lora_B"]), g["weights"], g["scaling"], 0, False, None)
+
+
+OTHERS = [None, 1, "x", object(), torch.ones(3, 16), torch.ones(3, 16, dtype=torch.bfloat16, device="meta")]
+
+
+@pytest.mark.parametrize("entry", [call, forward, backward, prepare])
+def test_what_is_on_no_gpu_is_left_alone(entry):
+    assert entry() is None
+    assert entry(**arguments("meta")) is None
+    for other in OTHERS:
+        for name in ("x", "weights", "weight", "bias", "scaling"):
+            assert entry(**{name: other}) is None
+        for name in ("lora_A", "lora_B"):
+            assert entry(**{name: [other, other]}) is None
+            assert entry(**{name: []}) is None
+
+
+def test_a_backward_without_its_tensors_is_left_alone():
+    for saved in (None, (), (1,) * 4, [1] * 8):
+        assert _core.cuda_backward(saved, (True,) * 9, (1.0,), torch.ones(1), None, None, 0) is None
+    for need in (None, (True,) * 8, [True] * 9):
+        assert backward(need=need) is None
+    assert backward(grad_y=None) is None
+
+
+def test_a_mix_without_what_was_prepared_is_an_error():
+    x, w = arguments()["x"], arguments()["weights"]
+    for tensors in ((x, x), (None, None), (1, "x")):
+        with pytest.raises(ValueError, match="expected the tensors that cuda_prepare took and made"):
+            _core.cuda_mix(x, (x,) * 4, w, (1.0, 1.0), 0, tensors[0], None, tensors[1])
+        with pytest.raises(ValueError, match="expected the tensors that cuda_prepare took and made"):
+            _core.cuda_mix_backward(x, (x,) * 4, w, (1.0, 1.0), 0, tensors[0], None, tensors[1])
+
+
+def test_arguments_are_counted():
+    for name, n in (
+        ("cuda_call", 8),
+        ("cuda_forward", 9),
+        ("cuda_backward", 7),
+        ("cuda_prepare", 7),
+        ("cuda_mix", 8),
+        ("cuda_mix_backward", 8),
+        ("cuda_way", 7),
+    ):
+        for given in ((), (1,) * (n - 1), (1,) * (n + 1)):
+            with pytest.raises(TypeError, match=f"{name} takes {n} arguments, got {len(given)}"):
+                getattr(_core, name)(*given)
+
+
+@pytest.mark.parametrize("top_k", [None, 1.5, "1"])
+def test_top_k_is_a_number(top_k):
+    x = torch.ones(3, 16)
+    calls = {
+        "cuda_forward": (x, (x,), x, (1.0,), None, None, None, top_k, True),
+        "cuda_backward": ((x,) * 6, (True,) * 7, (1.0,), x, None, None, top_k),
+        "cuda_prepare": (x, (x,), x, (1.0,), top_k, False, None),
+        "cuda_mix": (x, (x,), x, (1.0,), top_k, x, None, x),
+        "cuda_mix_backward": (x, (x,), x, (1.0,), top_k, x, x, x),
+    }
+    for name, given in calls.items():
+        with pytest.raises(TypeError, match="top_k must be an int"):
+            getattr(_core, name)(*given)
+
+
+def test_nothing_leaks(force):
+    given = arguments()
+    watched = [given["x"], given["weights"], given["weight"], given["bias"], given["scaling"], given["lora_A"]]
+    watched += [*given["lora_A"], *given["lora_B"]]
+
+    def everything():
+        for entry in (call, forward, backward, prepare):
+            entry(**given)
+            for name in given:
+                entry(**given | {name: given["weight"] if "lora" not in name else [None, None]})
+        with pytest.raises(ValueError, match="expected the tensors"):
+            _core.cuda_mix(
+                given["x"], (given["x"],) * 4, given["weights"], given["scaling"], 0, given["x"], None, given["x"]
+            )
+        for name in ("no way", "dual", None):
+            try:
+                force(name)
+            except ValueError:
+                continue
+        way(8, 64, 64, 8)
+
+    for _ in range(3):
+        everything()
+    gc.collect()
+    references = [sys.getrefcount(t) for t in watched]
+    tracemalloc.start()
+    try:
+        everything()
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(100):
+            everything()
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert [sys.getrefcount(t) for t in watched] == references
+    assert grown < 100 * 16  # one object lost in each round would be more
