@@ -9,7 +9,7 @@ operations compute the same, in the kernels' layout of hidden: [..., R] in float
 [..., C] in x's dtype, with the columns of `compiled.columns`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -289,9 +289,20 @@ def _refuse(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(autograd._TWICE)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("routed_lora", _forward, _device)
-    _library.impl("routed_lora_backward", _backward, _device)
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """With its first tensor's GPU as the current one, where new tensors are made."""
+
+    def on_its_device(t: Tensor, *others: Any) -> Any:
+        with torch.cuda.device(t.device):
+            return function(t, *others)
+
+    return on_its_device
+
+
+_library.impl("routed_lora", _forward, "CPU")
+_library.impl("routed_lora", _on_its_device(_forward), "CUDA")
+_library.impl("routed_lora_backward", _backward, "CPU")
+_library.impl("routed_lora_backward", _on_its_device(_backward), "CUDA")
 torch.library.register_fake("moelora::routed_lora", _fake_forward, lib=_library)
 torch.library.register_fake("moelora::routed_lora_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("moelora::routed_lora", _differentiate, setup_context=_setup_context, lib=_library)
