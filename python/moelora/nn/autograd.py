@@ -14,9 +14,9 @@ from torch.utils._device import DeviceContext
 
 from moelora import runtime
 from moelora.functional import HAS_EXT
-from moelora.nn.compiled import call_operator, is_operator
+from moelora.nn.compiled import call_operator, columns, is_operator
 from moelora.nn.cuda import on_gpu
-from moelora.nn.dropout import draw_seed, dropped, dropped_grads, dropped_linear
+from moelora.nn.dropout import draw_seed, dropped_grads, dropped_linear
 
 if HAS_EXT:
     from moelora import _core
@@ -588,22 +588,25 @@ def _core_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tenso
 
 
 def _formula_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None]:
-    """The same where the core can't read grad_y: batched by vmap (is_grads_batched), a subclass, traced."""
+    """The same where no kernel can read grad_y: batched by vmap (is_grads_batched), a subclass, traced."""
     x, hidden, routing_weights, weight, *adapters = saved
     scaling, top_k, dropout = ctx.settings
     n = len(scaling)
     lora_A, lora_B = adapters[:n], adapters[n:]
-    ranks = [a.shape[0] for a in lora_A]
-    dtype = _core_dtype(grad_y.dtype)
+    ranks, on_cpu = [a.shape[0] for a in lora_A], routing_weights.device.type == "cpu"
+    dtype = _core_dtype(grad_y.dtype) if on_cpu else grad_y.dtype
     if hidden is None:  # then nothing below depends on its values
         hidden = routing_weights.new_zeros((*grad_y.shape[:-1], sum(ranks)), dtype=dtype)
+    elif not on_cpu:
+        parts = zip(hidden.split(columns(ranks), -1), ranks, strict=True)
+        hidden = torch.cat([part[..., :rank] for part, rank in parts], -1)
     leaves = [t.detach().requires_grad_() for t in (hidden, routing_weights, *lora_B)]
     with torch.enable_grad():
         y = F.linear(_mix(leaves[0], leaves[1], ranks, scaling, top_k), torch.cat(leaves[2:], 1).to(dtype))
     grad_hidden, grad_w, *grad_B = torch.autograd.grad(y, leaves, grad_y.to(dtype))
     seed, dropout_p = dropout or (0, (0.0,) * n)
     c_x, c_A = None if x is None else x.to(dtype), [a.to(dtype) for a in lora_A]
-    grad_x, grads_A = dropped_grads(grad_hidden, c_x, c_A, seed, dropout_p, need_x=True)
+    grad_x, grads_A = dropped_grads(grad_hidden, c_x, c_A, seed, dropout_p, need_x=True, as_kernels=True)
     if weight is not None:
         grad_x = grad_x + grad_y @ weight
     grad_A: Sequence[Tensor | None] = grads_A or [None] * n
@@ -632,6 +635,8 @@ def _on_gpu(
     if x.get_device() != torch.cuda.current_device():  # where new tensors are made
         with torch.cuda.device(x.device):
             return _on_gpu(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
+    if not (type(dropout_p) is float and not dropout_p) and not (x.is_contiguous() and x.data_ptr() % 16 == 0):
+        x = x.clone(memory_format=torch.contiguous_format)  # the masks have no other way
     plain = _core.cuda_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
     if plain is None:
         return None
@@ -641,8 +646,6 @@ def _on_gpu(
     probabilities = _probabilities(dropout_p, len(scales))
     if any(probabilities) and (not has_dropout or torch.cuda.is_current_stream_capturing()):
         return None
-    if any(probabilities) and not (x.is_contiguous() and x.data_ptr() % 16 == 0):
-        x = x.clone(memory_format=torch.contiguous_format)  # the masks have no other way
     settings = (scales, None if top_k == len(scales) else top_k, _draw(probabilities), None)
     if needs_grad and torch.is_grad_enabled():
         return _apply_on_gpu(x, routing_weights, base_output, (weight, bias), settings, *adapters)
@@ -718,7 +721,8 @@ class _RoutedLoRAOnGPU(torch.autograd.Function):
             return tuple(_refuse_twice(grads, [grad_y, *saved]) if twice else grads)
         if twice:
             raise RuntimeError(_TWICE)
-        return tuple(_gpu_formula_backward(ctx, saved, grad_y))
+        grads = _formula_backward(ctx, saved, grad_y)
+        return (*grads[:2], grad_y if need[2] else None, None, None, *grads[2:])
 
 
 _apply_on_gpu: Callable[..., Tensor] = super(torch.autograd.Function, _RoutedLoRAOnGPU).apply
@@ -768,36 +772,6 @@ def _products_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[T
             rows = stacked[columns[e] : columns[e] + rank]
             grads.append(rows if first == 0 else rows.t().clone(memory_format=torch.contiguous_format))
     return grads
-
-
-def _gpu_formula_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None]:
-    """The same where the kernels can't read grad_y: batched by vmap (is_grads_batched), a subclass, traced."""
-    x, _, routing_weights, weight, *adapters = saved
-    need, (scaling, top_k, dropout) = ctx.needs_input_grad, ctx.settings
-    n, dtype = len(scaling), grad_y.dtype
-    ranks = [a.shape[0] for a in adapters[:n]]
-    a, b = torch.cat(adapters[:n]).to(dtype), torch.cat(adapters[n:], 1).to(dtype)
-    if x is None:  # then nothing below depends on its values
-        x = grad_y.new_zeros((*grad_y.shape[:-1], a.shape[1]))
-    leaves = [t.detach().requires_grad_() for t in (x, routing_weights, a, b)]
-    with torch.enable_grad():
-        if dropout is None:
-            h = F.linear(leaves[0], leaves[2])
-        else:
-            seed, dropout_p = dropout
-            rows = leaves[2].split(ranks)
-            seen = [dropped(leaves[0], seed, e, p, as_kernels=True) for e, p in enumerate(dropout_p)]
-            h = torch.cat([F.linear(t, a_e) for t, a_e in zip(seen, rows, strict=True)], -1)
-        y = F.linear(_mix(h, leaves[1], ranks, scaling, top_k), leaves[3])
-    grad_x, grad_w, grad_a, grad_b = torch.autograd.grad(y, leaves, grad_y)
-    if weight is not None:
-        grad_x = grad_x + grad_y @ weight
-    grads = [grad_x, grad_w, grad_y, None, None, *grad_a.split(ranks, -2), *grad_b.split(ranks, -1)]
-    inputs = [None, routing_weights, None, None, None, *adapters]
-    return [
-        None if g is None or not needed else g if like is None else g.to(like.dtype)
-        for g, like, needed in zip(grads, inputs, need, strict=True)
-    ]
 
 
 def _core_dtype(dtype: torch.dtype) -> torch.dtype:

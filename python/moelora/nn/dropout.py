@@ -56,13 +56,17 @@ def dropped_grads(
     dropout_p: Sequence[float],
     *,
     need_x: bool,
+    as_kernels: bool = False,
 ) -> tuple[Tensor | None, list[Tensor] | None]:
-    """Gradients of `dropped_linear`'s x, if needed, and A's, if x is given, from that of its result [..., R]."""
+    """Gradients of `dropped_linear`'s x, if needed, and A's, if x is given, from that of its result [..., R].
+
+    `as_kernels`: of the same product by kernels, which have masks of their own on a GPU.
+    """
     grad_x: Any = 0 if need_x else None
     grads_A: list[Tensor] | None = None if x is None else []
     for e, (a, g) in enumerate(zip(lora_A, grad.split([a.shape[0] for a in lora_A], -1), strict=True)):
         grad_seen = g @ a if need_x or x is None else x
-        mask = _mask(grad_seen, seed, e, dropout_p[e])
+        mask = _mask(grad_seen, seed, e, dropout_p[e], as_kernels)
         if need_x:
             grad_x = grad_x + _masked(grad_seen, *mask)
         if x is not None and grads_A is not None:
