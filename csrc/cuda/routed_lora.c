@@ -568,11 +568,12 @@ static bool is_plain_grad_w(const ml_layer *layer) {
 }
 
 static ml_cuda_status grad_weights(const ml_layer *layer, const float *per_token, void *grad_w) {
-  int share = (int)layer->share;
-  void *arguments[] = {(void *)(uintptr_t)&layer->weights, &per_token, &grad_w, &share};
-  return launch(layer, (ml_variant){ML_MIX, {layer->f16}}, "ml_grad_weights",
-                (ml_launch){.grid = (unsigned)(layer->tokens / layer->share * layer->n_experts), .block = 256},
-                arguments);
+  bool own = layer->share == 1;
+  int64_t numbers = layer->tokens / layer->share * layer->n_experts;
+  int count = (int)(own ? layer->tokens : layer->share);
+  void *arguments[] = {(void *)(uintptr_t)&layer->weights, &per_token, &grad_w, &count};
+  return launch(layer, (ml_variant){ML_MIX, {layer->f16}}, own ? "ml_grad_own_weights" : "ml_grad_weights",
+                (ml_launch){.grid = (unsigned)(own ? ceil_div(numbers, 256) : numbers), .block = 256}, arguments);
 }
 
 /* ---- forward and backward ---- */
