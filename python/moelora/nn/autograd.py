@@ -492,6 +492,26 @@ def _core_forward(
     return _as(x.dtype, y), hidden
 
 
+def _forward_and_save(
+    forward: Callable[..., tuple[Tensor, Tensor | None]],
+    ctx: Any,
+    x: Tensor,
+    routing_weights: Tensor,
+    base_output: Tensor | None,
+    frozen: tuple[Tensor | None, Tensor | None],
+    settings: _Settings,
+    adapters: tuple[Tensor, ...],
+) -> Tensor:
+    """y, with what the backward of a node needs kept in its ctx."""
+    n, need = len(settings[0]), ctx.needs_input_grad
+    keep_hidden = need[1] or True in need[-n:]
+    y, hidden = forward(x, routing_weights, base_output, frozen, settings, adapters, keep_hidden=keep_hidden)
+    ctx.settings = settings[:3]
+    kept_x = x if True in need[-2 * n : -n] else None
+    ctx.save_for_backward(kept_x, hidden, routing_weights, frozen[0] if need[0] else None, *adapters)
+    return y
+
+
 class _RoutedLoRA(torch.autograd.Function):
     """The C core under autograd: what may need a gradient, the frozen base, settings; adapters last, A before B."""
 
@@ -505,13 +525,7 @@ class _RoutedLoRA(torch.autograd.Function):
         settings: _Settings,
         *adapters: Tensor,
     ) -> Tensor:
-        n, need = len(settings[0]), ctx.needs_input_grad
-        keep_hidden = need[1] or True in need[-n:]
-        y, hidden = _core_forward(x, routing_weights, base_output, frozen, settings, adapters, keep_hidden=keep_hidden)
-        ctx.settings = settings[:3]
-        kept_x = x if True in need[-2 * n : -n] else None
-        ctx.save_for_backward(kept_x, hidden, routing_weights, frozen[0] if need[0] else None, *adapters)
-        return y
+        return _forward_and_save(_core_forward, ctx, x, routing_weights, base_output, frozen, settings, adapters)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
@@ -693,13 +707,7 @@ class _RoutedLoRAOnGPU(torch.autograd.Function):
         settings: _Settings,
         *adapters: Tensor,
     ) -> Tensor:
-        n, need = len(settings[0]), ctx.needs_input_grad
-        keep_hidden = need[1] or True in need[-n:]
-        y, hidden = _gpu_forward(x, routing_weights, base_output, frozen, settings, adapters, keep_hidden=keep_hidden)
-        ctx.settings = settings[:3]
-        kept_x = x if True in need[-2 * n : -n] else None
-        ctx.save_for_backward(kept_x, hidden, routing_weights, frozen[0] if need[0] else None, *adapters)
-        return y
+        return _forward_and_save(_gpu_forward, ctx, x, routing_weights, base_output, frozen, settings, adapters)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
