@@ -136,6 +136,7 @@ import hashlib, os, sys
 from moelora import _core, runtime
 runtime.open_nvrtc()
 if os.environ.get("AS_NOBODY"):
+    _core.cuda_compile({0!r}, {1!r}, {2!r})  # opens all files of NVRTC, which that user may not
     os.setuid(12345)
 print(_core.cuda_cache())
 print(hashlib.sha256(_core.cuda_cubin({0!r}, {1!r}, {2!r})).hexdigest())

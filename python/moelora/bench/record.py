@@ -65,7 +65,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], command: str, device: str) -> None:
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], command: str, device: str = "cpu") -> None:
     """Write rows as they come, so that an interrupted run keeps what it measured; the first row names the columns.
 
     Threads and instruction set are those in force when a row comes.
