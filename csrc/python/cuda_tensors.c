@@ -16,8 +16,6 @@ typedef struct {
   int32_t device;
 } cuda_call_;
 
-typedef enum { NO = 0, YES = 1, ERROR = -1 } answer;
-
 static bool is_of(const dl_tensor *view, uint8_t code, uint8_t bits) {
   return view->data != NULL && view->dtype.code == code && view->dtype.bits == bits && view->dtype.lanes == 1;
 }

@@ -62,6 +62,9 @@ int any_requires_grad(const torch_api *torch, PyObject *const *tensors, Py_ssize
 PyObject *joined(PyObject *lora_A, PyObject *lora_B);
 PyObject *spread_scaling(PyObject *scaling, Py_ssize_t n);
 
+/* Whether something is the plain case; ERROR: an exception is set. */
+typedef enum { NO = 0, YES = 1, ERROR = -1 } answer;
+
 /* A new tensor without gaps by torch's empty_strided, not initialised; NULL with an exception. */
 PyObject *new_dense(PyObject *empty, PyObject *dtype, int axes, const int64_t *sizes);
 

@@ -300,8 +300,6 @@ static bool read_dropout(tensor_call *c, PyObject *dropout) {
   return true;
 }
 
-typedef enum { NO = 0, YES = 1, ERROR = -1 } answer;
-
 /* Room for the experts of a call. free_experts wants c->experts in any case. */
 static answer begin(tensor_call *c, PyObject *module, int64_t n_experts) {
   c->torch = &state_of(module)->torch;

@@ -649,7 +649,9 @@ def _on_gpu(
     if x.get_device() != torch.cuda.current_device():  # where new tensors are made
         with torch.cuda.device(x.device):
             return _on_gpu(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
-    if not (type(dropout_p) is float and not dropout_p) and not (x.is_contiguous() and x.data_ptr() % 16 == 0):
+    drops = type(dropout_p) is not float or dropout_p != 0
+    dense = type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided
+    if drops and dense and not (x.is_contiguous() and x.data_ptr() % 16 == 0):
         x = x.clone(memory_format=torch.contiguous_format)  # the masks have no other way
     plain = _core.cuda_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
     if plain is None:
