@@ -8,8 +8,9 @@
 #define MOELORA_ARGUMENTS_H
 
 enum {
-  ML_MAX_EXPERTS = 96,  /* their table travels in the arguments of a launch, */
-  ML_MAX_COLUMNS = 2048 /* and so does which expert columns belong to */
+  ML_MAX_EXPERTS = 256,
+  ML_TABLE_EXPERTS = 96, /* whose table travels in the arguments of a launch, */
+  ML_MAX_COLUMNS = 2048  /* and so does which expert columns belong to */
 };
 
 /* Dtypes of arrays that may be of several. */
@@ -24,7 +25,7 @@ typedef struct {
 } ml_adapter;
 
 typedef struct {
-  ml_adapter of[ML_MAX_EXPERTS];
+  ml_adapter of[ML_TABLE_EXPERTS];
   unsigned char expert_of[ML_MAX_COLUMNS / 8]; /* of 8 columns; the last expert past the last rank */
 } ml_adapters;
 
@@ -64,6 +65,44 @@ typedef struct {
   int tokens, columns, n_experts;
 } ml_narrow;
 
+/* Rows of 16-bit elements, `row` apart. */
+typedef struct {
+  const void *data;
+  long long row;
+  int rows, cols;
+} ml_cuda_rows;
+
+/* ---- the pairs of a token and one of its top k experts ----
+ *
+ * Pair t * k + i is that of token t and the i-th of its experts, the largest weight first. In `order` they come expert by
+ * expert, those of one by their tokens, in tiles of ML_TILE_PAIRS: each expert's begin a tile. */
+enum {
+  ML_TILE_PAIRS = 64,
+  ML_PAIR_CHUNKS = 64, /* of tokens, at most, in which pairs are counted */
+  ML_MAX_PAIR_RANK = 64
+};
+
+typedef struct {
+  ml_adapter *experts;   /* [N] */
+  unsigned char *chosen; /* [T, k] the expert of a pair */
+  float *factors;        /* [T, k] s w */
+  int *counts;           /* [chunks, N] pairs of each expert in a chunk of tokens, */
+  int *first;            /* [N] their places in `order`, */
+  int *total;            /* [N] and how many they are */
+  int *order;            /* [tiles * ML_TILE_PAIRS] pairs; -1: none */
+  int *tile_expert;      /* [tiles] -1: none */
+  int tokens, n_experts, top_k, chunk, tiles;
+} ml_pairs;
+
+/* The narrow side of pairs, R columns each: as ml_narrow, of H = x A^T of their experts or of P = g B. */
+typedef struct {
+  void *mixed;    /* [T, k, R] out */
+  void *weighted; /* [T, k, R] out, backward; NULL: none */
+  void *hidden;   /* [T, C] the columns of the pairs' experts: forward out, backward in; NULL: none */
+  void *grad_w;   /* [T, N] in the weights' dtype, the pairs' numbers: out, backward; NULL: none */
+  int columns, weights_dtype;
+} ml_pair_side;
+
 /* ---- routing; core/moelora.h has its meaning ----
  *
  * Rows are `row` elements apart and have no gaps. What is computed, "real", is float64 for float64 logits and float32
@@ -98,18 +137,11 @@ typedef struct {
   void *grad_logits;        /* [T, N] of the logits' dtype, out */
 } ml_route_gradient;
 
-/* Rows of 16-bit elements, `row` apart. */
-typedef struct {
-  const void *data;
-  long long row;
-  int rows, cols;
-} ml_cuda_rows;
-
 /* Dropout of x, of which every expert has its own: what its masks follow from. */
 typedef struct {
   unsigned keys[7][2];            /* of the rounds of Philox (core/kernels/philox.h) */
-  unsigned drops[ML_MAX_EXPERTS]; /* of the 2^16 numbers that an element may draw those for which it is dropped */
-  float scale[ML_MAX_EXPERTS];    /* of what is kept */
+  unsigned drops[ML_TABLE_EXPERTS]; /* of the 2^16 numbers that an element may draw those for which it is dropped */
+  float scale[ML_TABLE_EXPERTS];    /* of what is kept */
 } ml_dropout;
 
 /* Columns of one expert that share its masks: 8 * tiles of them, from 8 * block on. */

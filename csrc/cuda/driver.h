@@ -56,6 +56,8 @@ typedef enum {
   ML_FEW,
   ML_DECODE,
   ML_DROPOUT,
+  ML_CHOOSE,
+  ML_PAIRS,
   ML_N_SOURCES
 } ml_source;
 

@@ -15,7 +15,7 @@
  * A fragment of the left factor, [16, 16] in four registers: thread t of a warp has row t / 4 at columns 2 (t % 4)
  * and the next in the first, row t / 4 + 8 in the second, and the same 8 columns further in the third and fourth.
  */
-#include "elements.cuh"
+#include "warp.cuh"
 
 enum {
   SPAN = 128,                   /* columns of x that are drawn for at a time */
@@ -94,40 +94,7 @@ DEVICE void drop(u32 (&fragments)[8][4], int of, const drawn &first, const drawn
 DEVICE u32 in_wide(u32 memory, int row, int chunk) { return memory + row * 256 + ((chunk ^ (row & 7)) << 4); }
 DEVICE u32 in_narrow(u32 memory, int row, int chunk) { return memory + row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-/* 8 elements, or zeros; `from` may be read where they are real. */
-DEVICE void copy(u32 to, const u16 *from, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
-}
-DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-/* Until all but the last N groups are there. */
-template <int N>
-DEVICE void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
-/* Four 8 x 8 matrices, whose rows' addresses are those of 8 threads each; transposed: columns where rows were. */
-template <bool TRANSPOSED>
-DEVICE void load_matrices(u32 (&d)[4], u32 address) {
-  if (TRANSPOSED) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-                 : "r"(address)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-                 : "r"(address)
-                 : "memory");
-  }
-}
-
-/* d [16, 8] += a [16, 16] b [16, 8], and the same of depth 8. */
-DEVICE void multiply(float *d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+/* d [16, 8] += a [16, 8] b [8, 8]. */
 DEVICE void multiply(float *d, u32 a0, u32 a1, u32 b0) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." TYPE "." TYPE
                ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"

@@ -1,4 +1,4 @@
-//options: ML_F16 ML_BACKWARD ML_WIDTH ML_COLS ML_BIAS
+//options: ML_F16 ML_BACKWARD ML_WIDTH ML_COLS ML_BIAS ML_ADDS
 /* A layer in one kernel: y [T, n] = x [T, k] w + mixed [T, C] b (+ bias), on Hopper.
  *
  * The sum runs over x and w first and then, in the same accumulators, over the narrow side `mixed` (s w H forward, Q
@@ -8,6 +8,9 @@
  * first compute it, 128 rows at a time, and raise a flag for those rows, flags[i] for 128i.., which are zeros at the
  * beginning. The shrinking blocks are the first, which start before all others and wait for nobody. Without ML_COLS the
  * kernel before has made it.
+ *
+ * With ML_ADDS nothing narrow is multiplied: what a token's `adds` pairs add to it, rows [T, adds, n up to 64] as pairs.cu makes
+ * them, is added to the sum over x and w before it is rounded.
  *
  * A block is a warp that loads and two warpgroups that multiply, on tiles of 128 rows by ML_WIDTH (128, 256) columns. x and w
  * are older than the kernel before this one, so they stream in while that one still runs.
@@ -35,15 +38,47 @@ DEVICE place place_of(int t, int row_tiles, int col_tiles) {
   return {(first + within % high) * ROWS, within / high * ML_WIDTH};
 }
 
+#if ML_ADDS
+/* To rows `row` and `row + 8` of a tile: of 64 columns a thread has 16, which lie side by side in what is added. */
+DEVICE void add_rows(float (&d)[ML_WIDTH / 2], const u16 *added, int adds, int row, int col, int tokens, int n) {
+  int width = (n + 63) / 64 * 64;
+  for (int i = 0; i < adds; i++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      int t = row + 8 * half;
+      if (t >= tokens) continue;
+      const uint4 *from = (const uint4 *)(added + ((u64)t * adds + i) * width + col + threadIdx.x % 4 * 16);
+      uint4 v[ML_WIDTH / 64][2];
+#pragma unroll
+      for (int chunk = 0; chunk < ML_WIDTH / 64; chunk++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) v[chunk][j] = col + 64 * chunk < width ? from[8 * chunk + j] : uint4{0, 0, 0, 0};
+#pragma unroll
+      for (int chunk = 0; chunk < ML_WIDTH / 64; chunk++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          u32 both[4] = {v[chunk][j].x, v[chunk][j].y, v[chunk][j].z, v[chunk][j].w};
+#pragma unroll
+          for (int c = 0; c < 4; c++) {
+            d[32 * chunk + 16 * j + 4 * c + 2 * half] += low_of(both[c]);
+            d[32 * chunk + 16 * j + 4 * c + 2 * half + 1] += high_of(both[c]);
+          }
+        }
+    }
+  }
+}
+#endif
+
 extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
     const __grid_constant__ tensor_map x, const __grid_constant__ tensor_map w, const __grid_constant__ tensor_map mixed,
     const __grid_constant__ tensor_map b, const __grid_constant__ tensor_map y, const __grid_constant__ tensor_map factor,
-    const __grid_constant__ ml_narrow shrunk, const u16 *bias, int n, int depth, int shrinkers, u32 *flags) {
+    const __grid_constant__ ml_narrow shrunk, const u16 *bias, int n, int depth, int shrinkers, u32 *flags,
+    const u16 *added, int adds) {
   extern __shared__ char memory[];
   u32 base = (shared_address(memory) + 1023) & ~1023u;
   ring<STAGES, STAGE_BYTES> r = {base, base + BARRIERS, 0, 0};
   int row_tiles = (shrunk.tokens + ROWS - 1) / ROWS, col_tiles = (n + ML_WIDTH - 1) / ML_WIDTH;
-  int tiles = row_tiles * col_tiles, depth_x = (depth + 63) / 64, steps = depth_x + shrunk.columns / 64;
+  int tiles = row_tiles * col_tiles, depth_x = (depth + 63) / 64, steps = depth_x + (ML_ADDS ? 0 : shrunk.columns / 64);
   int block = blockIdx.x, blocks = gridDim.x;
   int begin = blocks - 1 - block; /* the first blocks have one tile less, where not all have the same */
 #if ML_COLS
@@ -120,6 +155,10 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
       place at = place_of(tile, row_tiles, col_tiles);
       float d[ML_WIDTH / 2];
       sum_tiles(d, none(), r, steps, group, true);
+#if ML_ADDS
+      wait_for_predecessor();
+      add_rows(d, added, adds, at.row + group * 64 + (t >> 5) * 16 + ((t & 31) >> 2), at.col, shrunk.tokens, n);
+#endif
       store_tile(d, base + STAGES * STAGE_BYTES + group * 2 * Y_BYTES, &y, at.row + group * 64, at.col, n, bias, group);
     }
     if (t == 0) stores_done();

@@ -57,6 +57,21 @@ DEVICE float weight_at(const ml_weights &w, int token, int e) {
   return w.dtype == ML_CUDA_F16 ? widen_f16(element) : widen_bf16(element);
 }
 
+/* The i-th number of a gradient of weights of that dtype. */
+DEVICE void put_grad(int dtype, void *grad, u64 i, float value) {
+  if (dtype == ML_CUDA_F32) {
+    ((float *)grad)[i] = value;
+    return;
+  }
+  u32 rounded;
+  if (dtype == ML_CUDA_F16) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(rounded) : "f"(value));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(rounded) : "f"(value));
+  }
+  ((u16 *)grad)[i] = (u16)rounded;
+}
+
 /* The factor s w of an expert for a token, or, where top_k drops the expert, DROPPED, which no s w is: times it everything is 0,
  * infinities and NaN, too. */
 #define DROPPED (-0.f)

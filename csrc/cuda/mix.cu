@@ -32,27 +32,12 @@ extern "C" __global__ void ml_mix_backward(const __grid_constant__ ml_adapters a
   if (n.grad_w) n.grad_w[i] = n.scalings[e] * dot;
 }
 
-/* The i-th number of a gradient of weights. */
-DEVICE void put_grad(const ml_weights &w, void *grad, u64 i, float value) {
-  if (w.dtype == ML_CUDA_F32) {
-    ((float *)grad)[i] = value;
-    return;
-  }
-  u32 rounded;
-  if (w.dtype == ML_CUDA_F16) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(rounded) : "f"(value));
-  } else {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(rounded) : "f"(value));
-  }
-  ((u16 *)grad)[i] = (u16)rounded;
-}
-
 /* The gradient of weights [T, N] that are every token's own: 0 for what top_k drops. One number a thread. */
 extern "C" __global__ void ml_grad_own_weights(const ml_weights w, const float *per_token, void *grad, int tokens) {
   u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= (u64)tokens * w.n_experts) return;
   bool kept = is_kept(w, (int)(i / w.n_experts), (int)(i % w.n_experts));
-  put_grad(w, grad, i, kept ? per_token[i] : 0.f);
+  put_grad(w.dtype, grad, i, kept ? per_token[i] : 0.f);
 }
 
 /* The same, summed over the `share` tokens that have weights in common, in the same order always; to [T / share, N]. One block of
@@ -67,5 +52,5 @@ extern "C" __global__ void ml_grad_weights(const ml_weights w, const float *per_
     __syncthreads();
     if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
   }
-  if (threadIdx.x == 0) put_grad(w, grad, blockIdx.x, sums[0]);
+  if (threadIdx.x == 0) put_grad(w.dtype, grad, blockIdx.x, sums[0]);
 }

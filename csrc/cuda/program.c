@@ -62,10 +62,10 @@ static const struct {
   const char *file;
   bool hopper;
 } sources[ML_N_SOURCES] = {
-    [ML_PREPARE] = {"prepare.cu", false}, [ML_MIX] = {"mix.cu", false},  [ML_ROUTE] = {"route.cu", false},
-    [ML_SHARED] = {"shared.cu", true},    [ML_DUAL] = {"dual.cu", true}, [ML_PROJECT] = {"project.cu", true},
-    [ML_COLLECT] = {"collect.cu", true},  [ML_FEW] = {"few.cu", false},  [ML_DECODE] = {"decode.cu", true},
-    [ML_DROPOUT] = {"dropout.cu", false},
+    [ML_PREPARE] = {"prepare.cu", false}, [ML_MIX] = {"mix.cu", false},       [ML_ROUTE] = {"route.cu", false},
+    [ML_SHARED] = {"shared.cu", true},    [ML_DUAL] = {"dual.cu", true},      [ML_PROJECT] = {"project.cu", true},
+    [ML_COLLECT] = {"collect.cu", true},  [ML_FEW] = {"few.cu", false},       [ML_DECODE] = {"decode.cu", true},
+    [ML_DROPOUT] = {"dropout.cu", false}, [ML_CHOOSE] = {"choose.cu", false}, [ML_PAIRS] = {"pairs.cu", false},
 };
 
 const char *ml_source_name(ml_source source) { return sources[source].file; }

@@ -21,24 +21,44 @@ static bool are_rows(const void *data, int64_t row, int64_t width) {
   return is_aligned(data) && row % 8 == 0 && row >= width;
 }
 
+static atomic_int forced = -1;
+
+bool ml_layer_has_kernels(const ml_layer *layer) { return layer->gpu->major == 9; }
+
+/* Whether the kernels of pairs can compute the mixture: weights of each token's own, of which top_k leaves some. */
+static bool can_group(const ml_layer *layer) {
+  return ml_layer_has_kernels(layer) && !layer->drops && layer->weights.top_k > 0 && layer->share == 1 &&
+         layer->most_rank <= ML_MAX_PAIR_RANK && layer->tokens * layer->weights.top_k <= INT32_MAX / 2;
+}
+
 ml_cuda_status ml_layer_begin(ml_layer *layer) {
   int64_t column = 0;
   if (layer->n_experts > ML_MAX_EXPERTS || layer->d_in % 8 != 0 || layer->d_out % 8 != 0 || layer->tokens < 1 ||
       layer->tokens > INT32_MAX / 2 || layer->d_in > INT32_MAX / 2 || layer->d_out > INT32_MAX / 2) {
     return ML_CUDA_UNSUPPORTED;
   }
+  layer->forced = atomic_load(&forced);
+  layer->most_rank = 0;
   for (int e = 0; e < layer->n_experts; e++) {
-    ml_adapter *adapter = &layer->adapters.of[e];
-    int64_t end = column + round_up(adapter->rank, 8);
-    if (end > ML_MAX_COLUMNS || !is_aligned(adapter->a) || !is_aligned(adapter->b)) {
+    ml_adapter *expert = &layer->experts[e];
+    if (expert->rank > ML_MAX_COLUMNS || !is_aligned(expert->a) || !is_aligned(expert->b)) {
       return ML_CUDA_UNSUPPORTED;
     }
-    adapter->column = (int)column;
-    memset(layer->adapters.expert_of + column / 8, e, (size_t)(end - column) / 8);
-    column = end;
+    layer->most_rank = expert->rank > layer->most_rank ? expert->rank : layer->most_rank;
+    expert->column = (int)column;
+    column += round_up(expert->rank, 8);
   }
   layer->columns = (int)round_up(column, 64);
-  memset(layer->adapters.expert_of + column / 8, layer->n_experts - 1, (size_t)(layer->columns - column) / 8);
+  layer->dense = layer->n_experts <= ML_TABLE_EXPERTS && column <= ML_MAX_COLUMNS;
+  if (!layer->dense) {
+    return can_group(layer) ? ML_CUDA_OK : ML_CUDA_UNSUPPORTED;
+  }
+  memcpy(layer->adapters.of, layer->experts, (size_t)layer->n_experts * sizeof *layer->experts);
+  for (int e = 0; e < layer->n_experts; e++) {
+    int end =
+        e + 1 < layer->n_experts ? layer->experts[e + 1].column : layer->columns; /* the last one's: all that is left */
+    memset(layer->adapters.expert_of + layer->experts[e].column / 8, e, (size_t)(end - layer->experts[e].column) / 8);
+  }
   return ML_CUDA_OK;
 }
 
@@ -59,8 +79,6 @@ void ml_layer_drop(ml_layer *layer, uint64_t seed, const double *probabilities) 
 
 /* ---- which way ---- */
 
-bool ml_layer_has_kernels(const ml_layer *layer) { return layer->gpu->major == 9; }
-
 /* Of the tiles of a [T, n] product: their width, and how many multiprocessors have one less than others in the end. */
 static int tile_width(int64_t n) { return n % 256 == 0 || n % 256 > 128 || n > 2048 ? 256 : 128; }
 static int64_t tiles_of(const ml_layer *layer, int64_t n) {
@@ -71,8 +89,7 @@ static int64_t idle_blocks(const ml_layer *layer, int64_t n) {
   return left == 0 ? 0 : blocks - left;
 }
 
-static const char *const way_names[] = {"torch", "decode", "dual", "fused", "shared"};
-static atomic_int forced = -1;
+static const char *const way_names[] = {"torch", "decode", "dual", "fused", "shared", "grouped"};
 
 const char *ml_way_name(ml_way way) { return way_names[way]; }
 
@@ -112,21 +129,36 @@ static int shared_width(const ml_layer *layer, int64_t n) {
   return 0;
 }
 
+/* Whether that costs less than all experts do: a pair costs what its rows of x and y are to move, which does not grow with the ranks.
+ * Measured: */
+static bool grouping_pays(const ml_layer *layer, int64_t n) {
+  return layer->columns > 128 && layer->columns >= 128 * layer->weights.top_k &&
+         tiles_of(layer, n) * 2 >= layer->gpu->multiprocessors;
+}
+
 ml_way ml_layer_way(const ml_layer *layer, bool backward) {
   if (!ml_layer_has_kernels(layer) || layer->weight == NULL || !is_aligned(layer->bias) ||
       !are_rows(layer->weight, layer->weight_row, layer->d_in)) {
     return ML_BY_TORCH;
   }
   int64_t n = backward ? layer->d_in : layer->d_out;
-  bool can[] = {true, !backward && !layer->drops && layer->tokens <= DECODE_TOKENS && layer->columns <= DECODE_COLUMNS,
-                true, !layer->drops && layer->columns <= 128 && idle_blocks(layer, n) > 0,
-                !layer->drops && layer->columns == 64 && shared_width(layer, n) > 0};
-  int way = atomic_load(&forced);
-  if (way >= 0 && can[way]) {
-    return (ml_way)way;
+  bool can[] = {true,
+                !backward && !layer->drops && layer->tokens <= DECODE_TOKENS && layer->columns <= DECODE_COLUMNS,
+                true,
+                !layer->drops && layer->columns <= 128 && idle_blocks(layer, n) > 0,
+                !layer->drops && layer->columns == 64 && shared_width(layer, n) > 0,
+                can_group(layer)};
+  if (!layer->dense) {
+    return can[ML_BY_GROUPED] ? ML_BY_GROUPED : ML_BY_TORCH;
+  }
+  if (layer->forced >= 0 && can[layer->forced]) {
+    return (ml_way)layer->forced;
   }
   if (can[ML_BY_DECODE]) {
     return ML_BY_DECODE;
+  }
+  if (can[ML_BY_GROUPED] && grouping_pays(layer, n)) {
+    return ML_BY_GROUPED;
   }
   int64_t tiles = tiles_of(layer, n), blocks = layer->gpu->multiprocessors;
   if (can[ML_BY_FUSED] && shrinks_are_free(layer, n) && tiles * 10 >= blocks * 9) {
@@ -141,7 +173,7 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
 /* ---- dropout's slots, and the parts of its sums ---- */
 
 /* Blocks of 8 columns that an expert has. */
-static int blocks_of(const ml_layer *layer, int e) { return (int)ceil_div(layer->adapters.of[e].rank, 8); }
+static int blocks_of(const ml_layer *layer, int e) { return (int)ceil_div(layer->experts[e].rank, 8); }
 
 /* How many of them a slot has: more, and masks are drawn less often, but registers are few. */
 static int slot_tiles(const ml_layer *layer) {
@@ -154,13 +186,13 @@ static int slot_tiles(const ml_layer *layer) {
 }
 
 /* The slots of the experts that have a gradient of A, or of all. */
-static ml_slots slots_of(const ml_layer *layer, const ml_adapters *grads) {
+static ml_slots slots_of(const ml_layer *layer, const ml_adapter *grads) {
   ml_slots slots = {.n = 0};
   int tiles = slot_tiles(layer);
   for (int e = 0; e < layer->n_experts; e++) {
     int blocks = blocks_of(layer, e);
-    for (int block = 0; block < blocks && (grads == NULL || grads->of[e].a != NULL); block += tiles) {
-      slots.of[slots.n++] = (ml_slot){.block = (unsigned char)(layer->adapters.of[e].column / 8 + block),
+    for (int block = 0; block < blocks && (grads == NULL || grads[e].a != NULL); block += tiles) {
+      slots.of[slots.n++] = (ml_slot){.block = (unsigned char)(layer->experts[e].column / 8 + block),
                                       .tiles = (unsigned char)min_(tiles, blocks - block),
                                       .expert = (unsigned char)e};
     }
@@ -206,14 +238,16 @@ typedef struct {
 
 static int n_flags(const ml_layer *layer) { return (int)ceil_div(layer->tokens, ROWS); }
 
-static places places_in(const ml_layer *layer, char *workspace, bool backward) {
-  size_t T = (size_t)layer->tokens, C = (size_t)layer->columns, N = (size_t)layer->n_experts, used = 0;
-  places p = {0};
+/* The next of some places in a workspace of which so many bytes are used. */
 #define PLACE(pointer, size)                                        \
   do {                                                              \
     (pointer) = (void *)(workspace + used);                         \
     used = (used + (size) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; \
   } while (0)
+
+static places places_in(const ml_layer *layer, char *workspace, bool backward) {
+  size_t T = (size_t)layer->tokens, C = (size_t)layer->columns, N = (size_t)layer->n_experts, used = 0;
+  places p = {0};
   PLACE(p.prepared.a, C * (size_t)layer->d_in * 2);
   PLACE(p.prepared.b, C * (size_t)layer->d_out * 2);
   PLACE(p.prepared.factors, T * N * 4);
@@ -228,7 +262,6 @@ static places places_in(const ml_layer *layer, char *workspace, bool backward) {
   if (layer->drops) {
     PLACE(p.parts, parts_bytes(layer, backward));
   }
-#undef PLACE
   p.prepared.tokens = (int)layer->tokens;
   p.prepared.columns = layer->columns;
   p.prepared.n_experts = layer->n_experts;
@@ -239,8 +272,62 @@ static places places_in(const ml_layer *layer, char *workspace, bool backward) {
   return p;
 }
 
-size_t ml_layer_forward_bytes(const ml_layer *layer) { return places_in(layer, NULL, false).bytes; }
-size_t ml_layer_backward_bytes(const ml_layer *layer) { return places_in(layer, NULL, true).bytes; }
+/* Places of the pairs. */
+typedef struct {
+  ml_pairs pairs;
+  void *mixed, *weighted, *added;
+  size_t bytes;
+} pair_places;
+
+/* What choose.cu and pairs.cu call ML_RANKS. */
+static int pair_ranks(const ml_layer *layer) { return layer->most_rank <= 16 ? 16 : layer->most_rank <= 32 ? 32 : 64; }
+
+static int pair_chunks(const ml_layer *layer, int *chunk) {
+  int64_t tokens = round_up(ceil_div(layer->tokens, ML_PAIR_CHUNKS), 8);
+  *chunk = tokens < 32 ? 32 : (int)tokens;
+  return (int)ceil_div(layer->tokens, *chunk);
+}
+
+static pair_places pair_places_in(const ml_layer *layer, char *workspace, bool backward) {
+  size_t N = (size_t)layer->n_experts, P = (size_t)layer->tokens * (size_t)layer->weights.top_k, used = 0;
+  size_t R = (size_t)pair_ranks(layer), n = (size_t)round_up(backward ? layer->d_in : layer->d_out, 64);
+  size_t tiles = (size_t)min_((int64_t)P, (int64_t)(P / ML_TILE_PAIRS + N));
+  pair_places p = {0};
+  size_t chunks = (size_t)pair_chunks(layer, &p.pairs.chunk);
+  PLACE(p.pairs.experts, N * sizeof *p.pairs.experts);
+  PLACE(p.pairs.chosen, P);
+  PLACE(p.pairs.factors, P * 4);
+  PLACE(p.pairs.counts, chunks * N * 4);
+  PLACE(p.pairs.first, N * 4);
+  PLACE(p.pairs.total, N * 4);
+  PLACE(p.pairs.order, tiles * ML_TILE_PAIRS * 4);
+  PLACE(p.pairs.tile_expert, tiles * 4);
+  PLACE(p.mixed, P * R * 2);
+  if (backward) {
+    PLACE(p.weighted, P * R * 2);
+  }
+  PLACE(p.added, P * n * 2);
+  p.pairs.tokens = (int)layer->tokens;
+  p.pairs.n_experts = layer->n_experts;
+  p.pairs.top_k = layer->weights.top_k;
+  p.pairs.tiles = (int)tiles;
+  p.bytes = used;
+  return p;
+}
+#undef PLACE
+
+/* Without a weight no gradient of x is wanted, or torch's products are between what is made here. */
+static bool backward_groups(const ml_layer *layer) {
+  return layer->weight != NULL ? ml_layer_way(layer, true) == ML_BY_GROUPED : !layer->dense;
+}
+
+size_t ml_layer_forward_bytes(const ml_layer *layer) {
+  return ml_layer_way(layer, false) == ML_BY_GROUPED ? pair_places_in(layer, NULL, false).bytes
+                                                     : places_in(layer, NULL, false).bytes;
+}
+size_t ml_layer_backward_bytes(const ml_layer *layer) {
+  return backward_groups(layer) ? pair_places_in(layer, NULL, true).bytes : places_in(layer, NULL, true).bytes;
+}
 
 ml_places ml_layer_places(const ml_layer *layer, void *workspace) {
   places p = places_in(layer, workspace, true);
@@ -326,38 +413,52 @@ static ml_cuda_status project(const ml_layer *layer, const places *p, ml_narrow 
                       arguments);
 }
 
-/* y = x W^T + mixed B^T (+ bias), or grad_x = g W + Q A. */
-static ml_cuda_status dual(const ml_layer *layer, const places *p, ml_narrow narrow, ml_rows x, void *y, bool backward,
-                           bool fused) {
-  int64_t T = layer->tokens, C = layer->columns;
+/* The product of ml_dual: of maps x, w, mixed, b, y and the shrink's factor; `adds` rows of each token are added, or none. */
+static ml_cuda_status dual_tiles(const ml_layer *layer, ml_tensor_map *maps, ml_narrow narrow, bool backward,
+                                 bool fused, unsigned *flags, const void *added, int adds) {
   int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
   int width = tile_width(n), stages = width == 256 ? 4 : 6;
-  const void *b = backward ? p->prepared.a : p->prepared.b, *shrink = backward ? p->prepared.b : p->prepared.a;
-  ml_tensor_map maps[6];
-  ml_cuda_status status;
-  if ((status = map_of(layer, &maps[0], x.data, T, depth, x.row, ROWS)) != ML_CUDA_OK ||
-      (status = factor_map(layer, backward, &maps[1], layer->weight, n, depth, layer->weight_row, width)) !=
-          ML_CUDA_OK ||
-      (status = map_of(layer, &maps[2], p->mixed, T, C, C, ROWS)) != ML_CUDA_OK ||
-      (status = factor_map(layer, backward, &maps[3], b, n, C, backward ? n : C, width)) != ML_CUDA_OK ||
-      (status = map_of(layer, &maps[4], y, T, n, n, 64)) != ML_CUDA_OK ||
-      (status = factor_map(layer, backward, &maps[5], shrink, C, depth, backward ? C : depth, fused ? (int)C : 64)) !=
-          ML_CUDA_OK) {
-    return status;
-  }
   const void *bias = backward ? NULL : layer->bias;
   int n_ = (int)n, depth_ = (int)depth, shrinkers = fused ? (int)idle_blocks(layer, n) : 0;
-  void *flags = p->prepared.flags;
-  void *arguments[] = {&maps[0], &maps[1], &maps[2], &maps[3], &maps[4],   &maps[5],
-                       &narrow,  &bias,    &n_,      &depth_,  &shrinkers, &flags};
+  void *arguments[] = {&maps[0], &maps[1], &maps[2], &maps[3],   &maps[4], &maps[5], &narrow,
+                       &bias,    &n_,      &depth_,  &shrinkers, &flags,   &added,   &adds};
   int64_t blocks = min_(layer->gpu->multiprocessors, fused ? INT32_MAX : tiles_of(layer, n));
-  ml_variant variant = {ML_DUAL, {layer->f16, backward, (int16_t)width, (int16_t)(fused ? C : 0), bias != NULL}};
+  ml_variant variant = {
+      ML_DUAL, {layer->f16, backward, (int16_t)width, (int16_t)(fused ? layer->columns : 0), bias != NULL, adds > 0}};
   return launch(layer, variant, "ml_dual",
                 (ml_launch){.grid = (unsigned)blocks,
                             .block = 384,
                             .shared_bytes = (unsigned)(stages * (16384 + width * 128) + 4 * 8192 + 2048),
                             .early = true},
                 arguments);
+}
+
+/* x, w and y of that product. */
+static ml_cuda_status wide_maps(const ml_layer *layer, ml_tensor_map *maps, ml_rows x, void *y, bool backward) {
+  int64_t T = layer->tokens, depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
+  ml_cuda_status status = map_of(layer, &maps[0], x.data, T, depth, x.row, ROWS);
+  if (status == ML_CUDA_OK) {
+    status = factor_map(layer, backward, &maps[1], layer->weight, n, depth, layer->weight_row, tile_width(n));
+  }
+  return status == ML_CUDA_OK ? map_of(layer, &maps[4], y, T, n, n, 64) : status;
+}
+
+/* y = x W^T + mixed B^T (+ bias), or grad_x = g W + Q A. */
+static ml_cuda_status dual(const ml_layer *layer, const places *p, ml_narrow narrow, ml_rows x, void *y, bool backward,
+                           bool fused) {
+  int64_t T = layer->tokens, C = layer->columns;
+  int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
+  const void *b = backward ? p->prepared.a : p->prepared.b, *shrink = backward ? p->prepared.b : p->prepared.a;
+  ml_tensor_map maps[6];
+  ml_cuda_status status;
+  if ((status = wide_maps(layer, maps, x, y, backward)) != ML_CUDA_OK ||
+      (status = map_of(layer, &maps[2], p->mixed, T, C, C, ROWS)) != ML_CUDA_OK ||
+      (status = factor_map(layer, backward, &maps[3], b, n, C, backward ? n : C, tile_width(n))) != ML_CUDA_OK ||
+      (status = factor_map(layer, backward, &maps[5], shrink, C, depth, backward ? C : depth, fused ? (int)C : 64)) !=
+          ML_CUDA_OK) {
+    return status;
+  }
+  return dual_tiles(layer, maps, narrow, backward, fused, p->prepared.flags, NULL, 0);
 }
 
 /* The same, with the shrink shared by the blocks of a cluster. */
@@ -454,14 +555,14 @@ static ml_cuda_status decode(const ml_layer *layer, ml_rows x, void *mixed, void
 
 /* The experts' gradients from Q and x, and from the weighted H and g. */
 static ml_cuda_status collect(const ml_layer *layer, const places *p, ml_rows x, ml_rows grad_y,
-                              const ml_adapters *grads) {
+                              const ml_adapter *grads) {
   enum { TILE = 256, STAGE_BYTES = 4 * 49152 + 2048 };
   int64_t T = layer->tokens, C = layer->columns;
   bool any_a = false, any_b = false;
   ml_adapters to = layer->adapters;
   for (int e = 0; e < layer->n_experts; e++) {
-    to.of[e].a = grads->of[e].a;
-    to.of[e].b = grads->of[e].b;
+    to.of[e].a = grads[e].a;
+    to.of[e].b = grads[e].b;
     any_a |= to.of[e].a != NULL;
     any_b |= to.of[e].b != NULL;
   }
@@ -527,7 +628,7 @@ static ml_cuda_status drop_project(const ml_layer *layer, const places *p, ml_na
 }
 
 /* dA_e = Q_e^T (D_e x). */
-static ml_cuda_status drop_collect(const ml_layer *layer, const places *p, ml_rows x, const ml_adapters *grads) {
+static ml_cuda_status drop_collect(const ml_layer *layer, const places *p, ml_rows x, const ml_adapter *grads) {
   ml_slots slots = slots_of(layer, grads);
   if (slots.n == 0) {
     return ML_CUDA_OK;
@@ -537,7 +638,7 @@ static ml_cuda_status drop_collect(const ml_layer *layer, const places *p, ml_ro
   int f32 = layer->f32_adapters;
   ml_adapters to = layer->adapters;
   for (int e = 0; e < layer->n_experts; e++) {
-    to.of[e].a = grads->of[e].a;
+    to.of[e].a = grads[e].a;
   }
   ml_cuda_rows of_x = x_of(layer, x);
   const void *q = p->mixed;
@@ -560,6 +661,112 @@ static ml_cuda_status drop_spread(const ml_layer *layer, const places *p, void *
   void *arguments[] = {&q, &a, &grad_x, &add, &tokens, &width, &columns, &slots, (void *)(uintptr_t)&layer->dropout};
   return launch_dropout(layer, "ml_drop_spread", ceil_div(layer->d_in, SPAN) * ceil_div(layer->tokens, SPREAD_ROWS),
                         256, 0, arguments);
+}
+
+/* ---- launches of pairs ---- */
+
+static ml_cuda_status launch_pairs(const ml_layer *layer, const char *entry, bool backward, int64_t grid, int64_t block,
+                                   int64_t shared_bytes, void **arguments) {
+  ml_variant variant = {ML_PAIRS, {layer->f16, layer->f32_adapters, backward, (int16_t)pair_ranks(layer)}};
+  return launch(
+      layer, variant, entry,
+      (ml_launch){
+          .grid = (unsigned)grid, .block = (unsigned)block, .shared_bytes = (unsigned)shared_bytes, .early = true},
+      arguments);
+}
+
+/* Those of the experts, or of their gradients, from `first` on that travel together; how many. */
+static int table_from(const ml_adapter *experts, int n_experts, int first, ml_adapters *table) {
+  int n = (int)min_(n_experts - first, ML_TABLE_EXPERTS);
+  memcpy(table->of, experts + first, (size_t)n * sizeof *experts);
+  return n;
+}
+
+/* The pairs in their order. */
+static ml_cuda_status arrange(const ml_layer *layer, const pair_places *p, void *grad_w) {
+  ml_variant variant = {ML_CHOOSE, {layer->f16}};
+  ml_cuda_status status = ML_CUDA_OK;
+  for (int first = 0; status == ML_CUDA_OK && first < layer->n_experts; first += ML_TABLE_EXPERTS) {
+    ml_adapters table;
+    int n = table_from(layer->experts, layer->n_experts, first, &table);
+    ml_adapter *to = p->pairs.experts + first;
+    void *arguments[] = {&table, &to, &n};
+    status = launch(layer, variant, "ml_experts", (ml_launch){.grid = 1, .block = 128, .early = first > 0}, arguments);
+  }
+  int chunk;
+  ml_launch how = {.grid = (unsigned)pair_chunks(layer, &chunk), .block = 256, .early = true};
+  void *choose[] = {(void *)(uintptr_t)&p->pairs, (void *)(uintptr_t)&layer->weights, &grad_w};
+  void *order[] = {(void *)(uintptr_t)&p->pairs};
+  if (status == ML_CUDA_OK) {
+    status = launch(layer, variant, "ml_choose", how, choose);
+  }
+  return status == ML_CUDA_OK ? launch(layer, variant, "ml_arrange", how, order) : status;
+}
+
+static ml_cuda_rows rows_of(const ml_layer *layer, ml_rows rows, int64_t width) {
+  return (ml_cuda_rows){rows.data, rows.row, (int)layer->tokens, (int)width};
+}
+
+/* The pairs' H, or backward P, and what becomes of it. */
+static ml_cuda_status pairs_shrink(const ml_layer *layer, const pair_places *p, ml_rows x, ml_pair_side side,
+                                   bool backward) {
+  int64_t ranks = pair_ranks(layer), size = layer->f32_adapters ? 4 : 2, depth = ranks * size < 256 ? 32 : 16;
+  int64_t factor = backward ? depth * (ranks * size + 16) : ranks * (depth * size + (size == 4 ? 32 : 16));
+  int64_t ring = 8 * (ML_TILE_PAIRS * (depth * 2 + 16) + factor); /* as in pairs.cu */
+  ml_cuda_rows of_x = rows_of(layer, x, backward ? layer->d_out : layer->d_in);
+  void *arguments[] = {(void *)(uintptr_t)&p->pairs, &of_x, &side};
+  return launch_pairs(layer, "ml_pairs_shrink", backward, p->pairs.tiles, 256, (216 << 10) / ring * ring, arguments);
+}
+
+/* y = x W^T (+ bias), or grad_x = g W, and to each token what its pairs add. */
+static ml_cuda_status pairs_spread(const ml_layer *layer, const pair_places *p, ml_rows x, void *y, bool backward) {
+  int64_t n = backward ? layer->d_in : layer->d_out;
+  int cols = (int)n, width = (int)round_up(n, 64);
+  void *arguments[] = {(void *)(uintptr_t)&p->pairs, (void *)(uintptr_t)&p->mixed, (void *)(uintptr_t)&p->added, &cols,
+                       &width};
+  ml_tensor_map maps[6];
+  ml_cuda_status status = wide_maps(layer, maps, x, y, backward);
+  if (status == ML_CUDA_OK) {
+    status = launch_pairs(layer, "ml_pairs_spread", backward, p->pairs.tiles * ceil_div(n, 256), 256, 0, arguments);
+  }
+  maps[2] = maps[0], maps[3] = maps[5] = maps[1]; /* not used */
+  ml_narrow tokens = {.tokens = p->pairs.tokens};
+  return status == ML_CUDA_OK ? dual_tiles(layer, maps, tokens, backward, false, NULL, p->added, p->pairs.top_k)
+                              : status;
+}
+
+/* The experts' gradients. */
+static ml_cuda_status pairs_collect(const ml_layer *layer, const pair_places *p, ml_rows x, ml_rows grad_y,
+                                    const ml_adapter *grads) {
+  enum { STRIPE = 128, LINES = 32, STAGES = 4 }; /* as in pairs.cu */
+  ml_cuda_status status = ML_CUDA_OK;
+  ml_cuda_rows of_x = rows_of(layer, x, layer->d_in), of_g = rows_of(layer, grad_y, layer->d_out);
+  int64_t shared_bytes = STAGES * LINES * ((STRIPE * 2 + 16) + (pair_ranks(layer) * 2 + 16));
+  for (int first = 0; status == ML_CUDA_OK && first < layer->n_experts; first += ML_TABLE_EXPERTS) {
+    ml_adapters table;
+    int n = table_from(layer->experts, layer->n_experts, first, &table);
+    bool any_a = false, any_b = false;
+    for (int e = 0; e < n; e++) {
+      any_a |= (table.of[e].a = grads[first + e].a) != NULL;
+      any_b |= (table.of[e].b = grads[first + e].b) != NULL;
+    }
+    int a_stripes = any_a ? (int)ceil_div(layer->d_in, STRIPE) : 0;
+    int b_stripes = any_b ? (int)ceil_div(layer->d_out, STRIPE) : 0;
+    void *arguments[] = {&table,
+                         &first,
+                         (void *)(uintptr_t)&p->pairs,
+                         &of_x,
+                         &of_g,
+                         (void *)(uintptr_t)&p->mixed,
+                         (void *)(uintptr_t)&p->weighted,
+                         &a_stripes,
+                         &b_stripes};
+    if (any_a || any_b) {
+      status = launch_pairs(layer, "ml_pairs_collect", true, (int64_t)n * (a_stripes + b_stripes), 128, shared_bytes,
+                            arguments);
+    }
+  }
+  return status;
 }
 
 /* Whether the gradient of weights is what the shrink leaves, [T, N] in float32. */
@@ -586,6 +793,15 @@ ml_cuda_status ml_layer_forward(const ml_layer *layer, ml_rows x, void *y, void 
   if (way == ML_BY_TORCH || !are_rows(x.data, x.row, layer->d_in)) {
     return ML_CUDA_UNSUPPORTED;
   }
+  if (way == ML_BY_GROUPED) {
+    pair_places of_pairs = pair_places_in(layer, workspace, false);
+    ml_cuda_status status = arrange(layer, &of_pairs, NULL);
+    if (status == ML_CUDA_OK) {
+      ml_pair_side side = {.mixed = of_pairs.mixed, .hidden = hidden, .columns = layer->columns};
+      status = pairs_shrink(layer, &of_pairs, x, side, false);
+    }
+    return status == ML_CUDA_OK ? pairs_spread(layer, &of_pairs, x, y, false) : status;
+  }
   if (way == ML_BY_DECODE) {
     ml_cuda_status status = few(layer, x, p.mixed, hidden);
     return status == ML_CUDA_OK ? decode(layer, x, p.mixed, y) : status;
@@ -599,8 +815,27 @@ ml_cuda_status ml_layer_forward(const ml_layer *layer, ml_rows x, void *y, void 
   return status == ML_CUDA_OK ? wide_side(layer, way, &p, narrow, x, y, false) : status;
 }
 
+static ml_cuda_status grouped_backward(const ml_layer *layer, ml_rows x, ml_rows grad_y, const void *hidden,
+                                       void *grad_x, void *grad_w, const ml_adapter *grads, void *workspace) {
+  pair_places p = pair_places_in(layer, workspace, true);
+  ml_pair_side side = {.mixed = p.mixed,
+                       .weighted = hidden != NULL ? p.weighted : NULL,
+                       .hidden = (void *)(uintptr_t)hidden,
+                       .grad_w = grad_w,
+                       .columns = layer->columns,
+                       .weights_dtype = layer->weights.dtype};
+  ml_cuda_status status = arrange(layer, &p, grad_w);
+  if (status == ML_CUDA_OK) {
+    status = pairs_shrink(layer, &p, grad_y, side, true);
+  }
+  if (status == ML_CUDA_OK && grad_x != NULL) {
+    status = pairs_spread(layer, &p, grad_y, grad_x, true);
+  }
+  return status == ML_CUDA_OK ? pairs_collect(layer, &p, x, grad_y, grads) : status;
+}
+
 ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_y, const void *hidden, void *grad_x,
-                                 bool adds, void *grad_w, const ml_adapters *grads, void *workspace) {
+                                 bool adds, void *grad_w, const ml_adapter *grads, void *workspace) {
   ml_way way = ml_layer_way(layer, true);
   places p = places_in(layer, workspace, true);
   ml_narrow narrow = narrow_of(&p);
@@ -608,12 +843,15 @@ ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_
       !are_rows(grad_y.data, grad_y.row, layer->d_out) || (x.data != NULL && !are_rows(x.data, x.row, layer->d_in))) {
     return ML_CUDA_UNSUPPORTED;
   }
+  if (backward_groups(layer)) {
+    return grouped_backward(layer, x, grad_y, hidden, grad_x, grad_w, grads, workspace);
+  }
   narrow.hidden = (void *)(uintptr_t)hidden;
   narrow.weighted = hidden != NULL ? p.weighted : NULL;
   narrow.grad_w = grad_w == NULL ? NULL : is_plain_grad_w(layer) ? grad_w : p.grad_w;
-  ml_adapters undropped = *grads;
-  for (int e = 0; e < layer->n_experts && layer->drops; e++) {
-    undropped.of[e].a = NULL;
+  ml_adapter undropped[ML_TABLE_EXPERTS];
+  for (int e = 0; e < layer->n_experts; e++) {
+    undropped[e] = (ml_adapter){.a = layer->drops ? NULL : grads[e].a, .b = grads[e].b};
   }
   ml_cuda_status status = prepare(layer, &p);
   if (status == ML_CUDA_OK && (grad_x == NULL || way == ML_BY_DUAL || layer->drops)) {
@@ -623,7 +861,7 @@ ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_
     status = wide_side(layer, way, &p, narrow, grad_y, grad_x, true);
   }
   if (status == ML_CUDA_OK) {
-    status = collect(layer, &p, x, grad_y, &undropped);
+    status = collect(layer, &p, x, grad_y, undropped);
   }
   if (status == ML_CUDA_OK && layer->drops) {
     status = drop_collect(layer, &p, x, grads);

@@ -16,14 +16,19 @@ typedef struct {
   bool f16, f32_adapters;
   int64_t tokens, d_in, d_out;
   int n_experts;
-  ml_adapters adapters; /* a, b, rank, scaling are the caller's; ml_layer_begin fills in the rest */
-  const void *weight;   /* [d_out, d_in]; NULL: the mixture alone */
-  int64_t weight_row;   /* elements between its rows */
-  const void *bias;     /* [d_out] or NULL */
+  ml_adapter experts[ML_MAX_EXPERTS]; /* a, b, rank, scaling are the caller's; ml_layer_begin fills in the rest */
+  const void *weight;                 /* [d_out, d_in]; NULL: the mixture alone */
+  int64_t weight_row;                 /* elements between its rows */
+  const void *bias;                   /* [d_out] or NULL */
   ml_weights weights;
   int64_t share; /* tokens that have weights in common: 1, the tokens of a sequence, or all */
-  int columns;   /* C; set by ml_layer_begin */
-  bool drops;    /* set by ml_layer_drop, as what follows */
+  /* Set by ml_layer_begin: */
+  int columns;          /* C */
+  int most_rank;        /* of the experts' */
+  int forced;           /* the way that ml_force_way named, or -1 */
+  bool dense;           /* whether all experts can be computed for all tokens; else only ML_BY_GROUPED remains */
+  ml_adapters adapters; /* the experts with their columns, where dense */
+  bool drops;           /* set by ml_layer_drop, as what follows */
   ml_dropout dropout;
 } ml_layer;
 
@@ -33,12 +38,14 @@ typedef enum {
   ML_BY_DECODE, /* few.cu, then decode.cu: few tokens, forward */
   ML_BY_DUAL,   /* project.cu, or with dropout dropout.cu, then dual.cu */
   ML_BY_FUSED,  /* dual.cu with the shrink inside */
-  ML_BY_SHARED  /* shared.cu: a tile a multiprocessor, 64 columns */
+  ML_BY_SHARED, /* shared.cu: a tile a multiprocessor, 64 columns */
+  ML_BY_GROUPED /* choose.cu, pairs.cu, dual.cu: the top k experts of each token alone */
 } ml_way;
 
-/* ML_CUDA_UNSUPPORTED: too many experts or columns, widths that are not multiples of 8, pointers that are not of 16. */
+/* When all else is known. ML_CUDA_UNSUPPORTED: too many experts or columns, widths that are not multiples of 8, pointers that are
+ * not of 16. */
 ml_cuda_status ml_layer_begin(ml_layer *layer);
-/* After that, dropout of x by masks that are those of core/moelora.h for this seed and these probabilities in [0, 1]. */
+/* After that, and of a dense layer alone, dropout of x by masks that are those of core/moelora.h for this seed and these probabilities in [0, 1]. */
 void ml_layer_drop(ml_layer *layer, uint64_t seed, const double *probabilities);
 ml_way ml_layer_way(const ml_layer *layer, bool backward);
 const char *ml_way_name(ml_way way);
@@ -55,19 +62,19 @@ typedef struct {
 
 /* ---- the whole layer: not ML_BY_TORCH ---- */
 
-/* hidden [T, C] without gaps, or NULL. workspace: ml_layer_forward_bytes, aligned to 256. */
+/* hidden [T, C] without gaps, or NULL; of experts that top_k drops it may be left as it is. workspace: ml_layer_forward_bytes, aligned to 256. */
 size_t ml_layer_forward_bytes(const ml_layer *layer);
 ml_cuda_status ml_layer_forward(const ml_layer *layer, ml_rows x, void *y, void *hidden, void *workspace);
 
-/* grad_x without gaps, NULL: not wanted. grad_w as the weights' own shape without gaps, in their dtype, or NULL. grads: a and b
+/* grad_x without gaps, NULL: not wanted. grad_w as the weights' own shape without gaps, in their dtype, or NULL. grads [N]: a and b
  * are the gradients' arrays of every expert, in the adapters' dtype, or NULL. x may be NULL data where no a is wanted, hidden
  * where neither b nor grad_w is. Without a weight grad_x has to be NULL. With dropout, which any way has, it need not be, and
  * `adds`: it holds g W already, to which the experts' part is added. */
 size_t ml_layer_backward_bytes(const ml_layer *layer);
 ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_y, const void *hidden, void *grad_x,
-                                 bool adds, void *grad_w, const ml_adapters *grads, void *workspace);
+                                 bool adds, void *grad_w, const ml_adapter *grads, void *workspace);
 
-/* ---- between torch's products: on any GPU from 8.0 on ---- */
+/* ---- between torch's products, of a dense layer: on any GPU from 8.0 on ---- */
 
 /* Places in a workspace of ml_layer_forward_bytes or ml_layer_backward_bytes. */
 typedef struct {

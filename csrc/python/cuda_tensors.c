@@ -97,9 +97,9 @@ static bool read_experts(cuda_call_ *c, PyObject *adapters) {
         a.shape[0] > ML_MAX_COLUMNS || (e > 0 && (a.shape[1] != c->layer.d_in || b.shape[0] != c->layer.d_out))) {
       return false;
     }
-    c->layer.adapters.of[e].a = a.data;
-    c->layer.adapters.of[e].b = b.data;
-    c->layer.adapters.of[e].rank = (int)a.shape[0];
+    c->layer.experts[e].a = a.data;
+    c->layer.experts[e].b = b.data;
+    c->layer.experts[e].rank = (int)a.shape[0];
     c->layer.d_in = a.shape[1];
     c->layer.d_out = b.shape[0];
   }
@@ -147,15 +147,15 @@ static bool read_scalings(cuda_call_ *c, PyObject *scalings) {
     if (!PyFloat_CheckExact(scaling) || !isfinite(PyFloat_AS_DOUBLE(scaling))) {
       return false;
     }
-    c->layer.adapters.of[e].scaling = (float)PyFloat_AS_DOUBLE(scaling);
+    c->layer.experts[e].scaling = (float)PyFloat_AS_DOUBLE(scaling);
   }
   return true;
 }
 
 /* None, or the seed of the masks and a tuple of a probability for each expert; once the layer has begun. */
 static bool read_dropout(cuda_call_ *c, PyObject *dropout) {
-  if (dropout == Py_None) {
-    return true;
+  if (dropout == Py_None || !c->layer.dense) {
+    return dropout == Py_None;
   }
   double probabilities[ML_MAX_EXPERTS];
   PyObject *each = PyTuple_CheckExact(dropout) && PyTuple_GET_SIZE(dropout) == 2 ? PyTuple_GET_ITEM(dropout, 1) : NULL;
@@ -249,10 +249,11 @@ static void *data_of(const cuda_call_ *c, PyObject *tensor) {
 
 /* ---- is it the plain case? ---- */
 
-/* (x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
+/* (x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k)
  * -> None, or (adapters, scaling, requires_grad, whether the kernels have dropout) */
 PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
-  if (!takes("cuda_call", 8, n_args)) {
+  int64_t top_k;
+  if (!takes("cuda_call", 9, n_args) || !read_int64(args[8], "top_k", &top_k)) {
     return NULL;
   }
   cuda_call_ c;
@@ -271,10 +272,12 @@ PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
   if (plain == YES && (scaling = spread_scaling(args[4], c.layer.n_experts)) == NULL) {
     plain = ERROR;
   }
-  plain = plain == YES ? read_scalings(&c, scaling) && read_weights(&c, weights, 0) && read_frozen(&c, weight, bias) &&
-                             (base == Py_None || (weight == Py_None && read_rows(&c, base, c.layer.d_out, &unused))) &&
-                             ml_layer_begin(&c.layer) == ML_CUDA_OK
-                       : plain;
+  plain = plain == YES
+              ? read_scalings(&c, scaling) && read_weights(&c, weights, top_k) && read_frozen(&c, weight, bias) &&
+                    (base == Py_None || (weight == Py_None && read_rows(&c, base, c.layer.d_out, &unused))) &&
+                    ml_layer_begin(&c.layer) == ML_CUDA_OK &&
+                    (c.layer.dense || ml_layer_way(&c.layer, false) == ML_BY_GROUPED)
+              : plain;
   if (plain == YES) {
     PyObject *const others[] = {args[0], weights, base, weight, bias};
     PyObject *const *factors = &PyTuple_GET_ITEM(adapters, 0);
@@ -287,7 +290,8 @@ PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
       required = required == 0 ? any_requires_grad(c.torch, others, 3) : required;
       plain = frozen < 0 || required < 0 ? ERROR : frozen > 0 ? NO : YES;
       if (plain == YES) {
-        bool has_dropout = ml_layer_has_kernels(&c.layer) && (uintptr_t)x.data % 16 == 0 && x.row % 8 == 0;
+        bool has_dropout =
+            c.layer.dense && ml_layer_has_kernels(&c.layer) && (uintptr_t)x.data % 16 == 0 && x.row % 8 == 0;
         result =
             Py_BuildValue("OOOO", adapters, scaling, required ? Py_True : Py_False, has_dropout ? Py_True : Py_False);
       }
@@ -425,17 +429,17 @@ PyObject *cuda_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_ar
       (workspace = new_workspace(&c, true)) == NULL) {
     goto done;
   }
-  ml_adapters into;
-  memset(&into, 0, sizeof into);
+  ml_adapter into[ML_MAX_EXPERTS];
+  memset(into, 0, sizeof into);
   for (int e = 0; e < c.layer.n_experts; e++) {
-    into.of[e].a = data_of(&c, PyTuple_GET_ITEM(grads, N_NODE + e));
-    into.of[e].b = data_of(&c, PyTuple_GET_ITEM(grads, N_NODE + c.layer.n_experts + e));
+    into[e].a = data_of(&c, PyTuple_GET_ITEM(grads, N_NODE + e));
+    into[e].b = data_of(&c, PyTuple_GET_ITEM(grads, N_NODE + c.layer.n_experts + e));
   }
   void *grad_x = data_of(&c, PyTuple_GET_ITEM(grads, NODE_X)), *memory = data_of(&c, workspace);
   void *grad_w = data_of(&c, PyTuple_GET_ITEM(grads, NODE_ROUTING_WEIGHTS));
   ml_cuda_status status;
   Py_BEGIN_ALLOW_THREADS;
-  status = ml_layer_backward(&c.layer, x, g, hidden, grad_x, base != Py_None, grad_w, &into, memory);
+  status = ml_layer_backward(&c.layer, x, g, hidden, grad_x, base != Py_None, grad_w, into, memory);
   Py_END_ALLOW_THREADS;
   if (status == ML_CUDA_UNSUPPORTED) {
     plain = NO;
@@ -463,7 +467,7 @@ static answer read_mixture(cuda_call_ *c, PyObject *module, PyObject *const *arg
   answer plain = read_shape(c, module, args[0], rows, &width);
   return plain == YES ? read_experts(c, args[1]) && width == (backward ? c->layer.d_out : c->layer.d_in) &&
                             read_weights(c, args[2], top_k) && read_scalings(c, args[3]) &&
-                            ml_layer_begin(&c->layer) == ML_CUDA_OK
+                            ml_layer_begin(&c->layer) == ML_CUDA_OK && c->layer.dense
                       : plain;
 }
 
@@ -580,35 +584,52 @@ PyObject *set_cuda_way(PyObject *module, PyObject *name) {
     return NULL;
   }
   if (ml_force_way(text) != ML_CUDA_OK) {
-    PyErr_Format(PyExc_ValueError, "name must be 'torch', 'decode', 'dual', 'fused', 'shared' or None, got %R", name);
+    PyErr_Format(PyExc_ValueError,
+                 "name must be 'torch', 'decode', 'dual', 'fused', 'shared', 'grouped' or None, got %R", name);
     return NULL;
   }
   Py_RETURN_NONE;
 }
 
-/* (major, multiprocessors, tokens, d_in, d_out, ranks, backward) -> the name of the way of a layer whose memory is aligned */
+/* (major, multiprocessors, tokens, d_in, d_out, ranks, n_experts, top_k, backward) -> the name of the way of a layer whose memory
+ * is aligned; ranks: of all experts together, top_k: 0, all of them */
 PyObject *cuda_way(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
   (void)module;
-  int64_t numbers[6];
-  if (!takes("cuda_way", 7, n_args)) {
+  enum { MAJOR, MULTIPROCESSORS, TOKENS, D_IN, D_OUT, RANKS, EXPERTS, TOP_K, N_NUMBERS };
+  int64_t numbers[N_NUMBERS];
+  if (!takes("cuda_way", N_NUMBERS + 1, n_args)) {
     return NULL;
   }
-  for (int i = 0; i < 6; i++) {
-    static const char *const names[] = {"major", "multiprocessors", "tokens", "d_in", "d_out", "ranks"};
+  for (int i = 0; i < N_NUMBERS; i++) {
+    static const char *const names[] = {"major", "multiprocessors", "tokens",    "d_in",
+                                        "d_out", "ranks",           "n_experts", "top_k"};
     if (!read_int64(args[i], names[i], &numbers[i])) {
       return NULL;
     }
-    if (numbers[i] < 1 || numbers[i] > INT32_MAX) {
-      PyErr_Format(PyExc_ValueError, "%s must lie in [1, %d], got %lld", names[i], INT32_MAX, (long long)numbers[i]);
+    int64_t least = i == TOP_K ? 0 : 1, most = i == EXPERTS ? numbers[RANKS]
+                                               : i == TOP_K ? numbers[EXPERTS]
+                                                            : INT32_MAX;
+    if (numbers[i] < least || numbers[i] > most) {
+      PyErr_Format(PyExc_ValueError, "%s must lie in [%lld, %lld], got %lld", names[i], (long long)least,
+                   (long long)most, (long long)numbers[i]);
       return NULL;
     }
   }
-  ml_gpu gpu = {.major = (int)numbers[0], .multiprocessors = (int)numbers[1]};
-  ml_layer layer = {.gpu = &gpu, .tokens = numbers[2], .d_in = numbers[3], .d_out = numbers[4], .n_experts = 1};
+  int64_t n = numbers[EXPERTS], ranks = numbers[RANKS];
+  ml_gpu gpu = {.major = (int)numbers[MAJOR], .multiprocessors = (int)numbers[MULTIPROCESSORS]};
+  ml_layer layer = {.gpu = &gpu,
+                    .tokens = numbers[TOKENS],
+                    .d_in = numbers[D_IN],
+                    .d_out = numbers[D_OUT],
+                    .n_experts = (int)n,
+                    .weights.top_k = numbers[TOP_K] == n ? 0 : (int)numbers[TOP_K],
+                    .share = 1};
   static _Alignas(16) const char weight[16];
   layer.weight = weight;
   layer.weight_row = layer.d_in;
-  layer.adapters.of[0].rank = (int)numbers[5];
+  for (int e = 0; e < n && e < ML_MAX_EXPERTS; e++) {
+    layer.experts[e].rank = (int)(ranks / n + (e < ranks % n));
+  }
   bool plain = ml_layer_begin(&layer) == ML_CUDA_OK;
-  return PyUnicode_FromString(ml_way_name(plain ? ml_layer_way(&layer, args[6] == Py_True) : ML_BY_TORCH));
+  return PyUnicode_FromString(ml_way_name(plain ? ml_layer_way(&layer, args[N_NUMBERS] == Py_True) : ML_BY_TORCH));
 }

@@ -165,6 +165,7 @@ def cuda_call(
     base_output: Any,
     weight: Any,
     bias: Any,
+    top_k: int,
     /,
 ) -> tuple[tuple[Any, ...], tuple[float, ...], bool, bool] | None: ...
 def cuda_forward(
@@ -223,7 +224,16 @@ def cuda_mix_backward(
 ) -> None: ...
 def set_cuda_way(name: str | None, /) -> None: ...
 def cuda_way(
-    major: int, multiprocessors: int, tokens: int, d_in: int, d_out: int, ranks: int, backward: bool, /
+    major: int,
+    multiprocessors: int,
+    tokens: int,
+    d_in: int,
+    d_out: int,
+    ranks: int,
+    n_experts: int,
+    top_k: int,
+    backward: bool,
+    /,
 ) -> str: ...
 def route_tensors(
     logits: Any,

@@ -208,17 +208,22 @@ def _describe_gpu(ordinal: int) -> dict[str, Any]:
         major, minor, multiprocessors = _core.cuda_device(ordinal)
     except RuntimeError as error:
         return {"error": str(error)}
-    # The rule itself, for one layer: whatever decides, this can't differ from it.
-    layer = 4096, 4096, 64
+    # The rule itself, for some layers: whatever decides, this can't differ from it.
     gpu = major, multiprocessors
-    ways = {
-        tokens: " / ".join(_core.cuda_way(*gpu, tokens, *layer, backward) for backward in (False, True))
-        for tokens in (1, 64, 256, 1024, 4096, 16384)
-    }
+
+    def ways(*experts: int) -> dict[int, str]:
+        return {
+            tokens: " / ".join(
+                _core.cuda_way(*gpu, tokens, 4096, 4096, *experts, backward) for backward in (False, True)
+            )
+            for tokens in (1, 64, 256, 1024, 4096, 16384)
+        }
+
     return {
         "compute capability": f"{major}.{minor}",
         "multiprocessors": multiprocessors,
-        "ways of a layer of 4096 x 4096, ranks 64, by tokens (forward / backward)": ways,
+        "ways of a layer of 4096 x 4096, ranks 64, by tokens (forward / backward)": ways(64, 4, 0),
+        "the same with the top 2 of 64 experts of rank 16": ways(1024, 64, 2),
     }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from moelora import _core
 from moelora.nn import gpu
 
-WAYS = ("torch", "decode", "dual", "fused", "shared")
+WAYS = ("torch", "decode", "dual", "fused", "shared", "grouped")
 
 
 class Layer(NamedTuple):
@@ -81,7 +81,8 @@ class Layer(NamedTuple):
         device = torch.cuda.get_device_properties(self.x.device)
         columns = sum(-(-len(a) // 8) * 8 for a in self.lora_A)
         tokens, (d_out, d_in) = self.x.shape[:-1].numel(), (len(self.lora_B[0]), self.x.shape[-1])
-        return _core.cuda_way(device.major, device.multi_processor_count, tokens, d_in, d_out, columns, backward)
+        about = (device.major, device.multi_processor_count, tokens, d_in, d_out, columns)
+        return _core.cuda_way(*about, len(self.lora_A), self.top_k or 0, backward)
 
 
 @pytest.fixture

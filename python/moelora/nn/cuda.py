@@ -63,7 +63,7 @@ def set_way(name: str | None) -> None:
 
     Parameters
     ----------
-    name : {"fused", "shared", "dual", "decode", "torch"} or None
+    name : {"fused", "shared", "dual", "grouped", "decode", "torch"} or None
         docs/explanation/architecture.md says what they are. None: by shape again, as `moelora.show_config` tells.
 
     Raises

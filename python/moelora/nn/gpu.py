@@ -40,7 +40,7 @@ def call_on_gpu(
     dense = type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided
     if drops and dense and not (x.is_contiguous() and x.data_ptr() % 16 == 0):
         x = x.clone(memory_format=torch.contiguous_format)  # the masks have no other way
-    plain = _core.cuda_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
+    plain = _core.cuda_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k or 0)
     if plain is None:
         return None
     adapters, scales, needs_grad, has_dropout = plain

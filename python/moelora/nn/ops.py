@@ -65,7 +65,7 @@ def _forward(
     tensors = [t for t in (x, routing_weights, base_output, weight, bias, *adapters) if t is not None]
     y, hidden = None, None
     if on_gpu(x):
-        if is_unwatched() and _core.cuda_call(*call) is not None:
+        if is_unwatched() and _core.cuda_call(*call, top_k or 0) is not None:
             y, hidden = gpu_forward(
                 x, routing_weights, base_output, frozen, settings, adapters, keep_hidden=keep_hidden
             )

@@ -141,7 +141,7 @@ def forced(way: str | None) -> Iterator[None]:
 def way(cell: Cell, which: str) -> str:
     """Names of the way forward, backward, or both with / between them, as it is now."""
     gpu = torch.cuda.get_device_properties()
-    about = (gpu.major, gpu.multi_processor_count, cell.T, cell.d_in, cell.d_out, cell.n * cell.r)
+    about = (gpu.major, gpu.multi_processor_count, cell.T, cell.d_in, cell.d_out, cell.n * cell.r, cell.n, 0)
     directions = {"forward": [False], "forward_grad": [False], "forward+backward": [False, True]}.get(which, [True])
     return "/".join(_core.cuda_way(*about, backward) for backward in directions)
 
