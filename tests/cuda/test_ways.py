@@ -19,8 +19,8 @@ def force():
     _core.set_cuda_way(None)
 
 
-def way(tokens, d_in, d_out, columns, backward=False, gpu=H200):
-    return _core.cuda_way(*gpu, tokens, d_in, d_out, columns, backward)
+def way(tokens, d_in, d_out, columns, backward=False, gpu=H200, n_experts=1, top_k=0):
+    return _core.cuda_way(*gpu, tokens, d_in, d_out, columns, n_experts, top_k, backward)
 
 
 # A product's tiles have 128 rows by 256 columns, or 128 columns where fewer of 256 would be filled.
@@ -61,6 +61,34 @@ def test_the_shape_decides(tokens, d_in, d_out, columns, forward, backward):
 )
 def test_what_the_kernels_do_not_take_is_torchs(changes):
     assert way(**{"tokens": 4096, "d_in": 4096, "d_out": 4096, "columns": 64} | changes) == "torch"
+
+
+# Of experts of rank 16.
+@pytest.mark.parametrize(
+    "tokens, d_in, d_out, n, top_k, expected",
+    [
+        (2048, 4096, 4096, 64, 2, "grouped"),
+        (2048, 4096, 4096, 64, 0, "dual"),
+        (2048, 4096, 4096, 64, 64, "dual"),
+        (2048, 4096, 4096, 8, 2, "fused"),
+        (64, 4096, 4096, 16, 2, "decode"),
+        (64, 4096, 4096, 64, 2, "torch"),  # few tiles
+        # more than all tokens can have: whichever the size
+        (1, 64, 64, 97, 2, "grouped"),
+        (2048, 4096, 4096, 256, 2, "grouped"),
+        (2048, 4096, 4096, 257, 2, "torch"),
+        (2048, 4096, 4096, 256, 0, "torch"),
+    ],
+)
+def test_top_k_decides(tokens, d_in, d_out, n, top_k, expected):
+    assert way(tokens, d_in, d_out, 16 * n, n_experts=n, top_k=top_k) == expected
+
+
+def test_pairs_have_ranks_up_to_64(force):
+    force("grouped")
+    assert way(2048, 4096, 4096, 256, n_experts=4, top_k=2) == "grouped"
+    assert way(2048, 4096, 4096, 257, n_experts=4, top_k=2) == "dual"
+    assert way(2048, 4096, 4096, 256, n_experts=4, top_k=2, gpu=(8, 108)) == "torch"
 
 
 def test_the_gpu_decides():
@@ -104,19 +132,21 @@ def test_ways_are_strings(name):
         _core.set_cuda_way(name)
 
 
-NAMES = ["major", "multiprocessors", "tokens", "d_in", "d_out", "ranks"]
+NAMES = ["major", "multiprocessors", "tokens", "d_in", "d_out", "ranks", "n_experts", "top_k"]
+GIVEN = dict(zip(NAMES, (*H200, 8, 4096, 4096, 64, 4, 2), strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_layer_has_positive_numbers(name):
-    given = dict(zip(NAMES, (*H200, 8, 4096, 4096, 64), strict=True))
-    for value in (0, -1, -100, 2**31, 2**33 + 8):
-        with pytest.raises(ValueError, match=rf"{name} must lie in \[1, 2147483647\], got {value}"):
-            _core.cuda_way(*(given | {name: value}).values(), False)
+def test_the_numbers_of_a_layer_have_limits(name):
+    least, most = {"n_experts": (1, 64), "top_k": (0, 4)}.get(name, (1, 2**31 - 1))
+    low = 4 if name == "ranks" else least  # of 4 experts
+    for value in (least - 1, -1, -100, most + 1, 2**33 + 8):
+        with pytest.raises(ValueError, match=rf"{name} must lie in \[{least}, {most}\], got {value}"):
+            _core.cuda_way(*(GIVEN | {name: value}).values(), False)
     with pytest.raises(TypeError, match=f"{name} must be an int"):
-        _core.cuda_way(*(given | {name: 8.0}).values(), False)
-    for value in (1, 2**31 - 1):
-        assert isinstance(_core.cuda_way(*(given | {name: value}).values(), False), str)
+        _core.cuda_way(*(GIVEN | {name: 8.0}).values(), False)
+    for value in (max(low, 2) if name == "n_experts" else low, most):
+        assert isinstance(_core.cuda_way(*(GIVEN | {name: value}).values(), False), str)
 
 
 # ---- tensors ----
@@ -140,7 +170,8 @@ def arguments(device="cpu", n=2):
 
 def call(**given):
     g = arguments() | given
-    return _core.cuda_call(g["x"], g["lora_A"], g["lora_B"], g["weights"], g["scaling"], None, g["weight"], g["bias"])
+    frozen = None, g["weight"], g["bias"]
+    return _core.cuda_call(g["x"], g["lora_A"], g["lora_B"], g["weights"], g["scaling"], *frozen, 0)
 
 
 def forward(**given):
@@ -195,13 +226,13 @@ def test_a_mix_without_what_was_prepared_is_an_error():
 
 def test_arguments_are_counted():
     for name, n in (
-        ("cuda_call", 8),
+        ("cuda_call", 9),
         ("cuda_forward", 9),
         ("cuda_backward", 7),
         ("cuda_prepare", 7),
         ("cuda_mix", 8),
         ("cuda_mix_backward", 8),
-        ("cuda_way", 7),
+        ("cuda_way", 9),
     ):
         for given in ((), (1,) * (n - 1), (1,) * (n + 1)):
             with pytest.raises(TypeError, match=f"{name} takes {n} arguments, got {len(given)}"):
@@ -212,6 +243,7 @@ def test_arguments_are_counted():
 def test_top_k_is_a_number(top_k):
     x = torch.ones(3, 16)
     calls = {
+        "cuda_call": (x, (x,), (x,), x, 1.0, None, None, None, top_k),
         "cuda_forward": (x, (x,), x, (1.0,), None, None, None, top_k, True),
         "cuda_backward": ((x,) * 6, (True,) * 7, (1.0,), x, None, None, top_k),
         "cuda_prepare": (x, (x,), x, (1.0,), top_k, False, None),

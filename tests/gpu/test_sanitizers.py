@@ -30,7 +30,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    "tool, ways", [("memcheck", []), ("synccheck", []), ("racecheck", ["dual", "fused", "shared"])]
+    "tool, ways", [("memcheck", []), ("synccheck", []), ("racecheck", ["dual", "fused", "shared", "grouped"])]
 )
 def test_it_finds_nothing(tool, ways):
     # Every tensor is an allocation of its own, so that one element behind it is outside.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["call_operator", "columns", "is_operator"]
 
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
-_MAX_EXPERTS, _MAX_COLUMNS = 96, 2048  # ML_MAX_EXPERTS and ML_MAX_COLUMNS of csrc/cuda/arguments.h
+_MAX_EXPERTS, _MAX_COLUMNS = 96, 2048  # ML_TABLE_EXPERTS and ML_MAX_COLUMNS of csrc/cuda/arguments.h
 
 
 def columns(ranks: list[int]) -> list[int]:
