@@ -2,15 +2,17 @@
 /* The pairs of a token and one of its top k experts, in the order of the experts: a counting sort, in which nothing depends on
  * who comes first.
  *
- *   ml_experts   the experts' table, as many at a time as travel in the arguments of a launch
- *   ml_choose    which experts a token has, and how many tokens of a chunk each expert has
+ *   ml_experts   the table of those experts that do not travel in the arguments of ml_choose
+ *   ml_choose    the table of the others; which experts a token has; how many tokens of a chunk each expert has
  *   ml_arrange   where each pair comes, from the counts of all chunks
  *
- * Launch: ml_choose and ml_arrange a block for each chunk, of 256 threads, which is also how many experts there are at most.
+ * Launch: ml_choose and ml_arrange a block for each chunk, of 1024 and 256 threads; that is also how many experts there are at
+ * most.
  */
 #include "elements.cuh"
 
 enum {
+  CHOOSERS = 1024,
   THREADS = 256,
   OF_LANE = ML_MAX_EXPERTS / 32,
   NONE = ML_MAX_EXPERTS,
@@ -18,10 +20,10 @@ enum {
 };
 static_assert(ML_MAX_EXPERTS <= THREADS, "a thread has an expert");
 
-extern "C" __global__ void ml_experts(const __grid_constant__ ml_adapters from, ml_adapter *to, int n) {
+extern "C" __global__ void ml_experts(const __grid_constant__ ml_adapters table, ml_adapter *to, int n) {
   let_successor_start();
   wait_for_predecessor();
-  if (threadIdx.x < n) to[threadIdx.x] = from.of[threadIdx.x];
+  if (threadIdx.x < n) to[threadIdx.x] = table.of[threadIdx.x];
 }
 
 /* A number that is above 0 and orders weights as is_kept does: NaN, whichever, above all. */
@@ -31,16 +33,18 @@ DEVICE u32 rank_of(float weight) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-/* grad_w [T, N], where not NULL: zeros, of which pairs will have theirs. */
-extern "C" __global__ void __launch_bounds__(THREADS) ml_choose(const ml_pairs pairs, const ml_weights weights, void *grad_w) {
+/* table: of the first experts. grad_w [T, N], where not NULL: zeros, of which pairs will have theirs. */
+extern "C" __global__ void __launch_bounds__(CHOOSERS)
+    ml_choose(const __grid_constant__ ml_adapters table, const ml_pairs pairs, const ml_weights weights, void *grad_w) {
   __shared__ int counts[ML_MAX_EXPERTS];
   let_successor_start();
   wait_for_predecessor();
   int n = pairs.n_experts, k = pairs.top_k, lane = threadIdx.x % 32;
   int first = blockIdx.x * pairs.chunk, end = min(first + pairs.chunk, pairs.tokens);
-  counts[threadIdx.x] = 0;
+  if (blockIdx.x == 0 && threadIdx.x < min(n, (int)ML_TABLE_EXPERTS)) pairs.experts[threadIdx.x] = table.of[threadIdx.x];
+  if (threadIdx.x < ML_MAX_EXPERTS) counts[threadIdx.x] = 0;
   __syncthreads();
-  for (int t = first + threadIdx.x / 32; t < end; t += THREADS / 32) {
+  for (int t = first + threadIdx.x / 32; t < end; t += CHOOSERS / 32) {
     u32 left[OF_LANE]; /* of experts lane + 32 i; 0: none, or chosen */
 #pragma unroll
     for (int i = 0; i < OF_LANE; i++) {
@@ -62,7 +66,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) ml_choose(const ml_pairs p
       if (lane == 0) {
         u64 pair = (u64)t * k + slot;
         pairs.chosen[pair] = (unsigned char)e;
-        pairs.factors[pair] = factor_of(pairs.experts[e].scaling, weight_at(weights, t, e));
+        float scaling = e < ML_TABLE_EXPERTS ? table.of[e].scaling : pairs.experts[e].scaling;
+        pairs.factors[pair] = factor_of(scaling, weight_at(weights, t, e));
         atomicAdd(&counts[e], 1);
       }
     }

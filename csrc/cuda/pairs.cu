@@ -1,4 +1,4 @@
-//options: ML_F16 ML_F32_ADAPTERS ML_BACKWARD ML_RANKS
+//options: ML_F16 ML_F32_ADAPTERS ML_BACKWARD ML_RANKS ML_DEEP
 /* Layers of which each token has its top k experts alone: what becomes of the pairs of a token and an expert, expert by expert,
  * in tiles of ML_TILE_PAIRS that choose.cu has arranged. Ranks are up to ML_RANKS (16, 32, 64).
  *
@@ -40,7 +40,8 @@ DEVICE u32 two_rounded(const adapter *first, const adapter *second) {
 /* ---- the shrink ----
  *
  * A block computes a tile, a warp every eighth stretch of the sum, for which it has a ring of loads of its own; in the end the
- * eight parts are added.
+ * eight parts are added. With ML_DEEP, for no more tiles than multiprocessors, the rings fill all shared memory, and
+ * so they do for 64 ranks; else half.
  */
 
 enum {
@@ -54,11 +55,12 @@ enum {
   FACTOR_BYTES = ML_RANKS * FACTOR_PITCH,
 #endif
   STAGE = ML_TILE_PAIRS * X_PITCH + FACTOR_BYTES,
-  STAGES = (216 << 10) / (WARPS * STAGE),
+  FITTING = ((ML_DEEP || ML_RANKS == 64 ? 216 : 108) << 10) / (WARPS * STAGE),
+  STAGES = FITTING > 2 ? FITTING : 2,
   PARTS = DEPTH / 8,                /* 16s of a row */
   ROWS_OF_LANE = 2 * PARTS          /* of those of a tile that a thread loads */
 };
-static_assert(STAGES >= 2 && WARPS * ML_TILE_PAIRS * ML_RANKS * 4 <= WARPS * STAGES * STAGE, "the parts take the place of the ring");
+static_assert(WARPS * STAGES * STAGE <= 226 << 10 && WARPS * ML_TILE_PAIRS * ML_RANKS * 4 <= WARPS * STAGES * STAGE, "the parts take the place of the ring");
 
 /* Columns [16 i, 16 i + 16) of the factor at 16 of the sum, as two right fragments. */
 DEVICE void load_right(u32 (&b)[4], const char *factor, int k, int i, int rank, int pitch) {
@@ -89,7 +91,7 @@ DEVICE void load_right(u32 (&b)[4], const char *factor, int k, int i, int rank, 
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
     ml_pairs_shrink(const ml_pairs pairs, const ml_cuda_rows x, const ml_pair_side side) {
   extern __shared__ __align__(16) char memory[];
   __shared__ int order[ML_TILE_PAIRS];
@@ -239,11 +241,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
 
 /* ---- the spread ----
  *
- * A block computes a tile's rows at SPREAD columns, a warp 32 rows at 64 of them. rows [T, k, width] are those of the result.
+ * A block computes a tile's rows at SPREAD columns SPANS times, a warp 32 rows at 64 of them. rows [T, k, width] are those of the
+ * result.
  */
 
 enum {
   SPREAD = 256,
+  SPANS = 4,
   MIXED_PITCH = ML_RANKS * 2 + 16, /* bytes */
 #if ML_BACKWARD
   PANEL_PITCH = SPREAD * 2 + 16, /* A [R, SPREAD] */
@@ -270,42 +274,9 @@ DEVICE uint4 eight(const adapter *from, int n, bool aligned) {
   return {v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16};
 }
 
-extern "C" __global__ void __launch_bounds__(256) ml_pairs_spread(const ml_pairs pairs, const u16 *mixed, u16 *rows, int cols,
-                                                                  int width) {
-  __shared__ __align__(16) char left[ML_TILE_PAIRS * MIXED_PITCH], panel[PANEL_BYTES];
-  __shared__ int order[ML_TILE_PAIRS];
-  let_successor_start();
-  wait_for_predecessor();
-  int spans = (cols + SPREAD - 1) / SPREAD, tile = blockIdx.x / spans, column = blockIdx.x % spans * SPREAD;
-  int e = pairs.tile_expert[tile], warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (e < 0) return;
-  if (threadIdx.x < ML_TILE_PAIRS) order[threadIdx.x] = pairs.order[tile * ML_TILE_PAIRS + threadIdx.x];
-  const ml_adapter expert = pairs.experts[e];
-  int rank = expert.rank;
-#if ML_BACKWARD
-  for (int i = threadIdx.x; i < ML_RANKS * (SPREAD / 8); i += 256) {
-    int r = i / (SPREAD / 8), c = column + i % (SPREAD / 8) * 8;
-    uint4 v = {0, 0, 0, 0};
-    if (r < rank && c < cols) v = eight((const adapter *)expert.a + (u64)r * cols + c, 8, true);
-    *(uint4 *)(panel + r * PANEL_PITCH + i % (SPREAD / 8) * 16) = v;
-  }
-#else
-  for (int i = threadIdx.x; i < SPREAD * COLS; i += 256) {
-    int c = column + i / COLS, r = i % COLS * 8;
-    uint4 v = {0, 0, 0, 0};
-    if (r < rank && c < cols) v = eight((const adapter *)expert.b + (u64)c * rank + r, rank - r, rank % 8 == 0);
-    *(uint4 *)(panel + i / COLS * PANEL_PITCH + r * 2) = v;
-  }
-#endif
-  __syncthreads();
-  for (int i = threadIdx.x; i < ML_TILE_PAIRS * COLS; i += 256) {
-    int pair = order[i / COLS];
-    *(uint4 *)(left + i / COLS * MIXED_PITCH + i % COLS * 16) =
-        pair < 0 ? uint4{0, 0, 0, 0} : ((const uint4 *)mixed)[(u64)pair * COLS + i % COLS];
-  }
-  __syncthreads();
-  int chunk = warp / 2, first = warp % 2 * 32; /* of the columns, and of the rows */
-  if (column + 64 * chunk >= width) return;
+/* 32 rows of a tile at 64 columns of its panel. */
+DEVICE void spread_chunk(u16 *rows, const int *order, u32 left, u32 panel, int chunk, int column, int width) {
+  int lane = threadIdx.x % 32;
   float d[2][8][4];
 #pragma unroll
   for (int m = 0; m < 2; m++)
@@ -318,15 +289,15 @@ extern "C" __global__ void __launch_bounds__(256) ml_pairs_spread(const ml_pairs
     u32 a[2][4], b[4];
 #pragma unroll
     for (int m = 0; m < 2; m++)
-      load_matrices<false>(a[m], shared_address(left) + (first + 16 * m + lane % 16) * MIXED_PITCH + (k + lane / 16 * 8) * 2);
+      load_matrices<false>(a[m], left + (16 * m + lane % 16) * MIXED_PITCH + (k + lane / 16 * 8) * 2);
 #pragma unroll
     for (int c = 0; c < 4; c++) {
       int from = 64 * chunk + 16 * c;
 #if ML_BACKWARD
-      load_matrices<true>(b, shared_address(panel) + (k + lane % 16) * PANEL_PITCH + (from + lane / 16 * 8) * 2);
+      load_matrices<true>(b, panel + (k + lane % 16) * PANEL_PITCH + (from + lane / 16 * 8) * 2);
 #else
       int line = from + lane % 8 + lane / 16 * 8;
-      load_matrices<false>(b, shared_address(panel) + line * PANEL_PITCH + (k + lane / 8 % 2 * 8) * 2);
+      load_matrices<false>(b, panel + line * PANEL_PITCH + (k + lane / 8 % 2 * 8) * 2);
 #endif
 #pragma unroll
       for (int m = 0; m < 2; m++) {
@@ -339,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(256) ml_pairs_spread(const ml_pairs
   for (int m = 0; m < 2; m++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      int pair = order[first + 16 * m + lane / 4 + 8 * half], i = 2 * half;
+      int pair = order[16 * m + lane / 4 + 8 * half], i = 2 * half;
       if (pair < 0) continue;
       uint4 *to = (uint4 *)(rows + (u64)pair * width + column + 64 * chunk + lane % 4 * 16);
       to[0] = uint4{narrow(d[m][0][i], d[m][0][i + 1]), narrow(d[m][1][i], d[m][1][i + 1]),
@@ -347,6 +318,64 @@ extern "C" __global__ void __launch_bounds__(256) ml_pairs_spread(const ml_pairs
       to[1] = uint4{narrow(d[m][4][i], d[m][4][i + 1]), narrow(d[m][5][i], d[m][5][i + 1]),
                     narrow(d[m][6][i], d[m][6][i + 1]), narrow(d[m][7][i], d[m][7][i + 1])};
     }
+}
+
+extern "C" __global__ void __launch_bounds__(256) ml_pairs_spread(const ml_pairs pairs, const u16 *mixed, u16 *rows, int cols,
+                                                                  int width) {
+  __shared__ __align__(16) char left[ML_TILE_PAIRS * MIXED_PITCH], panel[PANEL_BYTES];
+  __shared__ int order[ML_TILE_PAIRS];
+  let_successor_start();
+  wait_for_predecessor();
+  int groups = (cols + SPANS * SPREAD - 1) / (SPANS * SPREAD), tile = blockIdx.x / groups;
+  int e = pairs.tile_expert[tile], warp = threadIdx.x / 32;
+  if (e < 0) return;
+  if (threadIdx.x < ML_TILE_PAIRS) order[threadIdx.x] = pairs.order[tile * ML_TILE_PAIRS + threadIdx.x];
+  const ml_adapter expert = pairs.experts[e];
+  int rank = expert.rank, column = blockIdx.x % groups * SPANS * SPREAD, end = min(column + SPANS * SPREAD, cols);
+
+  uint4 next[COLS]; /* this thread's part of a panel, which is on its way while the one before is multiplied */
+  auto fetch = [&](int from) {
+#pragma unroll
+    for (int j = 0; j < COLS; j++) {
+      int i = threadIdx.x + 256 * j;
+#if ML_BACKWARD
+      int r = i / (SPREAD / 8), c = from + i % (SPREAD / 8) * 8;
+      bool real = r < rank && c < cols;
+      next[j] = real ? eight((const adapter *)expert.a + (u64)r * cols + c, 8, true) : uint4{0, 0, 0, 0};
+#else
+      int c = from + i / COLS, r = i % COLS * 8;
+      bool real = r < rank && c < cols;
+      next[j] = real ? eight((const adapter *)expert.b + (u64)c * rank + r, rank - r, rank % 8 == 0) : uint4{0, 0, 0, 0};
+#endif
+    }
+  };
+  auto keep = [&]() {
+#pragma unroll
+    for (int j = 0; j < COLS; j++) {
+      int i = threadIdx.x + 256 * j;
+#if ML_BACKWARD
+      *(uint4 *)(panel + i / (SPREAD / 8) * PANEL_PITCH + i % (SPREAD / 8) * 16) = next[j];
+#else
+      *(uint4 *)(panel + i / COLS * PANEL_PITCH + i % COLS * 16) = next[j];
+#endif
+    }
+  };
+  fetch(column);
+  __syncthreads();
+  for (int i = threadIdx.x; i < ML_TILE_PAIRS * COLS; i += 256) {
+    int pair = order[i / COLS];
+    *(uint4 *)(left + i / COLS * MIXED_PITCH + i % COLS * 16) =
+        pair < 0 ? uint4{0, 0, 0, 0} : ((const uint4 *)mixed)[(u64)pair * COLS + i % COLS];
+  }
+  int chunk = warp / 2, first = warp % 2 * 32; /* of the columns, and of the rows */
+  for (; column < end; column += SPREAD) {
+    keep();
+    __syncthreads();
+    if (column + SPREAD < end) fetch(column + SPREAD);
+    if (column + 64 * chunk < width)
+      spread_chunk(rows, order + first, shared_address(left) + first * MIXED_PITCH, shared_address(panel), chunk, column, width);
+    __syncthreads();
+  }
 }
 
 /* ---- the experts' gradients ----
@@ -361,7 +390,7 @@ enum {
   LINES = 32, /* pairs of a step */
   WIDE_PITCH = STRIPE * 2 + 16,
   COLLECT_STAGE = LINES * (WIDE_PITCH + MIXED_PITCH),
-  COLLECT_STAGES = 4
+  COLLECT_STAGES = 3
 };
 
 DEVICE void put(adapter *to, float value) {

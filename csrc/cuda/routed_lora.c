@@ -413,15 +413,15 @@ static ml_cuda_status project(const ml_layer *layer, const places *p, ml_narrow 
                       arguments);
 }
 
-/* The product of ml_dual: of maps x, w, mixed, b, y and the shrink's factor; `adds` rows of each token are added, or none. */
+/* The product of ml_dual: of maps x, w, mixed (with `adds`: what is added), b, y and the shrink's factor. */
 static ml_cuda_status dual_tiles(const ml_layer *layer, ml_tensor_map *maps, ml_narrow narrow, bool backward,
-                                 bool fused, unsigned *flags, const void *added, int adds) {
+                                 bool fused, unsigned *flags, int adds) {
   int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
   int width = tile_width(n), stages = width == 256 ? 4 : 6;
   const void *bias = backward ? NULL : layer->bias;
   int n_ = (int)n, depth_ = (int)depth, shrinkers = fused ? (int)idle_blocks(layer, n) : 0;
   void *arguments[] = {&maps[0], &maps[1], &maps[2], &maps[3],   &maps[4], &maps[5], &narrow,
-                       &bias,    &n_,      &depth_,  &shrinkers, &flags,   &added,   &adds};
+                       &bias,    &n_,      &depth_,  &shrinkers, &flags,   &adds};
   int64_t blocks = min_(layer->gpu->multiprocessors, fused ? INT32_MAX : tiles_of(layer, n));
   ml_variant variant = {
       ML_DUAL, {layer->f16, backward, (int16_t)width, (int16_t)(fused ? layer->columns : 0), bias != NULL, adds > 0}};
@@ -458,7 +458,7 @@ static ml_cuda_status dual(const ml_layer *layer, const places *p, ml_narrow nar
           ML_CUDA_OK) {
     return status;
   }
-  return dual_tiles(layer, maps, narrow, backward, fused, p->prepared.flags, NULL, 0);
+  return dual_tiles(layer, maps, narrow, backward, fused, p->prepared.flags, 0);
 }
 
 /* The same, with the shrink shared by the blocks of a cluster. */
@@ -665,9 +665,9 @@ static ml_cuda_status drop_spread(const ml_layer *layer, const places *p, void *
 
 /* ---- launches of pairs ---- */
 
-static ml_cuda_status launch_pairs(const ml_layer *layer, const char *entry, bool backward, int64_t grid, int64_t block,
-                                   int64_t shared_bytes, void **arguments) {
-  ml_variant variant = {ML_PAIRS, {layer->f16, layer->f32_adapters, backward, (int16_t)pair_ranks(layer)}};
+static ml_cuda_status launch_pairs(const ml_layer *layer, const char *entry, bool backward, bool deep, int64_t grid,
+                                   int64_t block, int64_t shared_bytes, void **arguments) {
+  ml_variant variant = {ML_PAIRS, {layer->f16, layer->f32_adapters, backward, (int16_t)pair_ranks(layer), deep}};
   return launch(
       layer, variant, entry,
       (ml_launch){
@@ -686,20 +686,22 @@ static int table_from(const ml_adapter *experts, int n_experts, int first, ml_ad
 static ml_cuda_status arrange(const ml_layer *layer, const pair_places *p, void *grad_w) {
   ml_variant variant = {ML_CHOOSE, {layer->f16}};
   ml_cuda_status status = ML_CUDA_OK;
-  for (int first = 0; status == ML_CUDA_OK && first < layer->n_experts; first += ML_TABLE_EXPERTS) {
-    ml_adapters table;
+  ml_adapters table;
+  for (int first = ML_TABLE_EXPERTS; status == ML_CUDA_OK && first < layer->n_experts; first += ML_TABLE_EXPERTS) {
     int n = table_from(layer->experts, layer->n_experts, first, &table);
     ml_adapter *to = p->pairs.experts + first;
     void *arguments[] = {&table, &to, &n};
-    status = launch(layer, variant, "ml_experts", (ml_launch){.grid = 1, .block = 128, .early = first > 0}, arguments);
+    status = launch(layer, variant, "ml_experts", (ml_launch){.grid = 1, .block = 128}, arguments);
   }
+  table_from(layer->experts, layer->n_experts, 0, &table);
   int chunk;
-  ml_launch how = {.grid = (unsigned)pair_chunks(layer, &chunk), .block = 256, .early = true};
-  void *choose[] = {(void *)(uintptr_t)&p->pairs, (void *)(uintptr_t)&layer->weights, &grad_w};
+  unsigned chunks = (unsigned)pair_chunks(layer, &chunk);
+  void *choose[] = {&table, (void *)(uintptr_t)&p->pairs, (void *)(uintptr_t)&layer->weights, &grad_w};
   void *order[] = {(void *)(uintptr_t)&p->pairs};
   if (status == ML_CUDA_OK) {
-    status = launch(layer, variant, "ml_choose", how, choose);
+    status = launch(layer, variant, "ml_choose", (ml_launch){.grid = chunks, .block = 1024}, choose);
   }
+  ml_launch how = {.grid = chunks, .block = 256, .early = true};
   return status == ML_CUDA_OK ? launch(layer, variant, "ml_arrange", how, order) : status;
 }
 
@@ -715,7 +717,10 @@ static ml_cuda_status pairs_shrink(const ml_layer *layer, const pair_places *p, 
   int64_t ring = 8 * (ML_TILE_PAIRS * (depth * 2 + 16) + factor); /* as in pairs.cu */
   ml_cuda_rows of_x = rows_of(layer, x, backward ? layer->d_out : layer->d_in);
   void *arguments[] = {(void *)(uintptr_t)&p->pairs, &of_x, &side};
-  return launch_pairs(layer, "ml_pairs_shrink", backward, p->pairs.tiles, 256, (216 << 10) / ring * ring, arguments);
+  bool deep = p->pairs.tiles <= layer->gpu->multiprocessors; /* each of which has all its memory for one tile then */
+  int64_t stages = ((deep || ranks == 64 ? 216 : 108) << 10) / ring;
+  return launch_pairs(layer, "ml_pairs_shrink", backward, deep, p->pairs.tiles, 256, (stages > 2 ? stages : 2) * ring,
+                      arguments);
 }
 
 /* y = x W^T (+ bias), or grad_x = g W, and to each token what its pairs add. */
@@ -725,20 +730,24 @@ static ml_cuda_status pairs_spread(const ml_layer *layer, const pair_places *p, 
   void *arguments[] = {(void *)(uintptr_t)&p->pairs, (void *)(uintptr_t)&p->mixed, (void *)(uintptr_t)&p->added, &cols,
                        &width};
   ml_tensor_map maps[6];
+  int64_t all = p->pairs.top_k * width;
   ml_cuda_status status = wide_maps(layer, maps, x, y, backward);
   if (status == ML_CUDA_OK) {
-    status = launch_pairs(layer, "ml_pairs_spread", backward, p->pairs.tiles * ceil_div(n, 256), 256, 0, arguments);
+    status = map_of(layer, &maps[2], p->added, layer->tokens, all, all, ROWS);
   }
-  maps[2] = maps[0], maps[3] = maps[5] = maps[1]; /* not used */
+  if (status == ML_CUDA_OK) {
+    status = launch_pairs(layer, "ml_pairs_spread", backward, false, p->pairs.tiles * ceil_div(n, 4 * 256), 256, 0,
+                          arguments);
+  }
+  maps[3] = maps[5] = maps[1]; /* not used */
   ml_narrow tokens = {.tokens = p->pairs.tokens};
-  return status == ML_CUDA_OK ? dual_tiles(layer, maps, tokens, backward, false, NULL, p->added, p->pairs.top_k)
-                              : status;
+  return status == ML_CUDA_OK ? dual_tiles(layer, maps, tokens, backward, false, NULL, p->pairs.top_k) : status;
 }
 
 /* The experts' gradients. */
 static ml_cuda_status pairs_collect(const ml_layer *layer, const pair_places *p, ml_rows x, ml_rows grad_y,
                                     const ml_adapter *grads) {
-  enum { STRIPE = 128, LINES = 32, STAGES = 4 }; /* as in pairs.cu */
+  enum { STRIPE = 128, LINES = 32, STAGES = 3 }; /* as in pairs.cu */
   ml_cuda_status status = ML_CUDA_OK;
   ml_cuda_rows of_x = rows_of(layer, x, layer->d_in), of_g = rows_of(layer, grad_y, layer->d_out);
   int64_t shared_bytes = STAGES * LINES * ((STRIPE * 2 + 16) + (pair_ranks(layer) * 2 + 16));
@@ -762,8 +771,8 @@ static ml_cuda_status pairs_collect(const ml_layer *layer, const pair_places *p,
                          &a_stripes,
                          &b_stripes};
     if (any_a || any_b) {
-      status = launch_pairs(layer, "ml_pairs_collect", true, (int64_t)n * (a_stripes + b_stripes), 128, shared_bytes,
-                            arguments);
+      status = launch_pairs(layer, "ml_pairs_collect", true, false, (int64_t)n * (a_stripes + b_stripes), 128,
+                            shared_bytes, arguments);
     }
   }
   return status;
@@ -828,10 +837,10 @@ static ml_cuda_status grouped_backward(const ml_layer *layer, ml_rows x, ml_rows
   if (status == ML_CUDA_OK) {
     status = pairs_shrink(layer, &p, grad_y, side, true);
   }
-  if (status == ML_CUDA_OK && grad_x != NULL) {
-    status = pairs_spread(layer, &p, grad_y, grad_x, true);
+  if (status == ML_CUDA_OK) {
+    status = pairs_collect(layer, &p, x, grad_y, grads);
   }
-  return status == ML_CUDA_OK ? pairs_collect(layer, &p, x, grad_y, grads) : status;
+  return status == ML_CUDA_OK && grad_x != NULL ? pairs_spread(layer, &p, grad_y, grad_x, true) : status;
 }
 
 ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_y, const void *hidden, void *grad_x,
