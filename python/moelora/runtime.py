@@ -211,11 +211,10 @@ def _describe_gpu(ordinal: int) -> dict[str, Any]:
     # The rule itself, for some layers: whatever decides, this can't differ from it.
     gpu = major, multiprocessors
 
-    def ways(*experts: int) -> dict[int, str]:
+    def ways(ranks: int, n_experts: int, top_k: int) -> dict[int, str]:
+        layer = 4096, 4096, ranks, n_experts, top_k
         return {
-            tokens: " / ".join(
-                _core.cuda_way(*gpu, tokens, 4096, 4096, *experts, backward) for backward in (False, True)
-            )
+            tokens: " / ".join(_core.cuda_way(*gpu, tokens, *layer, backward) for backward in (False, True))
             for tokens in (1, 64, 256, 1024, 4096, 16384)
         }
 

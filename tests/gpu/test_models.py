@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moelora import MoELoraConfig, get_peft_model
-from moelora.nn import cuda
+from moelora import MoELoraConfig, _core, get_peft_model
+from moelora.nn import cuda, gpu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -175,3 +175,21 @@ def test_a_float16_base_and_adapters_in_its_dtype(model, ids, taken, by_formula,
         expected = by_formula(lambda: model(input_ids=ids, routing_weights=weights).logits)
         exact = copy.deepcopy(model).double()(input_ids=ids, routing_weights=weights).logits
     assert_as_close(logits, expected, exact, "logits")
+
+
+@hopper
+def test_the_top_k_of_a_router_reaches_the_kernels(model, ids, force_way, monkeypatch):
+    model.base_model.router.top_k = 2
+    seen = []
+
+    class Seeing:
+        def __getattr__(self, name):
+            if name == "cuda_forward":
+                return lambda *args: seen.append(args[7]) or _core.cuda_forward(*args)
+            return getattr(_core, name)
+
+    monkeypatch.setattr(gpu, "_core", Seeing())
+    exact = model(input_ids=ids).logits
+    assert seen == [2] * N_LINEARS
+    force_way("grouped")
+    torch.testing.assert_close(model(input_ids=ids).logits, exact, atol=3e-2, rtol=3e-2)

@@ -12,6 +12,7 @@ from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from moelora.nn import routed_lora
+from moelora.nn.cuda import on_gpu
 from moelora.peft.routed import Routed
 
 __all__ = ["Linear", "LoraLayer", "RoutedLora"]
@@ -59,9 +60,8 @@ class RoutedLora(Routed, LoraLayer):
         if weights.device != x.device:
             weights = weights.to(x.device)
         if top_k is not None:
-            # What is not in the core has no use for it: it would have to find out anew which weights are 0.
-            in_core = x.device.type == "cpu" and not (dropout_p and torch.compiler.is_compiling())
-            top_k = min(top_k, len(present)) if in_core else None
+            # What is not in kernels of ours has no use for it: it would have to find out anew which weights are 0.
+            top_k = min(top_k, len(present)) if _leaves_experts_out(x, weights, bool(dropout_p)) else None
 
         plain = None if args or kwargs else _plain_base(layer, x)
         if plain is not None:
@@ -148,6 +148,14 @@ def _plain_base(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | N
     if nn_module._has_any_global_hook():
         return None
     return (weight.t() if kind is Conv1D else weight), bias  # Conv1D holds its weight as [d_in, d_out]
+
+
+def _leaves_experts_out(x: Tensor, weights: Tensor, drops: bool) -> bool:
+    """Whether kernels that gain by top_k will most likely compute a layer."""
+    if x.device.type == "cpu":
+        return not (drops and torch.compiler.is_compiling())
+    narrow = x.dtype in (torch.bfloat16, torch.float16) or _is_autocast(x)
+    return narrow and not drops and weights.dim() == x.dim() and on_gpu(x)
 
 
 def _is_autocast(x: Tensor) -> bool:
