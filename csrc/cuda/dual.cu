@@ -9,8 +9,8 @@
  * beginning. The shrinking blocks are the first, which start before all others and wait for nobody. Without ML_COLS the
  * kernel before has made it.
  *
- * With ML_ADDS nothing narrow is multiplied: `mixed` is what the `adds` pairs of a token add to it, [T, adds * n up to 64] as pairs.cu
- * makes it, which is added to the sum over x and w before that is rounded.
+ * With ML_ADDS nothing narrow is multiplied: what a token's `adds` pairs add to it, rows [T, adds, n up to 64] as pairs.cu makes
+ * them, is added to the sum over x and w before it is rounded.
  *
  * A block is a warp that loads and two warpgroups that multiply, on tiles of 128 rows by ML_WIDTH (128, 256) columns. x and w
  * are older than the kernel before this one, so they stream in while that one still runs.
@@ -39,37 +39,31 @@ DEVICE place place_of(int t, int row_tiles, int col_tiles) {
 }
 
 #if ML_ADDS
-enum { HALVES = ML_WIDTH / 128 }; /* of the 128 columns that a stage has of what is added */
-
-/* What the ring brings of `adds` rows for each row of the tile: of 64 columns a thread has 16, which lie side by side. */
-template <class RING>
-DEVICE void add_rows(float (&d)[ML_WIDTH / 2], RING &r, int adds, int group) {
-  int t = threadIdx.x & 127, lane = t & 31, line = group * 64 + (t >> 5) * 16 + (lane >> 2);
+/* To rows `row` and `row + 8` of a tile: of 64 columns a thread has 16, which lie side by side in what is added. */
+DEVICE void add_rows(float (&d)[ML_WIDTH / 2], const u16 *added, int adds, int row, int col, int tokens, int n) {
+  int width = (n + 63) / 64 * 64;
   for (int i = 0; i < adds; i++) {
 #pragma unroll
-    for (int part = 0; part < HALVES; part++) {
-      barrier_wait(r.full(), r.phase);
+    for (int half = 0; half < 2; half++) {
+      int t = row + 8 * half;
+      if (t >= tokens) continue;
+      const uint4 *from = (const uint4 *)(added + ((u64)t * adds + i) * width + col + threadIdx.x % 4 * 16);
+      uint4 v[ML_WIDTH / 64][2];
 #pragma unroll
-      for (int box = 0; box < 2; box++)
+      for (int chunk = 0; chunk < ML_WIDTH / 64; chunk++)
 #pragma unroll
-        for (int half = 0; half < 2; half++)
+        for (int j = 0; j < 2; j++) v[chunk][j] = col + 64 * chunk < width ? from[8 * chunk + j] : uint4{0, 0, 0, 0};
 #pragma unroll
-          for (int j = 0; j < 2; j++) {
-            int row = line + 8 * half, at = 32 * (2 * part + box) + 16 * j + 2 * half;
-            u32 v[4], from = r.data() + box * X_BYTES + row * 128 + ((2 * (lane & 3) + j ^ (row & 7)) << 4);
-            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                         : "r"(from)
-                         : "memory");
+      for (int chunk = 0; chunk < ML_WIDTH / 64; chunk++)
 #pragma unroll
-            for (int c = 0; c < 4; c++) {
-              d[at + 4 * c] += low_of(v[c]);
-              d[at + 4 * c + 1] += high_of(v[c]);
-            }
+        for (int j = 0; j < 2; j++) {
+          u32 both[4] = {v[chunk][j].x, v[chunk][j].y, v[chunk][j].z, v[chunk][j].w};
+#pragma unroll
+          for (int c = 0; c < 4; c++) {
+            d[32 * chunk + 16 * j + 4 * c + 2 * half] += low_of(both[c]);
+            d[32 * chunk + 16 * j + 4 * c + 2 * half + 1] += high_of(both[c]);
           }
-      warpgroup_sync(1 + group);
-      if (t == 0) barrier_arrive(r.empty(r.stage));
-      r.next();
+        }
     }
   }
 }
@@ -79,12 +73,12 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
     const __grid_constant__ tensor_map x, const __grid_constant__ tensor_map w, const __grid_constant__ tensor_map mixed,
     const __grid_constant__ tensor_map b, const __grid_constant__ tensor_map y, const __grid_constant__ tensor_map factor,
     const __grid_constant__ ml_narrow shrunk, const u16 *bias, int n, int depth, int shrinkers, u32 *flags,
-    int adds) {
+    const u16 *added, int adds) {
   extern __shared__ char memory[];
   u32 base = (shared_address(memory) + 1023) & ~1023u;
   ring<STAGES, STAGE_BYTES> r = {base, base + BARRIERS, 0, 0};
   int row_tiles = (shrunk.tokens + ROWS - 1) / ROWS, col_tiles = (n + ML_WIDTH - 1) / ML_WIDTH;
-  int tiles = row_tiles * col_tiles, depth_x = (depth + 63) / 64, steps = depth_x + (ML_ADDS ? adds * ML_WIDTH / 128 : shrunk.columns / 64);
+  int tiles = row_tiles * col_tiles, depth_x = (depth + 63) / 64, steps = depth_x + (ML_ADDS ? 0 : shrunk.columns / 64);
   int block = blockIdx.x, blocks = gridDim.x;
   int begin = blocks - 1 - block; /* the first blocks have one tile less, where not all have the same */
 #if ML_COLS
@@ -123,7 +117,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
           bool wide = k < depth_x;
           int within = (wide ? k : k - depth_x) * 64;
           r.wait_empty();
-          barrier_expect(r.full(), ML_ADDS && !wide ? 2 * X_BYTES : STAGE_BYTES);
+          barrier_expect(r.full(), STAGE_BYTES);
           if (k == depth_x) {
             if (!waited) wait_for_predecessor();
             waited = true;
@@ -135,14 +129,6 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
 #endif
             fence_all();
           }
-#if ML_ADDS
-          if (!wide) {
-            int part = k - depth_x, column = part / HALVES * ((n + 63) / 64 * 64) + at.col + part % HALVES * 128;
-            load_box(r.data(), &mixed, r.full(), column, at.row);
-            load_box(r.data() + X_BYTES, &mixed, r.full(), column + 64, at.row);
-            continue;
-          }
-#endif
           load_factor(r.data() + X_BYTES, wide ? &w : &b, r.full(), within, at.col, ML_WIDTH);
           load_box(r.data(), wide ? &x : &mixed, r.full(), within, at.row);
         }
@@ -168,9 +154,10 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
     for (int tile = begin; tile < tiles; tile += blocks) {
       place at = place_of(tile, row_tiles, col_tiles);
       float d[ML_WIDTH / 2];
-      sum_tiles(d, none(), r, ML_ADDS ? depth_x : steps, group, true);
+      sum_tiles(d, none(), r, steps, group, true);
 #if ML_ADDS
-      add_rows(d, r, adds, group);
+      wait_for_predecessor();
+      add_rows(d, added, adds, at.row + group * 64 + (t >> 5) * 16 + ((t & 31) >> 2), at.col, shrunk.tokens, n);
 #endif
       store_tile(d, base + STAGES * STAGE_BYTES + group * 2 * Y_BYTES, &y, at.row + group * 64, at.col, n, bias, group);
     }

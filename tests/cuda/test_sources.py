@@ -21,6 +21,7 @@ VALUES = {
     "ML_TILES": (1, 2, 4),
     "ML_RANKS": (16, 32, 64),
     "ML_ADDS": (0, 1),
+    "ML_DEEP": (0, 1),
     "ML_TOP": (0, 1),
     ("decode.cu", "ML_ROWS"): (16, 32, 64, 128),
     ("dual.cu", "ML_WIDTH"): (128, 256),

@@ -69,6 +69,9 @@ def test_what_the_kernels_do_not_take_is_torchs(changes):
     [
         (2048, 4096, 4096, 64, 2, "grouped"),
         (2048, 4096, 4096, 64, 0, "dual"),
+        (2048, 4096, 4096, 64, 4, "dual"),  # as many rows to move as columns to multiply
+        (2048, 4096, 4096, 40, 2, "dual"),
+        (2048, 4096, 4096, 41, 2, "grouped"),
         (2048, 4096, 4096, 64, 64, "dual"),
         (2048, 4096, 4096, 8, 2, "fused"),
         (64, 4096, 4096, 16, 2, "decode"),
