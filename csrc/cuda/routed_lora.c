@@ -59,8 +59,6 @@ void ml_layer_drop(ml_layer *layer, uint64_t seed, const double *probabilities) 
 
 /* ---- which way ---- */
 
-bool ml_layer_has_kernels(const ml_layer *layer) { return layer->gpu->major == 9; }
-
 /* Of the tiles of a [T, n] product: their width, and how many multiprocessors have one less than others in the end. */
 static int tile_width(int64_t n) { return n % 256 == 0 || n % 256 > 128 || n > 2048 ? 256 : 128; }
 static int64_t tiles_of(const ml_layer *layer, int64_t n) {
@@ -86,6 +84,10 @@ ml_cuda_status ml_force_way(const char *name) {
   }
   atomic_store(&forced, way);
   return ML_CUDA_OK;
+}
+
+bool ml_layer_has_kernels(const ml_layer *layer) {
+  return layer->gpu->major == 9 && atomic_load(&forced) != ML_BY_TORCH;
 }
 
 /* Whether the fused kernel's first blocks have nothing to do for as long as the shrinks take. Measured: a shrink of 128 rows takes
@@ -503,6 +505,9 @@ static ml_cuda_status launch_dropout(const ml_layer *layer, const char *entry, i
   return launch(layer, variant, entry, how, arguments);
 }
 
+/* Whether they are as dropout.cu reads them. */
+static bool can_drop(ml_rows x) { return is_aligned(x.data) && x.row % 8 == 0; }
+
 static ml_cuda_rows x_of(const ml_layer *layer, ml_rows x) {
   return (ml_cuda_rows){x.data, x.row, (int)layer->tokens, (int)layer->d_in};
 }
@@ -560,6 +565,13 @@ static ml_cuda_status drop_spread(const ml_layer *layer, const places *p, void *
   void *arguments[] = {&q, &a, &grad_x, &add, &tokens, &width, &columns, &slots, (void *)(uintptr_t)&layer->dropout};
   return launch_dropout(layer, "ml_drop_spread", ceil_div(layer->d_in, SPAN) * ceil_div(layer->tokens, SPREAD_ROWS),
                         256, 0, arguments);
+}
+
+/* What is left when Q is there. */
+static ml_cuda_status drop_backward(const ml_layer *layer, const places *p, ml_rows x, void *grad_x, bool adds,
+                                    const ml_adapters *grads) {
+  ml_cuda_status status = drop_collect(layer, p, x, grads);
+  return status == ML_CUDA_OK && grad_x != NULL ? drop_spread(layer, p, grad_x, adds) : status;
 }
 
 /* Whether the gradient of weights is what the shrink leaves, [T, N] in float32. */
@@ -626,10 +638,7 @@ ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_
     status = collect(layer, &p, x, grad_y, &undropped);
   }
   if (status == ML_CUDA_OK && layer->drops) {
-    status = drop_collect(layer, &p, x, grads);
-  }
-  if (status == ML_CUDA_OK && layer->drops && grad_x != NULL) {
-    status = drop_spread(layer, &p, grad_x, adds);
+    status = drop_backward(layer, &p, x, grad_x, adds, grads);
   }
   if (status == ML_CUDA_OK && narrow.grad_w != grad_w) {
     status = grad_weights(layer, p.grad_w, grad_w);
@@ -648,8 +657,7 @@ ml_cuda_status ml_layer_shrink(const ml_layer *layer, ml_rows x, void *hidden, v
   places p = places_in(layer, workspace, false);
   ml_narrow narrow = narrow_of(&p);
   narrow.hidden = hidden;
-  return !layer->drops || !is_aligned(x.data) || x.row % 8 != 0 ? ML_CUDA_UNSUPPORTED
-                                                                : drop_project(layer, &p, narrow, x);
+  return layer->drops && can_drop(x) ? drop_project(layer, &p, narrow, x) : ML_CUDA_UNSUPPORTED;
 }
 
 ml_cuda_status ml_layer_mix(const ml_layer *layer, const void *hidden, void *workspace) {
@@ -673,4 +681,11 @@ ml_cuda_status ml_layer_mix_backward(const ml_layer *layer, const void *hidden, 
       launch(layer, (ml_variant){ML_MIX, {layer->f16}}, "ml_mix_backward",
              (ml_launch){.grid = (unsigned)ceil_div(layer->tokens * layer->n_experts, 256), .block = 256}, arguments);
   return status == ML_CUDA_OK && narrow.grad_w != grad_w ? grad_weights(layer, p.grad_w, grad_w) : status;
+}
+
+ml_cuda_status ml_layer_drop_backward(const ml_layer *layer, ml_rows x, void *grad_x, bool adds,
+                                      const ml_adapters *grads, void *workspace) {
+  places p = places_in(layer, workspace, true);
+  return layer->drops && can_drop(x) && is_aligned(grad_x) ? drop_backward(layer, &p, x, grad_x, adds, grads)
+                                                           : ML_CUDA_UNSUPPORTED;
 }
