@@ -33,7 +33,7 @@ def forms(which):
     """Which values options have together: ``which`` of the values of each option gives tuples of one for each."""
     for file, options, for_hopper in _core.cuda_sources():
         for chosen in which([VALUES.get((file, option)) or VALUES[option] for option in options]):
-            for arch in ("sm_90a",) if for_hopper else ("sm_80", "sm_90", "sm_100"):
+            for arch in ("sm_90a",) if for_hopper else ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"):
                 yield pytest.param(file, chosen, arch, id="-".join([file, arch, *map(str, chosen)]))
 
 
