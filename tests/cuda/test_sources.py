@@ -33,7 +33,7 @@ def forms(which):
     """Which values options have together: ``which`` of the values of each option gives tuples of one for each."""
     for file, options, for_hopper in _core.cuda_sources():
         for chosen in which([VALUES.get((file, option)) or VALUES[option] for option in options]):
-            for arch in ("sm_90a",) if for_hopper else ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"):
+            for arch in ("sm_90a",) if for_hopper else ("sm_80", "sm_90", "sm_100"):
                 yield pytest.param(file, chosen, arch, id="-".join([file, arch, *map(str, chosen)]))
 
 
@@ -49,6 +49,13 @@ def test_every_value_of_an_option_compiles(nvrtc, file, options, arch):
     cubin, log = _core.cuda_compile(file, options, arch)
     assert cubin.startswith(b"\x7fELF")
     assert log is None
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_120"])
+@pytest.mark.parametrize("file, options", [source[:2] for source in _core.cuda_sources() if not source[2]], ids=str)
+def test_what_is_not_hoppers_compiles_for_every_architecture(nvrtc, file, options, arch):
+    chosen = tuple((VALUES.get((file, option)) or VALUES[option])[-1] for option in options)
+    assert _core.cuda_compile(file, chosen, arch)[1] is None
 
 
 @pytest.mark.slow

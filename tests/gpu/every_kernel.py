@@ -24,15 +24,15 @@ def leaf(*shape, dtype, std=1.0):
     return (torch.randn(shape) * std).to(dtype).cuda().requires_grad_()
 
 
-def run(tokens, d_in, d_out, ranks, dtype, adapters, weights):
-    x = leaf(tokens, d_in, dtype=dtype)
+def run(tokens, d_in, d_out, ranks, dtype, adapters, weights, p=0.0, need_x=True):
+    x = leaf(tokens, d_in, dtype=dtype).requires_grad_(need_x)
     lora_A = [leaf(r, d_in, dtype=adapters, std=d_in**-0.5) for r in ranks]
     lora_B = [leaf(d_out, r, dtype=adapters) for r in ranks]
     w = leaf(*((tokens,) if weights == torch.float32 else ()), len(ranks), dtype=weights)
     weight, bias = leaf(d_out, d_in, dtype=dtype).detach(), leaf(d_out, dtype=dtype).detach()
     grad_y = torch.ones(tokens, d_out, dtype=dtype).cuda()
-    y = routed_lora(x, lora_A, lora_B, w, 2.0, weight=weight, bias=bias)
-    grads = torch.autograd.grad(y, [x, w, *lora_A, *lora_B], grad_y)
+    y = routed_lora(x, lora_A, lora_B, w, 2.0, weight=weight, bias=bias, dropout_p=p)
+    grads = torch.autograd.grad(y, [x][: int(need_x)] + [w, *lora_A, *lora_B], grad_y)
     assert all(t.cpu().isfinite().all() for t in (y.detach(), *grads))
 
 
@@ -42,5 +42,7 @@ for way in sys.argv[1:] or LAYERS:
     for shape in LAYERS[way]:
         run(*shape, torch.bfloat16, torch.float32, torch.float32)
         run(*shape, torch.float16, torch.float16, torch.bfloat16)
+        if way in ("torch", "dual"):  # part of x's gradient is a product of cuBLAS
+            run(*shape, torch.bfloat16, torch.float32, torch.float32, p=0.5, need_x=way == "torch")
 torch.cuda.synchronize()
 print("done")
