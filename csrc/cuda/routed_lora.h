@@ -29,7 +29,7 @@ typedef struct {
 
 /* How a layer is computed: a pure function of shape, dtype and GPU. */
 typedef enum {
-  ML_BY_TORCH,  /* torch's products, and what is in mix.cu, or with dropout dropout.cu, between them */
+  ML_BY_TORCH,  /* torch's products, with ml_layer_mix, or what dropout has instead, between them */
   ML_BY_DECODE, /* few.cu, then decode.cu: few tokens, forward */
   ML_BY_DUAL,   /* project.cu, or with dropout dropout.cu, then dual.cu */
   ML_BY_FUSED,  /* dual.cu with the shrink inside */
