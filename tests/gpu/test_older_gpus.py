@@ -89,7 +89,7 @@ def make_older(file):
     return key.split()[0]
 
 
-def test_it_gives_the_same_bits(tmp_path):
+def test_it_gives_the_same_results(tmp_path):
     env = os.environ | {"MOELORA_CACHE": str(tmp_path / "cache")}
 
     def run(name):
@@ -102,4 +102,5 @@ def test_it_gives_the_same_bits(tmp_path):
     before = [file.read_bytes() for file in files]
     older = run("older")
     assert [file.read_bytes() for file in files] == before  # they were taken, not replaced
-    assert all(map(torch.equal, compiled, older))
+    for ours, theirs in zip(older, compiled, strict=True):
+        assert (ours.double() - theirs.double()).norm() < 2**-8 * theirs.double().norm()
