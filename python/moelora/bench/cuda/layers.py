@@ -262,7 +262,7 @@ def _compared(of: Set, which: str, calls: Mapping[str, Callable[[], Any]]) -> di
     for name, run in calls.items():
         if name not in OTHER:
             found = run()
-            first = found[0] if isinstance(found, tuple) else found
+            first = (found[0] if isinstance(found, tuple) else found).detach()
             far = float(vector_norm(first.float() - exact) / vector_norm(exact))
             if not far <= OFF:
                 raise RuntimeError(f"{which} of {name} is wrong: off by {far:.3g} of its length")
