@@ -16,14 +16,24 @@ over the length of those, which rounding in as many layers makes.
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch.linalg import vector_norm
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    masking_utils,
+)
 
 from moelora.bench.arguments import RANK
 from moelora.bench.cuda import clock
@@ -85,6 +95,14 @@ def build(name: str, *, smoke: bool, device: str = "cuda", **size: int) -> PreTr
             config, dtype=torch.bfloat16
         )
     return model
+
+
+def whole_rows() -> AbstractContextManager[object]:
+    """Context in which transformers takes each row of ids for one sequence, without asking the GPU.
+
+    In a capture it can't ask, and would mask the attention, which then takes another kernel.
+    """
+    return patch.object(masking_utils, "find_packed_sequence_indices", return_value=None)
 
 
 def compile_layers(model: nn.Module) -> nn.Module:
@@ -180,7 +198,7 @@ def _rows(
     found = {"calls": interleave({call: partial(_whole, run) for call, run in calls.items()}, rounds, every=every)}
     if what == "forward":
         graphs = {call: [run] for call, run in calls.items() if call.split()[0] in GRAPHS}
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(torch.cuda.Stream()), whole_rows():
             found["graph"] = clock.in_graphs(graphs, rounds, every=every)
     for timed, seconds in found.items():
         ours = quartiles(seconds.get("moelora 0.0", [math.nan]))[1]

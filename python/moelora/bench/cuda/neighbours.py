@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import moelora
 from moelora.bench.arguments import RANK
 from moelora.bench.cuda import clock
-from moelora.bench.cuda.models import SHAPES, build
+from moelora.bench.cuda.models import SHAPES, build, whole_rows
 from moelora.bench.layers import SCALING
 from moelora.bench.record import columns
 from moelora.bench.work import Peer, part, returned
@@ -121,7 +121,7 @@ def _seconds(of: Mapping[str, Sequence[Peer]], timed: str, which: str, rounds: i
     if timed == "calls":
         with torch.set_grad_enabled(which != "forward"):
             return clock.on_gpu({name: part(peer, which)[0] for name, (peer, *_) in of.items()}, rounds)
-    with torch.cuda.stream(torch.cuda.Stream()), torch.set_grad_enabled(which != "forward"):
+    with torch.cuda.stream(torch.cuda.Stream()), whole_rows(), torch.set_grad_enabled(which != "forward"):
         return clock.in_graphs({name: [returned(peer, which) for peer in each] for name, each in of.items()}, rounds)
 
 
