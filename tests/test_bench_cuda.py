@@ -323,7 +323,7 @@ def test_the_page_gets_the_blocks_of_a_gpu_and_keeps_those_of_a_cpu(measured, tm
     assert "| stacked | 0.011 | 0.011 | 0.011 |" in made  # of three models
     cells = "120 → 100 | 90 → 80"
     assert f"| llama-8b | graph | forward | {cells} | {cells} | 1000 | 4.0 % | 2.0 % |" in made
-    assert f"| gemma-2b | calls | forward+backward | {cells} |  |  | 1000 | 2.0 % | 1.0 % |" in made
+    assert f"| gemma-2b | calls | forward+backward | {cells} |  |  | 1000 |  |  |" in made
     assert "| 12 / 12 / 12 |" in made  # MiB of calls
     assert "| dropout p = 0.1, step | <= 1.15 of p=0.0 | 0 of 1 |" in made
     for picture in ("cuda_layers", "cuda_models"):
@@ -414,8 +414,9 @@ def test_a_smoke_run_has_every_peer(tmp_path):
     for name in models.SHAPES:
         for what in ("forward", "train step"):
             rows = [row for row in results["models"] if (row["model"], row["what"]) == (name, what)]
-            assert {row["peer"] for row in rows if row["timed"] == "calls"} == set(FULL["cuda"]["models"]["peers"])
-            assert all(float(row["peak_mib"]) > 0 for row in rows)
+            called = [row for row in rows if row["timed"] == "calls"]
+            assert {row["peer"] for row in called} == set(FULL["cuda"]["models"]["peers"])
+            assert all(float(row["peak_mib"]) > 0 for row in called)
             if what == "forward":
                 assert {row["peer"] for row in rows if row["timed"] == "graph"} == set(models.GRAPHS)
                 assert {row["peer"] for row in rows if row["off"]} == set(models.SAME)

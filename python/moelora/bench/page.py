@@ -305,7 +305,10 @@ def _largest_off(rows: Iterable[Row]) -> str:
 
 
 def _gpu_siblings(results: Results, stem: str) -> str:
-    """Apart, with as much in common as can be, the same of the base alone; shares of a decoder layer."""
+    """Apart, with as much in common as can be, the same of the base alone; in graphs also shares of a decoder layer.
+
+    Called without, siblings wait for the host, which in a layer is ahead.
+    """
     of = {
         tuple(row[name] for name in ("model", "timed", "pass", "what", "peer")): float(row["us_median"])
         for row in results["neighbours"]
@@ -323,7 +326,8 @@ def _gpu_siblings(results: Results, stem: str) -> str:
                     cells.append(f"{_short(str(a))} → {_short(str(b))}")
                 else:
                     cells.append("")
-        lines.append([*place, *cells, _short(str(layer)), *(f"{100 * each / layer:.1f} %" for each in saved.values())])
+        shares = (f"{100 * each / layer:.1f} %" if place[1] == "graph" else "" for each in saved.values())
+        lines.append([*place, *cells, _short(str(layer)), *shares])
     heads = [f"{said}{base}" for said in kinds.values() for base in ("", ", base alone")]
     return _table(["model", "timed", "pass", *heads, "decoder layer", "saved", "saved by the base"], lines)
 

@@ -14,7 +14,6 @@ over the length of those, which rounding in as many layers makes.
 """
 
 import gc
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -46,7 +45,7 @@ from moelora.report.timing import interleave, quartiles
 DROPPED = ("gemma-2b", 4)  # where moelora and one_lora have dropout, too
 SAME = ("loop", "stacked", "stacked_compiled")  # the same function as moelora
 OFF = 0.1  # at most; bfloat16 has 8 bits
-GRAPHS = ("moelora", "base", "one_lora", "stacked", "stacked_compiled", "moelora_router", "loop")
+GRAPHS = ("moelora", "base", "one_lora", "stacked", "stacked_compiled", "moelora_router", "loop")  # that are captured
 
 
 class Shape(NamedTuple):
@@ -156,10 +155,10 @@ def _models(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
             of = {(way, 0.0): peer for way, peer in ways.items()}
             for row in _rows(of, "forward", ids, rounds, about):
                 yield {**row, "off": off.get(row["peer"], "")}
-            of |= {(way, DROPOUT): peer for way, peer in dropped.items()}
-            for row in _rows(of, "train step", ids, rounds, about):
+            steps = of | {(way, DROPOUT): peer for way, peer in dropped.items()}
+            for row in (*_rows(steps, "train step", ids, rounds, about), *_graphs(ways, rounds, about)):
                 yield {**row, "off": ""}
-            del of, ways, dropped
+            del of, steps, ways, dropped
             _release()
         del base
         _release()
@@ -185,39 +184,40 @@ def _logits(peer: Peer) -> Tensor:
 def _rows(
     of: Mapping[tuple[str, float], Peer], what: str, ids: Tensor, rounds: int, about: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    calls: dict[str, Callable[[], None]] = {}
+    calls: dict[tuple[str, float], Callable[[], None]] = {}
     peaks = {}
-    for (name, p), peer in of.items():
+    for place, peer in of.items():
         peer.model.train(what == "train step")
-        call = f"{name} {p}"
-        run = peer.forward if what == "forward" else partial(peer.step, ids)
-        peaks[call] = _peak_mib(peer, run)
-        if peaks[call] != "oom":
-            calls[call] = run
-    every = {call: SELDOM.get(call.split()[0], 1) for call in calls}
-    found = {"calls": interleave({call: partial(_whole, run) for call, run in calls.items()}, rounds, every=every)}
-    if what == "forward":
-        graphs = {call: [run] for call, run in calls.items() if call.split()[0] in GRAPHS}
-        with torch.cuda.stream(torch.cuda.Stream()), whole_rows():
-            found["graph"] = clock.in_graphs(graphs, rounds, every=every)
-    for timed, seconds in found.items():
-        ours = quartiles(seconds.get("moelora 0.0", [math.nan]))[1]
-        for (call, peak), (name, p) in zip(peaks.items(), of, strict=True):
-            if timed == "graph" and call not in seconds:
-                continue
-            values = seconds.get(call, [])
-            measured = columns(values, "ms") if values else dict.fromkeys(columns([0.0], "ms"), "")
-            yield {
-                **about,
-                "p": p,
-                "what": what,
-                "timed": timed,
-                "peer": name,
-                **measured,
-                "over_moelora": f"{quartiles(values)[1] / ours:.3f}" if values else "",
-                "peak_mib": peak,
-                "rounds": len(values),
-            }
+        run = partial(_whole, peer.forward if what == "forward" else partial(peer.step, ids))
+        peaks[place] = _peak_mib(peer, run)
+        if peaks[place] != "oom":
+            calls[place] = run
+    every = {f"{name} {p}": SELDOM[name] for name, p in calls if name in SELDOM}
+    seconds = interleave({f"{name} {p}": run for (name, p), run in calls.items()}, rounds, every=every)
+    ours = seconds.get("moelora 0.0")
+    for (name, p), peak in peaks.items():
+        row = _row("calls", name, p, seconds.get(f"{name} {p}"), ours)
+        yield {**about, "what": what, **row, "peak_mib": peak}
+
+
+def _graphs(of: Mapping[str, Peer], rounds: int, about: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Forwards in CUDA graphs, without what is slow anyway."""
+    graphs = {}
+    for name in (name for name in of if name in GRAPHS):
+        of[name].model.eval()
+        graphs[name] = [of[name].forward]
+    with torch.cuda.stream(torch.cuda.Stream()), whole_rows():
+        seconds = clock.in_graphs(graphs, rounds, every=SELDOM)
+    for name, values in seconds.items():
+        row = _row("graph", name, 0.0, values, seconds["moelora"])
+        yield {**about, "what": "forward", **row, "peak_mib": ""}
+
+
+def _row(timed: str, name: str, p: float, seconds: list[float] | None, ours: list[float] | None) -> dict[str, Any]:
+    """Without times if there was no memory."""
+    times = columns(seconds, "ms") if seconds else dict.fromkeys(columns([0.0], "ms"), "")
+    over = f"{quartiles(seconds)[1] / quartiles(ours)[1]:.3f}" if seconds and ours else ""
+    return {"p": p, "timed": timed, "peer": name, **times, "over_moelora": over, "rounds": len(seconds or ())}
 
 
 def _whole(call: Callable[[], None]) -> None:
