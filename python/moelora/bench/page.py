@@ -305,10 +305,7 @@ def _largest_off(rows: Iterable[Row]) -> str:
 
 
 def _gpu_siblings(results: Results, stem: str) -> str:
-    """Apart, with as much in common as can be, the same of the base alone; in graphs also shares of a decoder layer.
-
-    Called without, siblings wait for the host, which in a layer is ahead.
-    """
+    """Apart, with as much in common as can be, the same of the base alone; in graphs also shares of a decoder layer."""
     of = {
         tuple(row[name] for name in ("model", "timed", "pass", "what", "peer")): float(row["us_median"])
         for row in results["neighbours"]
@@ -316,7 +313,7 @@ def _gpu_siblings(results: Results, stem: str) -> str:
     kinds = {"qkv": "q, k, v", "gate_up": "gate, up"}
     lines = []
     for place in dict.fromkeys(key[:3] for key in of):
-        layer, cells = of[*place, "layer", "decoder_layer"], []
+        cells = []
         saved = {"separate": 0.0, "base": 0.0}
         for what in kinds:
             for apart, together in (("separate", "shared"), ("base", "base_shared")):
@@ -326,8 +323,11 @@ def _gpu_siblings(results: Results, stem: str) -> str:
                     cells.append(f"{_short(str(a))} → {_short(str(b))}")
                 else:
                     cells.append("")
-        shares = (f"{100 * each / layer:.1f} %" if place[1] == "graph" else "" for each in saved.values())
-        lines.append([*place, *cells, _short(str(layer)), *shares])
+        layer = of.get((*place, "layer", "decoder_layer"))
+        shares = (
+            [_short(str(layer)), *(f"{100 * each / layer:.1f} %" for each in saved.values())] if layer else [""] * 3
+        )
+        lines.append([*place, *cells, *shares])
     heads = [f"{said}{base}" for said in kinds.values() for base in ("", ", base alone")]
     return _table(["model", "timed", "pass", *heads, "decoder layer", "saved", "saved by the base"], lines)
 

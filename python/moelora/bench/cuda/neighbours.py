@@ -13,7 +13,8 @@ experts, in CUDA graphs ("graph") and called one after the other ("calls"):
 
 and what the savings are a share of:
 
-    decoder_layer   all layers that `moelora.bench.cuda.models` adapts routed: a model of two less one of one
+    decoder_layer   all layers that `moelora.bench.cuda.models` adapts routed: a model of two less one of one, in graphs
+                    alone, since a call of such a small model waits for the host
 """
 
 import itertools
@@ -36,6 +37,7 @@ from moelora.nn import routed_lora
 
 SIBLINGS = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
 PASSES = ("forward", "forward+backward")
+MODELS = {"model 1": 1, "model 2": 2}  # and their decoder layers
 SETS = 3  # of buffers, which together hold more than the cache does
 
 
@@ -57,7 +59,7 @@ def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
             for what, d, widths in siblings(name, smoke=grid.smoke):
                 ways = [peers(B * S, d, widths, n) for _ in range(SETS)]
                 of |= {f"{what} {way}": [each[way] for each in ways] for way in ways[0]}
-            of |= {f"model {depth}": [model(name, depth, n, (B, S), smoke=grid.smoke)] for depth in (1, 2)}
+            of |= {key: [model(name, depth, n, (B, S), smoke=grid.smoke)] for key, depth in MODELS.items()}
         about = {"model": name, "T": B * S, "N": n, "r": RANK}
         for timed, which in itertools.product(("graph", "calls"), PASSES):
             yield from _rows({**about, "timed": timed, "pass": which}, _seconds(of, timed, which, rounds))
@@ -120,14 +122,16 @@ def model(name: str, depth: int, n: int, batch: tuple[int, int], *, smoke: bool,
 def _seconds(of: Mapping[str, Sequence[Peer]], timed: str, which: str, rounds: int) -> dict[str, list[float]]:
     if timed == "calls":
         with torch.set_grad_enabled(which != "forward"):
-            return clock.on_gpu({name: part(peer, which)[0] for name, (peer, *_) in of.items()}, rounds)
+            calls = {name: part(peer, which)[0] for name, (peer, *_) in of.items() if name not in MODELS}
+            return clock.on_gpu(calls, rounds)
     with torch.cuda.stream(torch.cuda.Stream()), whole_rows(), torch.set_grad_enabled(which != "forward"):
         return clock.in_graphs({name: [returned(peer, which) for peer in each] for name, each in of.items()}, rounds)
 
 
 def _rows(about: Mapping[str, Any], seconds: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
-    one, two = seconds.pop("model 1"), seconds.pop("model 2")
-    seconds["layer decoder_layer"] = [both - first for first, both in zip(one, two, strict=True)]
+    if about["timed"] == "graph":
+        one, two = (seconds.pop(name) for name in MODELS)
+        seconds["layer decoder_layer"] = [both - first for first, both in zip(one, two, strict=True)]
     for name, values in seconds.items():
         what, peer = name.split()
         yield {"what": what, **about, "peer": peer, **columns(values, "us"), "rounds": len(values)}
