@@ -491,7 +491,7 @@ done:
   return result;
 }
 
-/* ---- raw pointers: the door for tensors. moelora.nn.autograd vouches for every pointer, stride and rank. ---- */
+/* ---- raw pointers: the door for tensors. moelora.nn.cpu vouches for every pointer, stride and rank. ---- */
 
 /* A tuple of n ints: a pointer, then strides. */
 static bool read_view(PyObject *obj, const char *name, Py_ssize_t n, void **data, int64_t strides[3]) {

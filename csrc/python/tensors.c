@@ -1,6 +1,6 @@
 /* The door for torch tensors in their plain case: memory of the CPU, dtypes that go together, nothing unusual about them.
  *
- * What is not the plain case gets no exception but the answer no: moelora.nn.autograd then takes its own way, which
+ * What is not the plain case gets no exception but the answer no: moelora.nn then takes its own way, which
  * converts, and whose errors name the argument.
  */
 #include <math.h>

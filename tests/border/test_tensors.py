@@ -1,4 +1,4 @@
-"""The entries for torch tensors: what they take by pointer, what they leave to moelora.nn.autograd, and no leaks."""
+"""The entries for torch tensors: what they take by pointer, what they leave to moelora.nn, and no leaks."""
 
 import gc
 import importlib
@@ -11,7 +11,7 @@ import moelora
 from moelora import runtime
 
 torch = pytest.importorskip("torch")
-autograd = pytest.importorskip("moelora.nn.autograd")
+plain = pytest.importorskip("moelora.nn.plain")
 
 core = runtime._core
 
@@ -495,7 +495,7 @@ def test_a_torch_without_the_exchange_api_is_left_alone():
     class Tensor:
         is_neg = None
 
-    functions = (autograd._empty, autograd._empty_cuda, torch.empty_like, torch.nn.functional.linear)
+    functions = (plain.empty_cpu, plain.empty_cuda, torch.empty_like, torch.nn.functional.linear)
     functions += (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     try:
         assert core.use_torch(Tensor, Tensor, *functions) is False

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moelora import _core
-from moelora.nn import autograd
+from moelora.nn import gpu
 
 WAYS = ("torch", "decode", "dual", "fused", "shared")
 
@@ -193,7 +193,7 @@ def taken(monkeypatch):
 
             return call
 
-    monkeypatch.setattr(autograd, "_core", Counting())
+    monkeypatch.setattr(gpu, "_core", Counting())
     return count
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moelora.nn import autograd
+from moelora.nn import cpu
 
 
 class Mixture(NamedTuple):
@@ -72,12 +72,12 @@ def make_mixture():
 def taken(monkeypatch):
     """How often the core was entered with plain tensors."""
     count = {"forward_tensors": 0, "backward_tensors": 0, "forward_raw": 0, "backward_raw": 0}
-    core = autograd._core
+    core = cpu._core
 
     class Counting:
         def __getattr__(self, name):
             count[name] += 1
             return getattr(core, name)
 
-    monkeypatch.setattr(autograd, "_core", Counting())
+    monkeypatch.setattr(cpu, "_core", Counting())
     return count

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import moelora
-from moelora.nn import autograd, routed_lora, routed_lora_formula
+from moelora.nn import cpu, routed_lora, routed_lora_formula
 
 SHAPES = {
     "sequences": dict(tokens=(2, 5), d_in=7, d_out=6, ranks=(2, 3, 1)),
@@ -374,7 +374,7 @@ def test_the_c_core_is_what_runs(make_mixture, monkeypatch):
             m = make_mixture(dtype=dtype, tokens=tokens)
             y = routed_lora(*m)
             with monkeypatch.context() as patch:
-                patch.setattr(autograd, "_core", Broken)
+                patch.setattr(cpu, "_core", Broken)
                 with pytest.raises(ZeroDivisionError, match="forward"):
                     routed_lora(*m)
                 with pytest.raises(ZeroDivisionError, match="forward"), torch.no_grad():
@@ -385,7 +385,7 @@ def test_the_c_core_is_what_runs(make_mixture, monkeypatch):
 
 def test_threads_follow_torch_unless_moelora_says(make_mixture, monkeypatch):
     m, given = make_mixture(), []
-    core = autograd._core
+    core = cpu._core
 
     class Watched:
         @staticmethod
@@ -408,7 +408,7 @@ def test_threads_follow_torch_unless_moelora_says(make_mixture, monkeypatch):
             given.append(args[-1])
             return core.backward_tensors(*args)
 
-    monkeypatch.setattr(autograd, "_core", Watched)
+    monkeypatch.setattr(cpu, "_core", Watched)
     before = torch.get_num_threads()
     try:
         for n in (1, 2):

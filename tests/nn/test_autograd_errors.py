@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moelora.nn import autograd, routed_lora, routed_lora_formula
+from moelora.nn import cpu, plain, routed_lora, routed_lora_formula
 
 
 @pytest.fixture(params=[routed_lora, routed_lora_formula], ids=["core", "formula"])
@@ -148,8 +148,8 @@ def test_a_tensor_whose_memory_was_freed_is_refused(make_mixture):
 
 
 def test_without_the_extension_the_formula_runs(make_mixture, monkeypatch):
-    monkeypatch.setattr(autograd, "HAS_EXT", False)
-    monkeypatch.delattr(autograd, "_core", raising=False)
+    monkeypatch.setattr(plain, "HAS_EXT", False)
+    monkeypatch.delattr(cpu, "_core", raising=False)
     m = make_mixture()
     y = routed_lora(*m)
     torch.testing.assert_close(y, m.loop())

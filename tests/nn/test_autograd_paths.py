@@ -16,8 +16,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from moelora.nn import autograd, routed_lora, routed_lora_formula
-from moelora.nn.autograd import uses_core
+from moelora.nn import autograd, cpu, routed_lora, routed_lora_formula
+from moelora.nn.plain import uses_core
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def no_core(monkeypatch):
         def __getattr__(self, name):
             raise AssertionError(f"{name} was called")
 
-    monkeypatch.setattr(autograd, "_core", Refusing(), raising=False)
+    monkeypatch.setattr(cpu, "_core", Refusing(), raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import moelora
-from moelora.nn import autograd, routed_lora
+from moelora import _core
+from moelora.nn import plain, routed_lora
 
 
 @pytest.fixture(params=["own", "torch"])
@@ -32,9 +33,9 @@ def products_of_torch(monkeypatch):
         return F.linear(x, weight, bias)
 
     def use(function):
-        types = (torch.Tensor, nn.Parameter, autograd._empty, autograd._empty_cuda, torch.empty_like, function)
+        types = (torch.Tensor, nn.Parameter, plain.empty_cpu, plain.empty_cuda, torch.empty_like, function)
         types += (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-        assert autograd._core.use_torch(*types)
+        assert _core.use_torch(*types)
 
     use(linear)
     yield asked

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import moelora
-from moelora.nn import autograd, routed_lora
+from moelora.nn import autograd, cpu, routed_lora
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def both_ways(monkeypatch, function):
     """Its results when the plain case is known, and when it is not."""
     first = function()
     with monkeypatch.context() as patch:
-        patch.setattr(autograd, "_plain_call", lambda *args: None)
-        patch.setattr(autograd, "_core", Refusing(autograd._core))
+        patch.setattr(autograd, "plain_call", lambda *args: None)
+        patch.setattr(cpu, "_core", Refusing(cpu._core))
         return first, function()
 
 

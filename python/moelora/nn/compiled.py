@@ -14,7 +14,7 @@ from moelora.nn.cuda import available
 from moelora.runtime import HAS_EXT
 
 if TYPE_CHECKING:
-    from moelora.nn.autograd import _Call
+    from moelora.nn.arguments import Call
 
 __all__ = ["call_operator", "columns", "is_operator"]
 
@@ -29,7 +29,7 @@ def columns(ranks: list[int]) -> list[int]:
     return [*widths[:-1], widths[-1] - total + -(-total // 64) * 64]
 
 
-def is_operator(call: "_Call") -> bool:
+def is_operator(call: "Call") -> bool:
     """Whether a call that is being traced is one operator, and not the formula's operations.
 
     It is where the kernels will most likely run: plain tensors of their dtypes on one device, without dropout, and
@@ -58,7 +58,7 @@ def is_operator(call: "_Call") -> bool:
     )
 
 
-def call_operator(call: "_Call") -> Tensor:
+def call_operator(call: "Call") -> Tensor:
     """The operator, with the hidden of the experts only where a backward may want it."""
     keep_hidden = torch.is_grad_enabled() and any(t.requires_grad for t in (call.routing_weights, *call.lora_B))
     y: Tensor = torch.ops.moelora.routed_lora(

@@ -18,9 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moelora import runtime
-from moelora.nn import autograd
 from moelora.nn.compiled import columns
+from moelora.nn.cpu import core_backward, core_forward
 from moelora.nn.cuda import on_gpu
+from moelora.nn.formula import core_dtype, mix
+from moelora.nn.gpu import gpu_forward, products_backward
+from moelora.nn.node import TWICE, Settings
+from moelora.nn.plain import is_unwatched, uses_core
 
 if runtime.HAS_EXT:
     from moelora import _core
@@ -56,21 +60,19 @@ def _forward(
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
     frozen, adapters = (weight, bias), (*lora_A, *lora_B)
-    settings: autograd._Settings = tuple(scaling), top_k, None, None
+    settings: Settings = tuple(scaling), top_k, None, None
     call = (x, lora_A, lora_B, routing_weights, settings[0], base_output, weight, bias)
     tensors = [t for t in (x, routing_weights, base_output, weight, bias, *adapters) if t is not None]
     y, hidden = None, None
     if on_gpu(x):
-        if autograd._is_unwatched() and _core.cuda_call(*call) is not None:
-            y, hidden = autograd._gpu_forward(
+        if is_unwatched() and _core.cuda_call(*call) is not None:
+            y, hidden = gpu_forward(
                 x, routing_weights, base_output, frozen, settings, adapters, keep_hidden=keep_hidden
             )
-    elif x.numel() and autograd.uses_core(*tensors):
-        plain = autograd._plain_call(*call)
+    elif x.numel() and uses_core(*tensors):
+        plain = _core.plain_call(*call)
         settings = (*settings[:3], None if plain is None else plain[2])
-        y, hidden = autograd._core_forward(
-            x, routing_weights, base_output, frozen, settings, adapters, keep_hidden=keep_hidden
-        )
+        y, hidden = core_forward(x, routing_weights, base_output, frozen, settings, adapters, keep_hidden=keep_hidden)
     if y is None:
         y, hidden = _formula(x, lora_A, lora_B, routing_weights, settings[0], base_output, weight, bias, top_k)
     return y.contiguous(), hidden if keep_hidden and hidden is not None else x.new_empty(0)
@@ -93,17 +95,17 @@ def _backward(
     node_need = (*need[:2], False, False, False, *need[2:])
     grads: Sequence[Tensor | None] | None = None
     if on_gpu(grad_y):
-        if autograd._is_unwatched():
+        if is_unwatched():
             grads = _core.cuda_backward(saved, node_need, scales, grad_y, None, None, top_k or 0)
             if grads is None:
                 node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k, None))
-                grads = autograd._products_backward(node, saved, grad_y)
-    elif grad_y.numel() and autograd.uses_core(*(t for t in (grad_y, *saved) if t is not None)):
+                grads = products_backward(node, saved, grad_y)
+    elif grad_y.numel() and uses_core(*(t for t in (grad_y, *saved) if t is not None)):
         threads = runtime.get_num_threads()
         grads = _core.backward_tensors(saved, node_need, scales, grad_y, None, top_k or 0, threads)
         if grads is None:
             node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k, None))
-            first, second, *others = autograd._core_backward(node, saved, grad_y)
+            first, second, *others = core_backward(node, saved, grad_y)
             grads = (first, second, None, None, None, *others)
     if grads is None:
         every = _formula_backward(grad_y, x, hidden, lora_A, lora_B, routing_weights, scales, weight, top_k)
@@ -141,7 +143,7 @@ def _dropped(routing_weights: Tensor, axes: int, top_k: int) -> Tensor:
 
 
 def _compute_dtype(t: Tensor) -> torch.dtype:
-    return autograd._core_dtype(t.dtype) if t.device.type == "cpu" else t.dtype
+    return core_dtype(t.dtype) if t.device.type == "cpu" else t.dtype
 
 
 def _formula(
@@ -162,7 +164,7 @@ def _formula(
         dropped = _dropped(routing_weights, hidden.dim(), top_k)
         parts = zip(hidden.split(widths, -1), dropped.split(1, -1), strict=True)
         hidden = torch.cat([part.masked_fill(mask, 0) for part, mask in parts], -1)
-    y = F.linear(autograd._mix(hidden, routing_weights, widths, scaling, top_k), b)
+    y = F.linear(mix(hidden, routing_weights, widths, scaling, top_k), b)
     base = base_output if weight is None else F.linear(x, weight, bias)
     return (y if base is None else y + base).to(x.dtype), hidden
 
@@ -183,7 +185,7 @@ def _formula_backward(
     widths, a, b = _stacked(lora_A, lora_B, dtype)
     g = grad_y.to(dtype)
     projected = g @ b  # P [..., C]
-    mixed = autograd._mix(projected, routing_weights, widths, scaling, top_k)  # Q [..., C]
+    mixed = mix(projected, routing_weights, widths, scaling, top_k)  # Q [..., C]
     grad_x = mixed @ a
     if weight is not None:
         grad_x = grad_x + grad_y @ weight
@@ -191,7 +193,7 @@ def _formula_backward(
     if x is not None:
         grad_a = mixed.flatten(0, -2).mT @ x.to(dtype).flatten(0, -2)
     if hidden is not None:
-        weighted = autograd._mix(hidden, routing_weights, widths, scaling, top_k)
+        weighted = mix(hidden, routing_weights, widths, scaling, top_k)
         grad_b = g.flatten(0, -2).mT @ weighted.flatten(0, -2)
         products = zip((projected * hidden).split(widths, -1), scaling, strict=True)
         grad_w = torch.stack([s * product.sum(-1) for product, s in products], -1)  # of every token
@@ -286,7 +288,7 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Any, ...]:
 
 
 def _refuse(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(autograd._TWICE)
+    raise RuntimeError(TWICE)
 
 
 def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:

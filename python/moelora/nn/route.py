@@ -11,7 +11,8 @@ from torch import Tensor
 from moelora import runtime
 from moelora.functional import HAS_EXT
 from moelora.nn import cuda
-from moelora.nn.autograd import _is_unwatched, _Once, _refuse_twice, uses_core
+from moelora.nn.node import Once, refuse_twice
+from moelora.nn.plain import is_unwatched, uses_core
 
 if HAS_EXT:
     from moelora import _core
@@ -119,13 +120,13 @@ def route(
         logits = logits.float()
     top_k = None if top_k is None else int(top_k)
     temperature, renormalize = float(temperature), bool(renormalize)
-    if _is_unwatched() and (logits.is_cuda or (uses_core(logits) and (mask is None or uses_core(mask)))):
+    if is_unwatched() and (logits.is_cuda or (uses_core(logits) and (mask is None or uses_core(mask)))):
         dense_mask = None if mask is None else mask.contiguous()
         routing = _plain_routing(logits.contiguous(), dense_mask, top_k, temperature, renormalize)
         if routing is not None:
             return routing
     if torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
-        (logits,) = _Once.apply(logits)
+        (logits,) = Once.apply(logits)
     return _formula(logits, mask, top_k, temperature, renormalize)
 
 
@@ -133,7 +134,7 @@ def _plain_routing(
     logits: Tensor, mask: Tensor | None, top_k: int | None, temperature: float, renormalize: bool
 ) -> Routing | None:
     """What the C core or the kernels make of plain tensors; None where something is not plain."""
-    if not _is_unwatched():
+    if not is_unwatched():
         return None
     if isinstance(logits, Tensor) and logits.is_cuda:
         if not cuda.available(logits.device):
@@ -197,7 +198,7 @@ class _Route(torch.autograd.Function):
         if grad_weights is None and not kept.is_cuda:  # the kernels need no zeros
             grad_weights = kept.new_zeros(()).expand(kept.shape)
         grad: Tensor | None = None
-        if _is_unwatched():
+        if is_unwatched():
             grad = _plain_gradient(grad_weights, grad_prob_sums, *more, dtype)
             if grad is None:  # perhaps for its strides
                 dense_weights = None if grad_weights is None else grad_weights.contiguous()
@@ -206,7 +207,7 @@ class _Route(torch.autograd.Function):
         if grad is None:
             grad = _formula_backward(grad_weights, grad_prob_sums, *more)
         if torch.is_grad_enabled():  # create_graph
-            (grad,) = _refuse_twice([grad], [kept, grad_weights, grad_prob_sums])
+            (grad,) = refuse_twice([grad], [kept, grad_weights, grad_prob_sums])
         return grad, None, None, None, None
 
 

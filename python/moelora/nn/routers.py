@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moelora.nn.autograd import uses_core
+from moelora.nn.plain import uses_core
 from moelora.nn.route import route
 
 __all__ = [
