@@ -14,6 +14,7 @@ over the length of those, which rounding in as many layers makes.
 """
 
 import gc
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -45,7 +46,7 @@ from moelora.report.timing import interleave, quartiles
 DROPPED = ("gemma-2b", 4)  # where moelora and one_lora have dropout, too
 SAME = ("loop", "stacked", "stacked_compiled")  # the same function as moelora
 OFF = 0.1  # at most; bfloat16 has 8 bits
-GRAPHS = ("moelora", "base", "one_lora", "stacked", "stacked_compiled", "moelora_router", "loop")  # that are captured
+GRAPHS = ("moelora", "base", "one_lora", "stacked", "stacked_compiled", "moelora_router", "loop")
 
 
 class Shape(NamedTuple):
@@ -156,8 +157,8 @@ def _models(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
             for row in _rows(of, "forward", ids, rounds, about):
                 yield {**row, "off": off.get(row["peer"], "")}
             steps = of | {(way, DROPOUT): peer for way, peer in dropped.items()}
-            for row in (*_rows(steps, "train step", ids, rounds, about), *_graphs(ways, rounds, about)):
-                yield {**row, "off": ""}
+            rows = itertools.chain(_rows(steps, "train step", ids, rounds, about), _graphs(ways, rounds, about))
+            yield from ({**row, "off": ""} for row in rows)
             del of, steps, ways, dropped
             _release()
         del base
@@ -201,7 +202,7 @@ def _rows(
 
 
 def _graphs(of: Mapping[str, Peer], rounds: int, about: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Forwards in CUDA graphs, without what is slow anyway."""
+    """Forwards in CUDA graphs, but for those of several passes."""
     graphs = {}
     for name in (name for name in of if name in GRAPHS):
         of[name].model.eval()
