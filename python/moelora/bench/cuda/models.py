@@ -37,7 +37,8 @@ from transformers import (
 
 from moelora.bench.arguments import RANK
 from moelora.bench.cuda import clock
-from moelora.bench.models import DROPOUT, SELDOM, Peer, peers
+from moelora.bench.cuda.layers import SELDOM
+from moelora.bench.models import DROPOUT, Peer, peers
 from moelora.bench.record import columns
 from moelora.bench.work import CAN_COMPILE
 from moelora.peft.anatomy import decoder
