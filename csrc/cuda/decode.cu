@@ -1,22 +1,23 @@
 //options: ML_F16 ML_F32_ADAPTERS ML_TOKENS ML_ROWS ML_BIAS
 /* A layer for a few tokens, on Hopper: y = x W^T + mixed B^T (+ bias), when all time goes into reading W.
  *
- * The product is turned, y^T [n, T] = W x^T, so that W's rows fill the tiles: ML_ROWS (16, 32, 64, 128) of them in a block, with
- * up to ML_TOKENS (8, 32, 64, 128) tokens. A product has 64 rows: where the tile has fewer, it multiplies what lies behind them,
- * too, which is left. The blocks of a
- * cluster share the sum over W and add what they have in the order of their ranks. The first of them also adds the narrow
- * side, with B as the experts have it: its rows are rounded into shared memory while W streams in, and so is `mixed` when the
- * kernel before has made it.
+ * The product is turned, y^T [n, T] = W x^T, so that W's rows fill the tiles: ML_ROWS of them (a multiple of 16, up to 256) in a
+ * block, with up to ML_TOKENS (8, 16, 32, 64, 128) tokens. A product has 64 rows: where the tile has fewer, it multiplies what lies
+ * behind them, too, which is left. The blocks of a cluster share the sum over W and add what they have in the order of their ranks.
+ * The first of them also adds the narrow side, as the last steps of its sum: B as the experts have it, rounded into shared memory by
+ * warps that have nothing else to do, and `mixed`, when the kernel before has made it.
  */
 #include "hopper.cuh"
 
 enum {
-  GROUPS = ML_ROWS > 64 ? 2 : 1, /* warpgroups that multiply */
-  PARTS = ML_ROWS > 32 ? 1 : 2,  /* boxes of 64 elements of the sum in a step */
+  GROUPS = ML_ROWS > 64 ? 2 : 1,                       /* warpgroups that multiply */
+  TILES = (ML_ROWS + 64 * GROUPS - 1) / (64 * GROUPS), /* products of each, one below the other */
+  PARTS = ML_ROWS > 32 ? 1 : 2,                        /* boxes of 64 elements of the sum in a step */
   W_BOX = ML_ROWS * 128,
   X_BOX = ML_TOKENS * 128,
   STAGE_BYTES = PARTS * (W_BOX + X_BOX),
-  CONSUMERS = GROUPS * 128
+  CONSUMERS = GROUPS * 128,
+  LOADERS = 128 /* threads that load, and round B */
 };
 
 /* Eight elements of a row of B, of which n are there, from element `at` on; aligned: that is a multiple of 8. */
@@ -46,35 +47,105 @@ DEVICE void consumers_sync() {
   else warpgroups_sync();
 }
 
-/* d (+)= W's box [64, 64] times that of x or of mixed. */
-DEVICE void multiply_box(float (&d)[ML_TOKENS / 2], u32 left, u32 right, bool first) {
-  u64 a = operand_k(left), b = operand_k(right);
+/* d (+)= W's boxes [64, 64] times that of x, or B's times that of mixed. */
+DEVICE void multiply_boxes(float (&d)[TILES][ML_TOKENS / 2], u32 left, u32 right, bool first) {
+  u64 b = operand_k(right);
 #pragma unroll
-  for (int k = 0; k < 4; k++) multiply<0, 0>(d, a + DEPTH_STEP_K * k, b + DEPTH_STEP_K * k, !(first && k == 0));
+  for (int tile = 0; tile < TILES; tile++) {
+    u64 a = operand_k(left + tile * GROUPS * 8192);
+#pragma unroll
+    for (int k = 0; k < 4; k++) multiply<0, 0>(d[tile], a + DEPTH_STEP_K * k, b + DEPTH_STEP_K * k, !(first && k == 0));
+  }
 }
 
-extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
+/* d (+)= what the ring's next steps hold in so many boxes each. first: there is nothing yet that d is added to. */
+struct ring {
+  u32 base, full, empty;
+  int stages, stage, phase, before; /* before: the stage that may still be read; -1: none */
+};
+template <int BOXES>
+DEVICE void sum_boxes(float (&d)[TILES][ML_TOKENS / 2], ring &r, int steps, int group, bool first) {
+  for (int i = 0; i < steps; i++) {
+    u32 at = r.base + r.stage * STAGE_BYTES;
+    barrier_wait(r.full + 8 * r.stage, r.phase);
+    products_begin();
+#pragma unroll
+    for (int p = 0; p < BOXES; p++, at += W_BOX + X_BOX) multiply_boxes(d, at + group * 8192, at + W_BOX, first && i == 0 && p == 0);
+    products_commit();
+    products_wait<1>();
+    if (r.before >= 0 && (threadIdx.x & 127) == 0) barrier_arrive(r.empty + 8 * r.before);
+    r.before = r.stage;
+    if (++r.stage == r.stages) r.stage = 0, r.phase ^= 1;
+  }
+}
+
+/* A box of B, [ML_ROWS, 64] from `row` on: a thread of `threads` takes 8 columns of every so many rows. */
+struct box_of_b {
+  const void *b;
+  int rank, r, line, block;
+
+  DEVICE box_of_b(const ml_adapters &adapters, int box, int thread) : line(thread / 8), block(thread % 8) {
+    const ml_adapter &adapter = adapters.of[adapters.expert_of[box * 8 + block]];
+    b = adapter.b;
+    rank = adapter.rank;
+    r = (box * 8 + block) * 8 - adapter.column;
+  }
+  DEVICE bool has(int row, int n) const { return row < n && r < rank; }
+  DEVICE u64 at(int row) const { return (u64)row * rank + r; }
+
+  /* Into the GPU's cache. */
+  DEVICE void fetch(int row, int n, int threads) const {
+    for (int i = line; i < ML_ROWS; i += threads / 8)
+      if (has(row + i, n))
+        asm volatile("prefetch.global.L2 [%0];" ::"l"((const char *)b + at(row + i) * (ML_F32_ADAPTERS ? 4 : 2)));
+  }
+  /* Rounded into shared memory, in the 128-byte swizzle. */
+  DEVICE void store(u32 to, int row, int n, int threads) const {
+    enum { TOGETHER = 4 };
+    for (int first = line; first < ML_ROWS; first += TOGETHER * threads / 8) {
+      uint4 v[TOGETHER];
+#pragma unroll
+      for (int j = 0; j < TOGETHER; j++) {
+        int i = first + j * threads / 8;
+        v[j] = i < ML_ROWS && has(row + i, n) ? eight_of_b(b, at(row + i), rank - r, rank % 8 == 0) : uint4{0, 0, 0, 0};
+      }
+#pragma unroll
+      for (int j = 0; j < TOGETHER; j++) {
+        int i = first + j * threads / 8;
+        if (i < ML_ROWS)
+          asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + i * 128 + ((block ^ (i & 7)) << 4)), "r"(v[j].x),
+                       "r"(v[j].y), "r"(v[j].z), "r"(v[j].w)
+                       : "memory");
+      }
+    }
+  }
+};
+
+extern "C" __global__ __launch_bounds__(CONSUMERS + LOADERS, 1) void ml_decode(
     const __grid_constant__ tensor_map x, const __grid_constant__ tensor_map w, const __grid_constant__ tensor_map mixed,
     const __grid_constant__ ml_adapters adapters, u16 *y, const u16 *bias, int tokens, int n, int depth, int columns, int stages) {
   extern __shared__ char memory[];
-  int boxes = columns / 64, t = threadIdx.x;
-  u32 base = (shared_address(memory) + 1023) & ~1023u, of_b = base + stages * STAGE_BYTES, of_mixed = of_b + boxes * W_BOX;
-  u32 full = of_mixed + boxes * X_BOX, empty = full + 8 * stages, narrow_side = empty + 8 * stages;
+  let_successor_start();
+  int t = threadIdx.x;
+  u32 base = (shared_address(memory) + 1023) & ~1023u, full = base + stages * STAGE_BYTES, empty = full + 8 * stages;
   int rank = (int)cluster_rank(), ranks = (int)cluster_size(), row = blockIdx.x / ranks * ML_ROWS;
   int all = (depth + 64 * PARTS - 1) / (64 * PARTS), begin = all * rank / ranks, steps = all * (rank + 1) / ranks - begin;
+  int boxes = rank == 0 ? columns / 64 : 0;
   if (t == 0) {
     for (int s = 0; s < stages; s++) {
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, GROUPS);
     }
-    barrier_init(narrow_side, 1);
     barrier_init_done();
   }
   __syncthreads();
 
   if (t >= CONSUMERS) {
-    if (GROUPS == 2) registers_give<40>();
-    if (t == CONSUMERS) {
+    int own = t - CONSUMERS;
+    if (own >= 32) {
+      for (int i = 0; i < boxes; i++) box_of_b(adapters, i, own - 32).fetch(row, n, LOADERS - 32);
+    }
+    if (own == 0) {
       for (int i = 0, s = 0, phase = 1; i < steps; i++) {
         barrier_wait(empty + 8 * s, phase);
         barrier_expect(full + 8 * s, STAGE_BYTES);
@@ -85,11 +156,22 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
         }
         if (++s == stages) s = 0, phase ^= 1;
       }
-      if (rank == 0) {
-        wait_for_predecessor();
-        fence_all();
-        barrier_expect(narrow_side, boxes * X_BOX);
-        for (int i = 0; i < boxes; i++) load_box(of_mixed + i * X_BOX, &mixed, narrow_side, i * 64, 0);
+    }
+    for (int i = 0; i < boxes; i++) {
+      int step = steps + i, s = step % stages;
+      u32 to = base + s * STAGE_BYTES;
+      if (own == 0) barrier_wait(empty + 8 * s, (step / stages & 1) ^ 1);
+      warpgroup_sync(4);
+      box_of_b(adapters, i, own).store(to, row, n, LOADERS);
+      fence_shared();
+      warpgroup_sync(4);
+      if (own == 0) {
+        if (i == 0) {
+          wait_for_predecessor();
+          fence_all();
+        }
+        barrier_expect(full + 8 * s, X_BOX);
+        load_box(to + W_BOX, &mixed, full + 8 * s, i * 64, 0);
       }
     }
     if (ranks > 1) { /* as below */
@@ -99,71 +181,58 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
     return;
   }
 
-  if (GROUPS == 2) registers_stay<232>();
-  if (rank == 0) { /* B's rows, in the 128-byte swizzle */
-    for (int i = t; i < ML_ROWS * columns / 8; i += CONSUMERS) {
-      int line = i / (columns / 8), block = i % (columns / 8);
-      const ml_adapter &adapter = adapters.of[adapters.expert_of[block]];
-      int r = block * 8 - adapter.column;
-      uint4 v = {0, 0, 0, 0};
-      if (row + line < n && r < adapter.rank)
-        v = eight_of_b(adapter.b, (u64)(row + line) * adapter.rank + r, adapter.rank - r, adapter.rank % 8 == 0);
-      u32 to = of_b + block / 8 * W_BOX + line * 128 + ((block % 8 ^ (line & 7)) << 4);
-      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-    }
-    fence_shared();
-    consumers_sync();
-  }
-  float d[ML_TOKENS / 2];
-  int group = t >> 7, before = 0;
-  bool tells = (t & 127) == 0;
-  for (int i = 0, s = 0, phase = 0; i < steps; i++) {
-    barrier_wait(full + 8 * s, phase);
-    products_begin();
-#pragma unroll
-    for (int p = 0; p < PARTS; p++) {
-      u32 at = base + s * STAGE_BYTES + p * (W_BOX + X_BOX);
-      multiply_box(d, at + group * 8192, at + W_BOX, i == 0 && p == 0);
-    }
-    products_commit();
-    products_wait<1>();
-    if (i > 0 && tells) barrier_arrive(empty + 8 * before);
-    before = s;
-    if (++s == stages) s = 0, phase ^= 1;
-  }
-  if (rank == 0) {
-    barrier_wait(narrow_side, 0);
-    products_begin();
-    for (int i = 0; i < boxes; i++) multiply_box(d, of_b + i * W_BOX + group * 8192, of_mixed + i * X_BOX, steps + i == 0);
-    products_commit();
-  }
+  float d[TILES][ML_TOKENS / 2];
+  int group = t >> 7;
+  ring r = {base, full, empty, stages, 0, 0, -1};
+  sum_boxes<PARTS>(d, r, steps, group, true);
+  sum_boxes<1>(d, r, boxes, group, steps == 0);
   products_wait<0>();
-  settle(d);
-  if (ranks > 1) {
-    if (steps == 0 && rank > 0) {
 #pragma unroll
-      for (int i = 0; i < ML_TOKENS / 2; i++) d[i] = 0;
+  for (int tile = 0; tile < TILES; tile++) settle(d[tile]);
+  consumers_sync(); /* everything has been loaded and read: parts of sums, and results, take its place */
+  enum { PART = ML_TOKENS / 8 * PART_STEP };
+  if (ranks > 1) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+      for (int i = 0; i < ML_TOKENS / 2; i++) d[tile][i] = steps + boxes > 0 ? d[tile][i] : 0.f;
+      keep_part(base + tile * PART + t * 16, d[tile]);
     }
-    consumers_sync(); /* everything has been loaded and read: parts of sums take its place */
-    keep_part(base + t * 16, d);
     cluster_sync();
   }
-  if ((t >> 5) * ranks / (GROUPS * 4) == rank) { /* each block finishes the rows of some warps */
-    if (ranks > 1) sum_parts(d, base + t * 16, ranks);
+  int warp = t >> 5, lane = t & 31;
+  if (warp * ranks / (GROUPS * 4) == rank) { /* each block finishes the rows of some warps */
+    u32 lines = base + (ranks > 1 ? TILES * PART : 0) + warp * ML_TOKENS * 32; /* [ML_TOKENS, 16] */
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      int line = (t >> 5) * 16 + ((t & 31) >> 2) + 8 * half, column = row + line;
-      bool real = line < ML_ROWS && column < n;
-      float add = 0;
+    for (int tile = 0; tile < TILES; tile++) {
+      int line = (group + tile * GROUPS) * 64 + (warp & 3) * 16;
+      if (line >= ML_ROWS) break;
+      if (ranks > 1) sum_parts(d[tile], base + tile * PART + t * 16, ranks);
+      float add[2] = {0, 0};
 #if ML_BIAS
-      add = real ? widen(bias[column]) : 0.f;
-#endif
 #pragma unroll
-      for (int j = 0; j < ML_TOKENS / 8; j++) {
-        u32 both = narrow(d[4 * j + 2 * half] + add, d[4 * j + 2 * half + 1] + add);
-        int token = 8 * j + 2 * (t & 3);
-        if (real && token < tokens) y[(u64)token * n + column] = (u16)both;
-        if (real && token + 1 < tokens) y[(u64)(token + 1) * n + column] = (u16)(both >> 16);
+      for (int half = 0; half < 2; half++) {
+        int column = row + line + (lane >> 2) + 8 * half;
+        add[half] = column < n ? widen(bias[column]) : 0.f;
+      }
+#endif
+      __syncwarp();
+#pragma unroll
+      for (int j = 0; j < ML_TOKENS / 8; j++)
+        asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(lines + (8 * j + (lane & 7)) * 32 +
+                                                                                             (lane >> 3 & 1) * 16),
+                     "r"(narrow(d[tile][4 * j] + add[0], d[tile][4 * j + 1] + add[0])),
+                     "r"(narrow(d[tile][4 * j + 2] + add[1], d[tile][4 * j + 3] + add[1]))
+                     : "memory");
+      __syncwarp();
+      for (int i = lane; i < 2 * tokens; i += 32) {
+        int column = row + line + i % 2 * 8;
+        uint4 v;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(lines + i * 16)
+                     : "memory");
+        if (column < n) *(uint4 *)(y + (u64)(i / 2) * n + column) = v;
       }
     }
   }

@@ -399,6 +399,12 @@ static ml_cuda_status wide_side(const ml_layer *layer, ml_way way, const places 
 
 /* H of a few tokens, and s w H. */
 static ml_cuda_status few(const ml_layer *layer, ml_rows x, void *mixed, void *hidden) {
+  enum { LEAST = 256 }; /* of a sum that a block has work for */
+  int64_t width = layer->tokens <= 16 ? 16 : 32, blocks = layer->columns / 8 * ceil_div(layer->tokens, width);
+  unsigned cluster = 1;
+  while (cluster < 8 && blocks * cluster * 2 <= layer->gpu->multiprocessors && layer->d_in / (cluster * 2) >= LEAST) {
+    cluster *= 2;
+  }
   long long x_row = x.row;
   int tokens = (int)layer->tokens, depth = (int)layer->d_in, columns = layer->columns;
   void *arguments[] = {(void *)(uintptr_t)&layer->adapters,
@@ -410,31 +416,25 @@ static ml_cuda_status few(const ml_layer *layer, ml_rows x, void *mixed, void *h
                        &tokens,
                        &depth,
                        &columns};
-  return launch(layer, (ml_variant){ML_FEW, {layer->f16, layer->f32_adapters}}, "ml_few",
-                (ml_launch){.grid = (unsigned)(columns * ceil_div(tokens, 8)), .block = 256}, arguments);
+  return launch(layer, (ml_variant){ML_FEW, {layer->f16, layer->f32_adapters, (int16_t)width}}, "ml_few",
+                (ml_launch){.grid = (unsigned)blocks * cluster, .block = 256, .cluster = cluster, .early = true},
+                arguments);
 }
 
 static ml_cuda_status decode(const ml_layer *layer, ml_rows x, void *mixed, void *y) {
-  enum { SHARED_BYTES = 227 << 10, SLACK_BYTES = 16 << 10, MAX_STAGES = 24 };
-  int64_t T = layer->tokens, C = layer->columns, n = layer->d_out, depth = layer->d_in,
-          blocks = layer->gpu->multiprocessors;
-  int width = T <= 8 ? 8 : T <= 32 ? 32 : T <= 64 ? 64 : 128;
-  /* Narrow tiles, until there is one for every multiprocessor; but of many tokens every tile reads x, too. */
-  int rows = 128, least = width == 8 ? 16 : width < 128 ? 32 : 64;
-  while (rows > least && ceil_div(n, rows) * 2 <= blocks) {
-    rows /= 2;
-  }
-  int64_t tiles = ceil_div(n, rows);
+  enum { SHARED_BYTES = 200 << 10, MAX_STAGES = 32, MAX_ROWS = 256 };
+  int64_t T = layer->tokens, C = layer->columns, n = layer->d_out, depth = layer->d_in;
+  int width = T <= 8 ? 8 : T <= 16 ? 16 : T <= 32 ? 32 : T <= 64 ? 64 : 128;
   unsigned cluster = 1;
-  while (cluster < 8 && tiles * cluster * 2 <= blocks && depth / (cluster * 2) >= 512) {
-    cluster *= 2;
-  }
-  int stage = (rows > 32 ? 1 : 2) * (rows + width) * 128, narrow = (int)C / 64 * (rows + width) * 128;
-  int stages = (int)min_((SHARED_BYTES - SLACK_BYTES - narrow) / stage, MAX_STAGES);
+  int64_t rows = min_(round_up(ceil_div(n, layer->gpu->multiprocessors / cluster), 16), MAX_ROWS);
+  /*KNOBS*/
+  int64_t tiles = ceil_div(n, rows), groups = rows > 64 ? 2 : 1, part = (rows + width) * 128;
+  int64_t stage = (rows > 32 ? 1 : 2) * part, beyond = round_up(rows, 64 * groups) * 128 - part;
+  int stages = (int)min_(SHARED_BYTES / stage, MAX_STAGES);
   ml_tensor_map maps[3];
   ml_cuda_status status;
   if ((status = map_of(layer, &maps[0], x.data, T, depth, x.row, width)) != ML_CUDA_OK ||
-      (status = map_of(layer, &maps[1], layer->weight, n, depth, layer->weight_row, rows)) != ML_CUDA_OK ||
+      (status = map_of(layer, &maps[1], layer->weight, n, depth, layer->weight_row, (int)rows)) != ML_CUDA_OK ||
       (status = map_of(layer, &maps[2], mixed, T, C, C, width)) != ML_CUDA_OK) {
     return status;
   }
@@ -445,8 +445,8 @@ static ml_cuda_status decode(const ml_layer *layer, ml_rows x, void *mixed, void
   ml_variant variant = {ML_DECODE, {layer->f16, layer->f32_adapters, (int16_t)width, (int16_t)rows, bias != NULL}};
   return launch(layer, variant, "ml_decode",
                 (ml_launch){.grid = (unsigned)(tiles * cluster),
-                            .block = rows > 64 ? 384 : 256,
-                            .shared_bytes = (unsigned)(stages * stage + narrow + SLACK_BYTES),
+                            .block = (unsigned)(groups * 128 + 128),
+                            .shared_bytes = (unsigned)(1024 + stages * (stage + 16) + (beyond > 0 ? beyond : 0)),
                             .cluster = cluster,
                             .early = true},
                 arguments);
