@@ -1,11 +1,12 @@
-//options: ML_F16 ML_F32_ADAPTERS ML_TOKENS ML_ROWS ML_BIAS
+//options: ML_F16 ML_F32_ADAPTERS ML_TOKENS ML_ROWS ML_BIAS ML_SHARE
 /* A layer for a few tokens, on Hopper: y = x W^T + mixed B^T (+ bias), when all time goes into reading W.
  *
  * The product is turned, y^T [n, T] = W x^T, so that W's rows fill the tiles: ML_ROWS of them (a multiple of 16, up to 256) in a
  * block, with up to ML_TOKENS (8, 16, 32, 64, 128) tokens. A product has 64 rows: where the tile has fewer, it multiplies what lies
  * behind them, too, which is left. The blocks of a cluster share the sum over W and add what they have in the order of their ranks.
- * The first of them also adds the narrow side, as the last steps of its sum: B as the experts have it, rounded into shared memory by
- * warps that have nothing else to do, and `mixed`, when the kernel before has made it.
+ * The first of them also adds the narrow side: B as the experts have it, rounded into shared memory by warps of its own, and
+ * `mixed`, when the kernel before has made it. So many bytes of W are on their way that whatever else is read waits for microseconds:
+ * B is asked for at once.
  */
 #include "hopper.cuh"
 
@@ -16,8 +17,9 @@ enum {
   W_BOX = ML_ROWS * 128,
   X_BOX = ML_TOKENS * 128,
   STAGE_BYTES = PARTS * (W_BOX + X_BOX),
+  SHARE = ML_SHARE > 1 ? ML_SHARE : 1, /* blocks of a cluster that share x, each with rows of its own */
   CONSUMERS = GROUPS * 128,
-  LOADERS = 128 /* threads that load, and round B */
+  LOADERS = 96 /* threads that round B */
 };
 
 /* Eight elements of a row of B, of which n are there, from element `at` on; aligned: that is a multiple of 8. */
@@ -47,6 +49,22 @@ DEVICE void consumers_sync() {
   else warpgroups_sync();
 }
 
+/* A block's part of a box of x, to the same place of every block that shares it; it counts at the barrier of each. */
+DEVICE void load_x(u32 to, const tensor_map *map, u32 barrier, int col, int row) {
+  if (SHARE == 1) return load_box(to, map, barrier, col, row);
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], "
+               "[%2], %5;" ::"r"(to),
+               "l"((u64)map), "r"(barrier), "r"(col), "r"(row), "h"((u16)((1 << SHARE) - 1))
+               : "memory");
+}
+DEVICE void arrive_at_all(u32 barrier) {
+#pragma unroll
+  for (int i = 0; i < SHARE; i++) {
+    if (SHARE == 1) barrier_arrive(barrier);
+    else asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(i, barrier)) : "memory");
+  }
+}
+
 /* d (+)= W's boxes [64, 64] times that of x, or B's times that of mixed. */
 DEVICE void multiply_boxes(float (&d)[TILES][ML_TOKENS / 2], u32 left, u32 right, bool first) {
   u64 b = operand_k(right);
@@ -58,68 +76,31 @@ DEVICE void multiply_boxes(float (&d)[TILES][ML_TOKENS / 2], u32 left, u32 right
   }
 }
 
-/* d (+)= what the ring's next steps hold in so many boxes each. first: there is nothing yet that d is added to. */
-struct ring {
-  u32 base, full, empty;
-  int stages, stage, phase, before; /* before: the stage that may still be read; -1: none */
-};
-template <int BOXES>
-DEVICE void sum_boxes(float (&d)[TILES][ML_TOKENS / 2], ring &r, int steps, int group, bool first) {
-  for (int i = 0; i < steps; i++) {
-    u32 at = r.base + r.stage * STAGE_BYTES;
-    barrier_wait(r.full + 8 * r.stage, r.phase);
-    products_begin();
+/* B's box [ML_ROWS, 64] from `row` on, rounded, in the 128-byte swizzle. A thread takes 8 columns of every so many rows. */
+DEVICE void round_box(u32 to, const ml_adapters &adapters, int box, int row, int n, int thread) {
+  enum { STEP = LOADERS / 8, TOGETHER = 6 };
+  int block = thread % 8;
+  const ml_adapter &adapter = adapters.of[adapters.expert_of[box * 8 + block]];
+  int rank = adapter.rank, r = (box * 8 + block) * 8 - adapter.column;
+  for (int first = thread / 8; first < ML_ROWS; first += TOGETHER * STEP) {
+    uint4 v[TOGETHER];
 #pragma unroll
-    for (int p = 0; p < BOXES; p++, at += W_BOX + X_BOX) multiply_boxes(d, at + group * 8192, at + W_BOX, first && i == 0 && p == 0);
-    products_commit();
-    products_wait<1>();
-    if (r.before >= 0 && (threadIdx.x & 127) == 0) barrier_arrive(r.empty + 8 * r.before);
-    r.before = r.stage;
-    if (++r.stage == r.stages) r.stage = 0, r.phase ^= 1;
-  }
-}
-
-/* A box of B, [ML_ROWS, 64] from `row` on: a thread of `threads` takes 8 columns of every so many rows. */
-struct box_of_b {
-  const void *b;
-  int rank, r, line, block;
-
-  DEVICE box_of_b(const ml_adapters &adapters, int box, int thread) : line(thread / 8), block(thread % 8) {
-    const ml_adapter &adapter = adapters.of[adapters.expert_of[box * 8 + block]];
-    b = adapter.b;
-    rank = adapter.rank;
-    r = (box * 8 + block) * 8 - adapter.column;
-  }
-  DEVICE bool has(int row, int n) const { return row < n && r < rank; }
-  DEVICE u64 at(int row) const { return (u64)row * rank + r; }
-
-  /* Into the GPU's cache. */
-  DEVICE void fetch(int row, int n, int threads) const {
-    for (int i = line; i < ML_ROWS; i += threads / 8)
-      if (has(row + i, n))
-        asm volatile("prefetch.global.L2 [%0];" ::"l"((const char *)b + at(row + i) * (ML_F32_ADAPTERS ? 4 : 2)));
-  }
-  /* Rounded into shared memory, in the 128-byte swizzle. */
-  DEVICE void store(u32 to, int row, int n, int threads) const {
-    enum { TOGETHER = 4 };
-    for (int first = line; first < ML_ROWS; first += TOGETHER * threads / 8) {
-      uint4 v[TOGETHER];
+    for (int j = 0; j < TOGETHER; j++) {
+      int line = first + j * STEP;
+      v[j] = line < ML_ROWS && row + line < n && r < rank
+                 ? eight_of_b(adapter.b, (u64)(row + line) * rank + r, rank - r, rank % 8 == 0)
+                 : uint4{0, 0, 0, 0};
+    }
 #pragma unroll
-      for (int j = 0; j < TOGETHER; j++) {
-        int i = first + j * threads / 8;
-        v[j] = i < ML_ROWS && has(row + i, n) ? eight_of_b(b, at(row + i), rank - r, rank % 8 == 0) : uint4{0, 0, 0, 0};
-      }
-#pragma unroll
-      for (int j = 0; j < TOGETHER; j++) {
-        int i = first + j * threads / 8;
-        if (i < ML_ROWS)
-          asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + i * 128 + ((block ^ (i & 7)) << 4)), "r"(v[j].x),
-                       "r"(v[j].y), "r"(v[j].z), "r"(v[j].w)
-                       : "memory");
-      }
+    for (int j = 0; j < TOGETHER; j++) {
+      int line = first + j * STEP;
+      if (line < ML_ROWS)
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + line * 128 + ((block ^ (line & 7)) << 4)), "r"(v[j].x),
+                     "r"(v[j].y), "r"(v[j].z), "r"(v[j].w)
+                     : "memory");
     }
   }
-};
+}
 
 extern "C" __global__ __launch_bounds__(CONSUMERS + LOADERS, 1) void ml_decode(
     const __grid_constant__ tensor_map x, const __grid_constant__ tensor_map w, const __grid_constant__ tensor_map mixed,
@@ -127,65 +108,78 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + LOADERS, 1) void ml_decode(
   extern __shared__ char memory[];
   let_successor_start();
   int t = threadIdx.x;
-  u32 base = (shared_address(memory) + 1023) & ~1023u, full = base + stages * STAGE_BYTES, empty = full + 8 * stages;
-  int rank = (int)cluster_rank(), ranks = (int)cluster_size(), row = blockIdx.x / ranks * ML_ROWS;
+  u32 base = (shared_address(memory) + 1023) & ~1023u, of_b = base + stages * STAGE_BYTES;
+  u32 full = of_b + columns / 64 * (W_BOX + X_BOX), empty = full + 8 * stages, narrow_side = empty + 8 * stages;
+  int peer = SHARE > 1 ? (int)cluster_rank() : 0;
+  int rank = SHARE > 1 ? 0 : (int)cluster_rank(), ranks = SHARE > 1 ? 1 : (int)cluster_size(), row = blockIdx.x / ranks * ML_ROWS;
   int all = (depth + 64 * PARTS - 1) / (64 * PARTS), begin = all * rank / ranks, steps = all * (rank + 1) / ranks - begin;
   int boxes = rank == 0 ? columns / 64 : 0;
   if (t == 0) {
     for (int s = 0; s < stages; s++) {
       barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, GROUPS);
+      barrier_init(empty + 8 * s, GROUPS * SHARE);
     }
+    barrier_init(narrow_side, LOADERS);
     barrier_init_done();
   }
-  __syncthreads();
+  if (SHARE > 1) cluster_sync();
+  else __syncthreads();
 
   if (t >= CONSUMERS) {
-    int own = t - CONSUMERS;
-    if (own >= 32) {
-      for (int i = 0; i < boxes; i++) box_of_b(adapters, i, own - 32).fetch(row, n, LOADERS - 32);
-    }
-    if (own == 0) {
+    int own = t - (CONSUMERS + 32);
+    if (t == CONSUMERS) {
       for (int i = 0, s = 0, phase = 1; i < steps; i++) {
         barrier_wait(empty + 8 * s, phase);
         barrier_expect(full + 8 * s, STAGE_BYTES);
         for (int p = 0; p < PARTS; p++) {
           u32 to = base + s * STAGE_BYTES + p * (W_BOX + X_BOX);
           load_box(to, &w, full + 8 * s, ((begin + i) * PARTS + p) * 64, row);
-          load_box(to + W_BOX, &x, full + 8 * s, ((begin + i) * PARTS + p) * 64, 0);
+          load_x(to + W_BOX + peer * (X_BOX / SHARE), &x, full + 8 * s, ((begin + i) * PARTS + p) * 64, peer * (ML_TOKENS / SHARE));
         }
         if (++s == stages) s = 0, phase ^= 1;
       }
-    }
-    for (int i = 0; i < boxes; i++) {
-      int step = steps + i, s = step % stages;
-      u32 to = base + s * STAGE_BYTES;
-      if (own == 0) barrier_wait(empty + 8 * s, (step / stages & 1) ^ 1);
-      warpgroup_sync(4);
-      box_of_b(adapters, i, own).store(to, row, n, LOADERS);
+    } else if (own >= 0 && boxes > 0) {
+      for (int i = 0; i < boxes; i++) round_box(of_b + i * (W_BOX + X_BOX), adapters, i, row, n, own);
       fence_shared();
-      warpgroup_sync(4);
-      if (own == 0) {
-        if (i == 0) {
-          wait_for_predecessor();
-          fence_all();
-        }
-        barrier_expect(full + 8 * s, X_BOX);
-        load_box(to + W_BOX, &mixed, full + 8 * s, i * 64, 0);
+      if (own > 0) {
+        barrier_arrive(narrow_side);
+      } else {
+        wait_for_predecessor();
+        fence_all();
+        barrier_expect(narrow_side, boxes * X_BOX);
+        for (int i = 0; i < boxes; i++) load_box(of_b + i * (W_BOX + X_BOX) + W_BOX, &mixed, narrow_side, i * 64, 0);
       }
     }
-    if (ranks > 1) { /* as below */
-      cluster_sync();
-      cluster_sync();
-    }
+    if (ranks > 1) cluster_sync(); /* as below */
+    if (ranks > 1 || SHARE > 1) cluster_sync();
     return;
   }
 
   float d[TILES][ML_TOKENS / 2];
-  int group = t >> 7;
-  ring r = {base, full, empty, stages, 0, 0, -1};
-  sum_boxes<PARTS>(d, r, steps, group, true);
-  sum_boxes<1>(d, r, boxes, group, steps == 0);
+  int group = t >> 7, before = 0;
+  bool tells = (t & 127) == 0;
+  for (int i = 0, s = 0, phase = 0; i < steps; i++) {
+    barrier_wait(full + 8 * s, phase);
+    products_begin();
+#pragma unroll
+    for (int p = 0; p < PARTS; p++) {
+      u32 at = base + s * STAGE_BYTES + p * (W_BOX + X_BOX);
+      multiply_boxes(d, at + group * 8192, at + W_BOX, i == 0 && p == 0);
+    }
+    products_commit();
+    products_wait<1>();
+    if (i > 0 && tells) arrive_at_all(empty + 8 * before);
+    before = s;
+    if (++s == stages) s = 0, phase ^= 1;
+  }
+  if (boxes > 0) barrier_wait(narrow_side, 0);
+  for (int i = 0; i < boxes; i++) {
+    u32 at = of_b + i * (W_BOX + X_BOX);
+    products_begin();
+    multiply_boxes(d, at + group * 8192, at + W_BOX, steps + i == 0);
+    products_commit();
+    products_wait<1>();
+  }
   products_wait<0>();
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) settle(d[tile]);
@@ -236,5 +230,5 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + LOADERS, 1) void ml_decode(
       }
     }
   }
-  if (ranks > 1) cluster_sync(); /* nobody's memory goes while another reads it */
+  if (ranks > 1 || SHARE > 1) cluster_sync(); /* nobody's memory goes while another reads it */
 }

@@ -2,8 +2,8 @@
 /* The shrink of a few tokens, straight from the experts' own A: H = x A^T and s w H.
  *
  * A block computes 8 columns, which are one expert's, for ML_TOKENS (16, 32) tokens; the blocks of a cluster share the sum, and so
- * do the warps of a block: little is read twice, and most of it is on its way at once. Blocks are small, so that those of decode.cu, which
- * start meanwhile, find room beside them.
+ * do the warps of a block: little is read twice, and most of it is on its way at once. Blocks are small, so that those of decode.cu find
+ * room beside them; and since W keeps the memory busy from then on, all is asked for before.
  */
 #include "hopper.cuh"
 
@@ -37,6 +37,13 @@ extern "C" __global__ __launch_bounds__(THREADS, 4) void ml_few(const __grid_con
   int block = task % (columns / 8), first = task / (columns / 8) * ML_TOKENS;
   int e = adapters.expert_of[block], r = block * 8 - adapters.of[e].column, left = adapters.of[e].rank - r;
   int t = threadIdx.x, lane = t % 32, warp = t / 32, line = lane / 4;
+  /* The sum that a thread finishes in the end: each block has its share. */
+  static_assert(SUMS <= THREADS, "one");
+  int own = SUMS * rank / ranks + t, token = first + own / 8, column = own % 8;
+  bool finishes = own < SUMS * (rank + 1) / ranks && token < tokens;
+  float f = 0;
+  if (finishes && column < left)
+    f = is_kept(weights, token, e) ? factor_of(adapters.of[e].scaling, weight_at(weights, token, e)) : DROPPED;
   if (left > 0) {
     /* A lane takes the same 8 of 32 elements of the sum from every row: in which order they are added is free. */
     const char *row = (const char *)adapters.of[e].a + (u64)(r + line) * depth * (ML_F32_ADAPTERS ? 4 : 2);
@@ -66,27 +73,21 @@ extern "C" __global__ __launch_bounds__(THREADS, 4) void ml_few(const __grid_con
     }
   }
   __syncthreads();
-  for (int i = t; i < SUMS && left > 0; i += THREADS) {
+  if (t < SUMS && left > 0) {
     float sum = 0;
-    for (int from = 0; from < WARPS; from++) sum += parts[from][i];
-    sums[i] = sum;
+    for (int from = 0; from < WARPS; from++) sum += parts[from][t];
+    sums[t] = sum;
   }
   cluster_sync();
-  /* Each block finishes its share of the sums. */
-  for (int i = SUMS * rank / ranks + t; i < SUMS * (rank + 1) / ranks; i += THREADS) {
-    int token = first + i / 8, j = i % 8;
-    if (token >= tokens) continue;
-    float h = 0, f = 0;
-    if (j < left) {
-      f = is_kept(weights, token, e) ? factor_of(adapters.of[e].scaling, weight_at(weights, token, e)) : DROPPED;
-      for (int from = 0; from < ranks; from++) {
-        float part;
-        asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(part) : "r"(address_in(from, shared_address(&sums[i]))) : "memory");
-        h += part;
-      }
+  if (finishes) {
+    float h = 0;
+    for (int from = 0; from < ranks && column < left; from++) {
+      float part;
+      asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(part) : "r"(address_in(from, shared_address(&sums[own]))) : "memory");
+      h += part;
     }
     u32 both = narrow(times(f, h), h);
-    u64 to = (u64)token * columns + block * 8 + j;
+    u64 to = (u64)token * columns + block * 8 + column;
     mixed[to] = (u16)both;
     if (hidden) hidden[to] = (u16)(both >> 16);
   }

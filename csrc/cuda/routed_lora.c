@@ -425,15 +425,16 @@ static ml_cuda_status decode(const ml_layer *layer, ml_rows x, void *mixed, void
   enum { SHARED_BYTES = 200 << 10, MAX_STAGES = 32, MAX_ROWS = 256 };
   int64_t T = layer->tokens, C = layer->columns, n = layer->d_out, depth = layer->d_in;
   int width = T <= 8 ? 8 : T <= 16 ? 16 : T <= 32 ? 32 : T <= 64 ? 64 : 128;
-  unsigned cluster = 1;
+  unsigned cluster = 1, share = 1;
   int64_t rows = min_(round_up(ceil_div(n, layer->gpu->multiprocessors / cluster), 16), MAX_ROWS);
   /*KNOBS*/
-  int64_t tiles = ceil_div(n, rows), groups = rows > 64 ? 2 : 1, part = (rows + width) * 128;
+  int64_t tiles = round_up(ceil_div(n, rows), share), groups = rows > 64 ? 2 : 1, part = (rows + width) * 128;
   int64_t stage = (rows > 32 ? 1 : 2) * part, beyond = round_up(rows, 64 * groups) * 128 - part;
-  int stages = (int)min_(SHARED_BYTES / stage, MAX_STAGES);
+  int64_t narrow = C / 64 * part;
+  int stages = (int)min_((SHARED_BYTES - narrow) / stage, MAX_STAGES);
   ml_tensor_map maps[3];
   ml_cuda_status status;
-  if ((status = map_of(layer, &maps[0], x.data, T, depth, x.row, width)) != ML_CUDA_OK ||
+  if ((status = map_of(layer, &maps[0], x.data, T, depth, x.row, width / (int)share)) != ML_CUDA_OK ||
       (status = map_of(layer, &maps[1], layer->weight, n, depth, layer->weight_row, (int)rows)) != ML_CUDA_OK ||
       (status = map_of(layer, &maps[2], mixed, T, C, C, width)) != ML_CUDA_OK) {
     return status;
@@ -442,12 +443,12 @@ static ml_cuda_status decode(const ml_layer *layer, ml_rows x, void *mixed, void
   int T_ = (int)T, n_ = (int)n, depth_ = (int)depth, C_ = (int)C;
   void *arguments[] = {&maps[0], &maps[1], &maps[2], (void *)(uintptr_t)&layer->adapters, &y, &bias, &T_, &n_,
                        &depth_,  &C_,      &stages};
-  ml_variant variant = {ML_DECODE, {layer->f16, layer->f32_adapters, (int16_t)width, (int16_t)rows, bias != NULL}};
+  ml_variant variant = {ML_DECODE, {layer->f16, layer->f32_adapters, (int16_t)width, (int16_t)rows, bias != NULL, (int16_t)share}};
   return launch(layer, variant, "ml_decode",
                 (ml_launch){.grid = (unsigned)(tiles * cluster),
                             .block = (unsigned)(groups * 128 + 128),
-                            .shared_bytes = (unsigned)(1024 + stages * (stage + 16) + (beyond > 0 ? beyond : 0)),
-                            .cluster = cluster,
+                            .shared_bytes = (unsigned)(1024 + stages * (stage + 16) + 8 + narrow + (beyond > 0 ? beyond : 0)),
+                            .cluster = cluster * share,
                             .early = true},
                 arguments);
 }
