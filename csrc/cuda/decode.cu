@@ -102,7 +102,7 @@ DEVICE void round_box(u32 to, const ml_adapters &adapters, int box, int row, int
   }
 }
 
-extern "C" __global__ __launch_bounds__(CONSUMERS + LOADERS, 1) void ml_decode(
+extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
     const __grid_constant__ tensor_map x, const __grid_constant__ tensor_map w, const __grid_constant__ tensor_map mixed,
     const __grid_constant__ ml_adapters adapters, u16 *y, const u16 *bias, int tokens, int n, int depth, int columns, int stages) {
   extern __shared__ char memory[];
