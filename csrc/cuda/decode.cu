@@ -1,12 +1,15 @@
 //options: ML_F16 ML_F32_ADAPTERS ML_TOKENS ML_ROWS ML_BIAS ML_SHARE
 /* A layer for a few tokens, on Hopper: y = x W^T + mixed B^T (+ bias), when all time goes into reading W.
  *
- * The product is turned, y^T [n, T] = W x^T, so that W's rows fill the tiles: ML_ROWS of them (a multiple of 16, up to 256) in a
- * block, with up to ML_TOKENS (8, 16, 32, 64, 128) tokens. A product has 64 rows: where the tile has fewer, it multiplies what lies
- * behind them, too, which is left. The blocks of a cluster share the sum over W and add what they have in the order of their ranks.
- * The first of them also adds the narrow side: B as the experts have it, rounded into shared memory by warps of its own, and
- * `mixed`, when the kernel before has made it. So many bytes of W are on their way that whatever else is read waits for microseconds:
- * B is asked for at once.
+ * The product is turned, y^T [n, T] = W x^T, so that W's rows fill the tiles: ML_ROWS of them (a multiple of 16, up to
+ * 256) in a block, with up to ML_TOKENS (8, 16, 32, 64, 128) tokens. A product has 64 rows: where the tile has fewer, it
+ * multiplies what lies behind them, too, which is left. The blocks of a cluster share x, each with rows of its own
+ * (ML_SHARE of them), or share the sum over W and add what they have in the order of their ranks; then the first of them
+ * adds the narrow side.
+ *
+ * That is B as the experts have it, rounded into shared memory by warps of its own, and `mixed`, when the kernel before
+ * has made it. So much of W is on its way that whatever else is read waits for microseconds: B is asked for before most
+ * of it.
  */
 #include "hopper.cuh"
 
@@ -19,30 +22,9 @@ enum {
   STAGE_BYTES = PARTS * (W_BOX + X_BOX),
   SHARE = ML_SHARE > 1 ? ML_SHARE : 1, /* blocks of a cluster that share x, each with rows of its own */
   CONSUMERS = GROUPS * 128,
-  LOADERS = 96 /* threads that round B */
+  LOADERS = 96,            /* threads that round B */
+  EARLY = SHARE > 1 ? 0 : 2 /* steps that are asked for before B is; fewer than stages */
 };
-
-/* Eight elements of a row of B, of which n are there, from element `at` on; aligned: that is a multiple of 8. */
-DEVICE uint4 eight_of_b(const void *b, u64 at, int n, bool aligned) {
-  float v[8];
-  if (aligned) {
-#if ML_F32_ADAPTERS
-    float4 low = *(const float4 *)((const float *)b + at), high = *(const float4 *)((const float *)b + at + 4);
-    return {narrow(low.x, low.y), narrow(low.z, low.w), narrow(high.x, high.y), narrow(high.z, high.w)};
-#else
-    return *(const uint4 *)((const u16 *)b + at);
-#endif
-  }
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-#if ML_F32_ADAPTERS
-    v[i] = i < n ? ((const float *)b)[at + i] : 0.f;
-#else
-    v[i] = i < n ? widen(((const u16 *)b)[at + i]) : 0.f;
-#endif
-  }
-  return {narrow(v[0], v[1]), narrow(v[2], v[3]), narrow(v[4], v[5]), narrow(v[6], v[7])};
-}
 
 DEVICE void consumers_sync() {
   if (GROUPS == 1) warpgroup_sync(1);
@@ -52,11 +34,12 @@ DEVICE void consumers_sync() {
 /* A block's part of a box of x, to the same place of every block that shares it; it counts at the barrier of each. */
 DEVICE void load_x(u32 to, const tensor_map *map, u32 barrier, int col, int row) {
   if (SHARE == 1) return load_box(to, map, barrier, col, row);
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], "
-               "[%2], %5;" ::"r"(to),
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+               "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
                "l"((u64)map), "r"(barrier), "r"(col), "r"(row), "h"((u16)((1 << SHARE) - 1))
                : "memory");
 }
+/* At the barrier in the same place of all of them. */
 DEVICE void arrive_at_all(u32 barrier) {
 #pragma unroll
   for (int i = 0; i < SHARE; i++) {
@@ -72,74 +55,127 @@ DEVICE void multiply_boxes(float (&d)[TILES][ML_TOKENS / 2], u32 left, u32 right
   for (int tile = 0; tile < TILES; tile++) {
     u64 a = operand_k(left + tile * GROUPS * 8192);
 #pragma unroll
-    for (int k = 0; k < 4; k++) multiply<0, 0>(d[tile], a + DEPTH_STEP_K * k, b + DEPTH_STEP_K * k, !(first && k == 0));
+    for (int k = 0; k < 4; k++)
+      multiply<0, 0>(d[tile], a + DEPTH_STEP_K * k, b + DEPTH_STEP_K * k, !(first && k == 0));
   }
 }
 
-/* B's box [ML_ROWS, 64] from `row` on, rounded, in the 128-byte swizzle. A thread takes 8 columns of every so many rows. */
-DEVICE void round_box(u32 to, const ml_adapters &adapters, int box, int row, int n, int thread) {
-  enum { STEP = LOADERS / 8, TOGETHER = 6 };
-  int block = thread % 8;
-  const ml_adapter &adapter = adapters.of[adapters.expert_of[box * 8 + block]];
-  int rank = adapter.rank, r = (box * 8 + block) * 8 - adapter.column;
-  for (int first = thread / 8; first < ML_ROWS; first += TOGETHER * STEP) {
-    uint4 v[TOGETHER];
+/* A loader's part of B's rows, 8 of a box's 64 columns of every twelfth: first as they are, then rounded, in the
+ * 128-byte swizzle. */
+struct rows_of_b {
+  enum { STEP = LOADERS / 8, TOGETHER = 5, ROWS = TOGETHER * STEP, WORDS = ML_F32_ADAPTERS ? 8 : 4 };
+  u32 v[TOGETHER][WORDS];
+
+  DEVICE void ask(const ml_adapters &adapters, int box, int first, int row, int n, int thread) {
+    int block = box * 8 + thread % 8;
+    const ml_adapter &adapter = adapters.of[adapters.expert_of[block]];
+    int rank = adapter.rank, r = block * 8 - adapter.column;
 #pragma unroll
     for (int j = 0; j < TOGETHER; j++) {
-      int line = first + j * STEP;
-      v[j] = line < ML_ROWS && row + line < n && r < rank
-                 ? eight_of_b(adapter.b, (u64)(row + line) * rank + r, rank - r, rank % 8 == 0)
-                 : uint4{0, 0, 0, 0};
+      int line = first + thread / 8 + j * STEP;
+      bool real = line < ML_ROWS && row + line < n && r < rank;
+      u64 at = (u64)(row + line) * rank + r;
+#pragma unroll
+      for (int i = 0; i < WORDS; i++) v[j][i] = 0;
+      if (!real) continue;
+#if ML_F32_ADAPTERS
+      const u32 *from = (const u32 *)adapter.b + at;
+      if (rank % 8 == 0) {
+        *(uint4 *)v[j] = *(const uint4 *)from;
+        *(uint4 *)(v[j] + 4) = *(const uint4 *)(from + 4);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[j][i] = r + i < rank ? from[i] : 0;
+      }
+#else
+      const u16 *from = (const u16 *)adapter.b + at;
+      if (rank % 8 == 0) {
+        *(uint4 *)v[j] = *(const uint4 *)from;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[j][i / 2] |= (u32)(r + i < rank ? from[i] : 0) << 16 * (i % 2);
+      }
+#endif
     }
+  }
+  DEVICE void keep(u32 to, int first, int thread) const {
 #pragma unroll
     for (int j = 0; j < TOGETHER; j++) {
-      int line = first + j * STEP;
+      int line = first + thread / 8 + j * STEP;
+      u32 e[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+#if ML_F32_ADAPTERS
+        e[i] = narrow(__uint_as_float(v[j][2 * i]), __uint_as_float(v[j][2 * i + 1]));
+#else
+        e[i] = v[j][i];
+#endif
+      u32 at = to + line * 128 + ((thread % 8 ^ (line & 7)) << 4);
       if (line < ML_ROWS)
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + line * 128 + ((block ^ (line & 7)) << 4)), "r"(v[j].x),
-                     "r"(v[j].y), "r"(v[j].z), "r"(v[j].w)
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(e[0]), "r"(e[1]), "r"(e[2]), "r"(e[3])
                      : "memory");
     }
   }
-}
+};
 
 extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
     const __grid_constant__ tensor_map x, const __grid_constant__ tensor_map w, const __grid_constant__ tensor_map mixed,
-    const __grid_constant__ ml_adapters adapters, u16 *y, const u16 *bias, int tokens, int n, int depth, int columns, int stages) {
+    const __grid_constant__ ml_adapters adapters, u16 *y, const u16 *bias, int tokens, int n, int depth, int columns,
+    int stages) {
   extern __shared__ char memory[];
   let_successor_start();
   int t = threadIdx.x;
   u32 base = (shared_address(memory) + 1023) & ~1023u, of_b = base + stages * STAGE_BYTES;
   u32 full = of_b + columns / 64 * (W_BOX + X_BOX), empty = full + 8 * stages, narrow_side = empty + 8 * stages;
-  int peer = SHARE > 1 ? (int)cluster_rank() : 0;
-  int rank = SHARE > 1 ? 0 : (int)cluster_rank(), ranks = SHARE > 1 ? 1 : (int)cluster_size(), row = blockIdx.x / ranks * ML_ROWS;
-  int all = (depth + 64 * PARTS - 1) / (64 * PARTS), begin = all * rank / ranks, steps = all * (rank + 1) / ranks - begin;
+  int peer = SHARE > 1 ? (int)cluster_rank() : 0; /* of those that share x; `rank`, of those that share the sum */
+  int rank = SHARE > 1 ? 0 : (int)cluster_rank(), ranks = SHARE > 1 ? 1 : (int)cluster_size();
+  int row = blockIdx.x / ranks * ML_ROWS;
+  int all = (depth + 64 * PARTS - 1) / (64 * PARTS);
+  int begin = all * rank / ranks, steps = all * (rank + 1) / ranks - begin;
   int boxes = rank == 0 ? columns / 64 : 0;
-  if (t == 0) {
+  int own = t - (CONSUMERS + 32), asked = 0;
+  /* With few tokens each block begins elsewhere in its sum. With more that was slower: all read x at other places. */
+  int turn = ML_TOKENS <= 16 && steps > 0 ? (int)(blockIdx.x / ranks * 5 % steps) : 0;
+  auto ask = [&](int step, int s) {
+    step += turn;
+    if (step >= steps) step -= steps;
+    barrier_expect(full + 8 * s, STAGE_BYTES);
+    for (int p = 0; p < PARTS; p++) {
+      u32 to = base + s * STAGE_BYTES + p * (W_BOX + X_BOX);
+      int column = ((begin + step) * PARTS + p) * 64;
+      load_box(to, &w, full + 8 * s, column, row);
+      load_x(to + W_BOX + peer * (X_BOX / SHARE), &x, full + 8 * s, column, peer * (ML_TOKENS / SHARE));
+    }
+  };
+  if (t == CONSUMERS) {
     for (int s = 0; s < stages; s++) {
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, GROUPS * SHARE);
     }
     barrier_init(narrow_side, LOADERS);
     barrier_init_done();
+    fence_shared();
+    for (; asked < EARLY && asked < steps; asked++) ask(asked, asked);
   }
+  rows_of_b b;
+  if (own >= 0 && boxes > 0) b.ask(adapters, 0, 0, row, n, own);
   if (SHARE > 1) cluster_sync();
   else __syncthreads();
 
   if (t >= CONSUMERS) {
-    int own = t - (CONSUMERS + 32);
     if (t == CONSUMERS) {
-      for (int i = 0, s = 0, phase = 1; i < steps; i++) {
+      for (int i = asked, s = asked, phase = 1; i < steps; i++) {
         barrier_wait(empty + 8 * s, phase);
-        barrier_expect(full + 8 * s, STAGE_BYTES);
-        for (int p = 0; p < PARTS; p++) {
-          u32 to = base + s * STAGE_BYTES + p * (W_BOX + X_BOX);
-          load_box(to, &w, full + 8 * s, ((begin + i) * PARTS + p) * 64, row);
-          load_x(to + W_BOX + peer * (X_BOX / SHARE), &x, full + 8 * s, ((begin + i) * PARTS + p) * 64, peer * (ML_TOKENS / SHARE));
-        }
+        ask(i, s);
         if (++s == stages) s = 0, phase ^= 1;
       }
     } else if (own >= 0 && boxes > 0) {
-      for (int i = 0; i < boxes; i++) round_box(of_b + i * (W_BOX + X_BOX), adapters, i, row, n, own);
+      for (int i = 0; i < boxes; i++) {
+        for (int first = 0; first < ML_ROWS; first += rows_of_b::ROWS) {
+          if (i + first > 0) b.ask(adapters, i, first, row, n, own);
+          b.keep(of_b + i * (W_BOX + X_BOX), first, own);
+        }
+      }
       fence_shared();
       if (own > 0) {
         barrier_arrive(narrow_side);
@@ -213,8 +249,8 @@ extern "C" __global__ __launch_bounds__(CONSUMERS + 128, 1) void ml_decode(
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < ML_TOKENS / 8; j++)
-        asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(lines + (8 * j + (lane & 7)) * 32 +
-                                                                                             (lane >> 3 & 1) * 16),
+        asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(
+                         lines + (8 * j + (lane & 7)) * 32 + (lane >> 3 & 1) * 16),
                      "r"(narrow(d[tile][4 * j] + add[0], d[tile][4 * j + 1] + add[0])),
                      "r"(narrow(d[tile][4 * j + 2] + add[1], d[tile][4 * j + 3] + add[1]))
                      : "memory");

@@ -1,9 +1,9 @@
 //options: ML_F16 ML_F32_ADAPTERS ML_TOKENS
-/* The shrink of a few tokens, straight from the experts' own A: H = x A^T and s w H.
+/* The shrink of a few tokens, straight from the experts' own A, on Hopper: H = x A^T and s w H.
  *
- * A block computes 8 columns, which are one expert's, for ML_TOKENS (16, 32) tokens; the blocks of a cluster share the sum, and so
- * do the warps of a block: little is read twice, and most of it is on its way at once. Blocks are small, so that those of decode.cu find
- * room beside them; and since W keeps the memory busy from then on, all is asked for before.
+ * A block computes 8 columns, which are one expert's, for ML_TOKENS (16, 32) tokens; the blocks of a cluster share the
+ * sum, and so do the warps of a block: little is read twice, and most of it is on its way at once. Blocks are small, so
+ * that those of decode.cu find room beside them; and since W keeps the memory busy from then on, all is asked for before.
  */
 #include "hopper.cuh"
 
@@ -27,12 +27,13 @@ DEVICE uint4 eight_of_a(const void *row, int k) {
 #endif
 }
 
-extern "C" __global__ __launch_bounds__(THREADS, 4) void ml_few(const __grid_constant__ ml_adapters adapters, const ml_weights weights,
-                                                                const u16 *x, long long x_row, u16 *mixed, u16 *hidden, int tokens,
-                                                                int depth, int columns) {
+extern "C" __global__ __launch_bounds__(THREADS, 4) void ml_few(const __grid_constant__ ml_adapters adapters,
+                                                                const ml_weights weights, const u16 *x, long long x_row,
+                                                                u16 *mixed, u16 *hidden, int tokens, int depth,
+                                                                int columns) {
   __shared__ float parts[WARPS][SUMS], sums[SUMS];
   wait_for_predecessor();
-  let_successor_start();
+  let_successor_start(); /* not before: decode.cu reads at once what kernels before this one have made */
   int rank = (int)cluster_rank(), ranks = (int)cluster_size(), task = blockIdx.x / ranks;
   int block = task % (columns / 8), first = task / (columns / 8) * ML_TOKENS;
   int e = adapters.expert_of[block], r = block * 8 - adapters.of[e].column, left = adapters.of[e].rank - r;
@@ -83,7 +84,10 @@ extern "C" __global__ __launch_bounds__(THREADS, 4) void ml_few(const __grid_con
     float h = 0;
     for (int from = 0; from < ranks && column < left; from++) {
       float part;
-      asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(part) : "r"(address_in(from, shared_address(&sums[own]))) : "memory");
+      asm volatile("ld.shared::cluster.f32 %0, [%1];"
+                   : "=f"(part)
+                   : "r"(address_in(from, shared_address(&sums[own])))
+                   : "memory");
       h += part;
     }
     u32 both = narrow(times(f, h), h);

@@ -421,13 +421,24 @@ static ml_cuda_status few(const ml_layer *layer, ml_rows x, void *mixed, void *h
                 arguments);
 }
 
+/* y of a few tokens. */
 static ml_cuda_status decode(const ml_layer *layer, ml_rows x, void *mixed, void *y) {
-  enum { SHARED_BYTES = 200 << 10, MAX_STAGES = 32, MAX_ROWS = 256 };
-  int64_t T = layer->tokens, C = layer->columns, n = layer->d_out, depth = layer->d_in;
+  /* Of a multiprocessor's memory; the rest is for blocks of few.cu. */
+  enum { SHARED_BYTES = 200 << 10, LEAST_STAGES = 4, MAX_STAGES = 32, MAX_ROWS = 256 };
+  int64_t T = layer->tokens, C = layer->columns, n = layer->d_out, depth = layer->d_in,
+          blocks = layer->gpu->multiprocessors;
   int width = T <= 8 ? 8 : T <= 16 ? 16 : T <= 32 ? 32 : T <= 64 ? 64 : 128;
-  unsigned cluster = 1, share = 1;
-  int64_t rows = min_(round_up(ceil_div(n, layer->gpu->multiprocessors / cluster), 16), MAX_ROWS);
-  /*KNOBS*/
+  /* Tiles for all multiprocessors, equally many for each, and room for the narrow side and some stages. */
+  int64_t rows = round_up(ceil_div(n, blocks * ceil_div(n, blocks * MAX_ROWS)), 16);
+  while ((C / 64 + LEAST_STAGES) * (rows + width) * 128 > SHARED_BYTES) {
+    rows -= 16;
+  }
+  /* Every tile reads x, too, which is much of many tokens: two blocks share it, or the sum of a tile twice as high. */
+  unsigned share = width == 128 && rows > 64 ? 2 : 1;
+  if (rows <= 32 && width * depth >= 128 * 4096) {
+    rows *= 2;
+  }
+  unsigned cluster = share > 1 ? 1 : cluster_for(layer, ceil_div(n, rows), depth / 512);
   int64_t tiles = round_up(ceil_div(n, rows), share), groups = rows > 64 ? 2 : 1, part = (rows + width) * 128;
   int64_t stage = (rows > 32 ? 1 : 2) * part, beyond = round_up(rows, 64 * groups) * 128 - part;
   int64_t narrow = C / 64 * part;
@@ -443,14 +454,16 @@ static ml_cuda_status decode(const ml_layer *layer, ml_rows x, void *mixed, void
   int T_ = (int)T, n_ = (int)n, depth_ = (int)depth, C_ = (int)C;
   void *arguments[] = {&maps[0], &maps[1], &maps[2], (void *)(uintptr_t)&layer->adapters, &y, &bias, &T_, &n_,
                        &depth_,  &C_,      &stages};
-  ml_variant variant = {ML_DECODE, {layer->f16, layer->f32_adapters, (int16_t)width, (int16_t)rows, bias != NULL, (int16_t)share}};
-  return launch(layer, variant, "ml_decode",
-                (ml_launch){.grid = (unsigned)(tiles * cluster),
-                            .block = (unsigned)(groups * 128 + 128),
-                            .shared_bytes = (unsigned)(1024 + stages * (stage + 16) + 8 + narrow + (beyond > 0 ? beyond : 0)),
-                            .cluster = cluster * share,
-                            .early = true},
-                arguments);
+  ml_variant variant = {ML_DECODE,
+                        {layer->f16, layer->f32_adapters, (int16_t)width, (int16_t)rows, bias != NULL, (int16_t)share}};
+  return launch(
+      layer, variant, "ml_decode",
+      (ml_launch){.grid = (unsigned)(tiles * cluster),
+                  .block = (unsigned)(groups * 128 + 128),
+                  .shared_bytes = (unsigned)(1024 + stages * (stage + 16) + 8 + narrow + (beyond > 0 ? beyond : 0)),
+                  .cluster = cluster * share,
+                  .early = true},
+      arguments);
 }
 
 /* The experts' gradients from Q and x, and from the weighted H and g. */
