@@ -94,6 +94,21 @@ DEVICE void drop(u32 (&fragments)[8][4], int of, const drawn &first, const drawn
 DEVICE u32 in_wide(u32 memory, int row, int chunk) { return memory + row * 256 + ((chunk ^ (row & 7)) << 4); }
 DEVICE u32 in_narrow(u32 memory, int row, int chunk) { return memory + row * 128 + ((chunk ^ (row & 7)) << 4); }
 
+/* use(i) for n steps, each of what load(i) copies, to one of two places in turn, while the step before is used. */
+template <typename Load, typename Use>
+DEVICE void in_steps(int n, Load load, Use use) {
+  load(0);
+  copies_commit();
+  for (int i = 0; i < n; i++) {
+    if (i + 1 < n) load(i + 1);
+    copies_commit();
+    copies_wait<1>();
+    __syncthreads();
+    use(i);
+    __syncthreads();
+  }
+}
+
 /* d [16, 8] += a [16, 8] b [8, 8]. */
 DEVICE void multiply(float *d, u32 a0, u32 a1, u32 b0) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." TYPE "." TYPE
@@ -148,7 +163,6 @@ extern "C" __global__ void __launch_bounds__(64 * WAYS, 2)
                            x.cols};
       load_span(of_a + (i % 2 * ways + j) * SLOT * 256, rows, 0, (begin + i) * SPAN, SLOT);
     }
-    copies_commit();
   };
 
   ml_slot slot = slots.of[first_slot + way];
@@ -158,46 +172,37 @@ extern "C" __global__ void __launch_bounds__(64 * WAYS, 2)
 #pragma unroll
   for (int i = 0; i < 4; i++) tokens[i] = token_part(dropout, first + row + lane / 4 + 8 * i);
   float sum[2][ML_TILES][4] = {};
-  load(0);
-  for (int i = 0; i < spans; i++) {
-    if (i + 1 < spans)
-      load(i + 1);
-    else
-      copies_commit();
-    copies_wait<1>();
-    __syncthreads();
-    if (mine) {
-      u32 here_x = of_x + i % 2 * PROJECT_ROWS * 256, here_a = of_a + (i % 2 * ways + way) * SLOT * 256;
-      of_lane lanes[4]; /* of the thread's columns in a fragment */
+  in_steps(spans, load, [&](int i) {
+    if (!mine) return;
+    u32 here_x = of_x + i % 2 * PROJECT_ROWS * 256, here_a = of_a + (i % 2 * ways + way) * SLOT * 256;
+    of_lane lanes[4]; /* of the thread's columns in a fragment */
 #pragma unroll
-      for (int j = 0; j < 4; j++)
-        lanes[j] = lane_part(dropout, (begin + i) * LANES + 2 * (lane % 4) + j % 2 + 8 * (j / 2), slot.expert);
+    for (int j = 0; j < 4; j++)
+      lanes[j] = lane_part(dropout, (begin + i) * LANES + 2 * (lane % 4) + j % 2 + 8 * (j / 2), slot.expert);
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        u32 f[8][4];
+    for (int half = 0; half < 2; half++) {
+      u32 f[8][4];
 #pragma unroll
-        for (int k = 0; k < 8; k++)
-          load_matrices<false>(f[k], in_wide(here_x, row + 16 * half + lane % 16, 2 * k + lane / 16));
-        if (drops > 0) {
+      for (int k = 0; k < 8; k++)
+        load_matrices<false>(f[k], in_wide(here_x, row + 16 * half + lane % 16, 2 * k + lane / 16));
+      if (drops > 0) {
 #pragma unroll
-          for (int j = 0; j < 4; j++) {
-            of_token token = tokens[2 * half + j % 2];
-            drop(f, j, draw(dropout, token, lanes[j / 2 * 2]), draw(dropout, token, lanes[j / 2 * 2 + 1]), drops);
-          }
+        for (int j = 0; j < 4; j++) {
+          of_token token = tokens[2 * half + j % 2];
+          drop(f, j, draw(dropout, token, lanes[j / 2 * 2]), draw(dropout, token, lanes[j / 2 * 2 + 1]), drops);
         }
-#pragma unroll
-        for (int k = 0; k < 8; k += 2)
-#pragma unroll
-          for (int j = 0; j < ML_TILES; j++) {
-            u32 b[4];
-            load_matrices<false>(b, in_wide(here_a, 8 * j + lane % 8, 2 * k + lane / 8));
-            multiply(sum[half][j], f[k][0], f[k][1], f[k][2], f[k][3], b[0], b[1]);
-            multiply(sum[half][j], f[k + 1][0], f[k + 1][1], f[k + 1][2], f[k + 1][3], b[2], b[3]);
-          }
       }
+#pragma unroll
+      for (int k = 0; k < 8; k += 2)
+#pragma unroll
+        for (int j = 0; j < ML_TILES; j++) {
+          u32 b[4];
+          load_matrices<false>(b, in_wide(here_a, 8 * j + lane % 8, 2 * k + lane / 8));
+          multiply(sum[half][j], f[k][0], f[k][1], f[k][2], f[k][3], b[0], b[1]);
+          multiply(sum[half][j], f[k + 1][0], f[k + 1][1], f[k + 1][2], f[k + 1][3], b[2], b[3]);
+        }
     }
-    __syncthreads();
-  }
+  });
   if (!mine) return;
   float scale = dropout.scale[slot.expert];
 #pragma unroll
@@ -254,7 +259,6 @@ extern "C" __global__ void __launch_bounds__(32 * WAYS)
     int row = (begin + i) * COLLECT_ROWS;
     load_span(of_x + i % 2 * COLLECT_ROWS * 256, x, row, span * SPAN, COLLECT_ROWS);
     load_slots(of_q + i % 2 * COLLECT_ROWS * 128, narrow_side, slots, first_slot, ways, row, COLLECT_ROWS);
-    copies_commit();
   };
 
   ml_slot slot = slots.of[first_slot + way];
@@ -264,44 +268,35 @@ extern "C" __global__ void __launch_bounds__(32 * WAYS)
 #pragma unroll
   for (int i = 0; i < 2; i++) lanes[i] = lane_part(dropout, span * LANES + lane / 4 + 8 * i, slot.expert);
   float sum[8][ML_TILES][4] = {};
-  load(0);
-  for (int i = 0; i < steps; i++) {
-    if (i + 1 < steps)
-      load(i + 1);
-    else
-      copies_commit();
-    copies_wait<1>();
-    __syncthreads();
-    if (mine) {
-      u32 here_x = of_x + i % 2 * COLLECT_ROWS * 256, here_q = of_q + i % 2 * COLLECT_ROWS * 128;
-      u32 b[ML_TILES][4];
+  in_steps(steps, load, [&](int i) {
+    if (!mine) return;
+    u32 here_x = of_x + i % 2 * COLLECT_ROWS * 256, here_q = of_q + i % 2 * COLLECT_ROWS * 128;
+    u32 b[ML_TILES][4];
 #pragma unroll
-      for (int j = 0; j < ML_TILES; j++) load_matrices<true>(b[j], in_narrow(here_q, lane, way * ML_TILES + j));
+    for (int j = 0; j < ML_TILES; j++) load_matrices<true>(b[j], in_narrow(here_q, lane, way * ML_TILES + j));
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        u32 f[8][4];
+    for (int half = 0; half < 2; half++) {
+      u32 f[8][4];
 #pragma unroll
-        for (int k = 0; k < 8; k++)
-          load_matrices<true>(f[k], in_wide(here_x, 16 * half + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-        if (drops > 0) {
-          int t = (begin + i) * COLLECT_ROWS + 16 * half + 2 * (lane % 4);
+      for (int k = 0; k < 8; k++)
+        load_matrices<true>(f[k], in_wide(here_x, 16 * half + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+      if (drops > 0) {
+        int t = (begin + i) * COLLECT_ROWS + 16 * half + 2 * (lane % 4);
 #pragma unroll
-          for (int j = 0; j < 4; j += 2) {
-            of_token first = token_part(dropout, t + 4 * j), second = token_part(dropout, t + 4 * j + 1);
+        for (int j = 0; j < 4; j += 2) {
+          of_token first = token_part(dropout, t + 4 * j), second = token_part(dropout, t + 4 * j + 1);
 #pragma unroll
-            for (int k = 0; k < 2; k++)
-              drop(f, j + k, draw(dropout, first, lanes[k]), draw(dropout, second, lanes[k]), drops);
-          }
+          for (int k = 0; k < 2; k++)
+            drop(f, j + k, draw(dropout, first, lanes[k]), draw(dropout, second, lanes[k]), drops);
         }
-#pragma unroll
-        for (int k = 0; k < 8; k++)
-#pragma unroll
-          for (int j = 0; j < ML_TILES; j++)
-            multiply(sum[k][j], f[k][0], f[k][1], f[k][2], f[k][3], b[j][2 * half], b[j][2 * half + 1]);
       }
+#pragma unroll
+      for (int k = 0; k < 8; k++)
+#pragma unroll
+        for (int j = 0; j < ML_TILES; j++)
+          multiply(sum[k][j], f[k][0], f[k][1], f[k][2], f[k][3], b[j][2 * half], b[j][2 * half + 1]);
     }
-    __syncthreads();
-  }
+  });
   if (!mine) return;
   float scale = dropout.scale[slot.expert];
 #pragma unroll

@@ -34,7 +34,7 @@ typedef struct {
 
 /* How a layer is computed: a pure function of shape, dtype and GPU. */
 typedef enum {
-  ML_BY_TORCH,  /* two products of torch's, with ml_layer_mix between them */
+  ML_BY_TORCH,  /* torch's products, with ml_layer_mix, or what dropout has instead, between them */
   ML_BY_DECODE, /* few.cu, then decode.cu: few tokens, forward */
   ML_BY_DUAL,   /* project.cu, or with dropout dropout.cu, then dual.cu */
   ML_BY_FUSED,  /* dual.cu with the shrink inside */
@@ -51,8 +51,8 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward);
 const char *ml_way_name(ml_way way);
 /* From now on every layer that can be computed so is; NULL: by the rule again. ML_CUDA_VALUE: no name of a way. */
 ml_cuda_status ml_force_way(const char *name);
-bool ml_layer_has_kernels(const ml_layer *layer); /* of Hopper's: project.cu and collect.cu, which need no weight; and
-                                                      those of dropout.cu, which are used with them alone */
+/* Hopper's project.cu and collect.cu, which need no weight: false on other GPUs, and where ML_BY_TORCH is forced. */
+bool ml_layer_has_kernels(const ml_layer *layer);
 
 /* Rows [T, width] of 16-bit elements, `row` elements apart. */
 typedef struct {
@@ -87,11 +87,14 @@ ml_places ml_layer_places(const ml_layer *layer, void *workspace);
 
 /* Stacks and factors. */
 ml_cuda_status ml_layer_prepare(const ml_layer *layer, void *workspace);
-/* With dropout: hidden [T, C] (or NULL) and mixed from x. */
+/* With dropout: hidden [T, C] (or NULL) and mixed from x, whose rows begin at multiples of 16 bytes, here and below. */
 ml_cuda_status ml_layer_shrink(const ml_layer *layer, ml_rows x, void *hidden, void *workspace);
 /* hidden [T, C] = x A^T, given; mixed is made of it. */
 ml_cuda_status ml_layer_mix(const ml_layer *layer, const void *hidden, void *workspace);
 /* mixed = P = g B, given, becomes Q; weighted and grad_w (or NULL) are made of it and of hidden. */
 ml_cuda_status ml_layer_mix_backward(const ml_layer *layer, const void *hidden, void *grad_w, void *workspace);
+/* With dropout, after that: the gradients of A and x, whose arguments are as ml_layer_backward's. */
+ml_cuda_status ml_layer_drop_backward(const ml_layer *layer, ml_rows x, void *grad_x, bool adds,
+                                      const ml_adapter *grads, void *workspace);
 
 #endif

@@ -22,10 +22,6 @@ static PyObject *read_failed(void) {
   Py_RETURN_NONE;
 }
 
-static bool is_of(const dl_tensor *view, uint8_t code, uint8_t bits) {
-  return view->dtype.code == code && view->dtype.bits == bits && view->dtype.lanes == 1;
-}
-
 /* ML_CUDA_F32, ..., or -1: none of them. */
 static int dtype_of(const dl_tensor *view) {
   return is_of(view, DL_FLOAT, 32)    ? ML_CUDA_F32

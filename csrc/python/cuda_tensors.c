@@ -1,7 +1,5 @@
 /* The door for torch tensors on a GPU in their plain case: bfloat16 or float16 rows, adapters of that dtype or float32 without
  * gaps, all on the current device. As in tensors.c, what is not plain gets the answer None. */
-#include <math.h>
-
 #include "compiler.h"
 #include "cuda.h"
 #include "exchange.h"
@@ -16,16 +14,12 @@ typedef struct {
   int32_t device;
 } cuda_call_;
 
-static bool is_of(const dl_tensor *view, uint8_t code, uint8_t bits) {
-  return view->data != NULL && view->dtype.code == code && view->dtype.bits == bits && view->dtype.lanes == 1;
-}
-
 static bool is_narrow(const cuda_call_ *c, const dl_tensor *view) {
   return is_of(view, c->layer.f16 ? DL_FLOAT : DL_BFLOAT, 16);
 }
 
 static bool view_here(const cuda_call_ *c, PyObject *obj, dl_tensor *view) {
-  return view_on(c->torch, DL_CUDA, obj, view) && view->device.id == c->device;
+  return view_on(c->torch, DL_CUDA, obj, view) && view->data != NULL && view->device.id == c->device;
 }
 
 /* What decides dtype, tokens and device of the call: x, or the gradient of its output. Its rows, `width` in all. */
@@ -137,41 +131,30 @@ static bool read_weights(cuda_call_ *c, PyObject *obj, int64_t top_k) {
   return true;
 }
 
-/* A tuple of a finite float for each expert. */
-static bool read_scalings(cuda_call_ *c, PyObject *scalings) {
-  if (!PyTuple_CheckExact(scalings) || PyTuple_GET_SIZE(scalings) != c->layer.n_experts) {
+static bool read_scaling(cuda_call_ *c, PyObject *scaling) {
+  double scalings[ML_MAX_EXPERTS];
+  if (!read_scalings(scaling, c->layer.n_experts, scalings, 1)) {
     return false;
   }
   for (int e = 0; e < c->layer.n_experts; e++) {
-    PyObject *scaling = PyTuple_GET_ITEM(scalings, e);
-    if (!PyFloat_CheckExact(scaling) || !isfinite(PyFloat_AS_DOUBLE(scaling))) {
-      return false;
-    }
-    c->layer.experts[e].scaling = (float)PyFloat_AS_DOUBLE(scaling);
+    c->layer.experts[e].scaling = (float)scalings[e];
   }
   return true;
 }
 
-/* None, or the seed of the masks and a tuple of a probability for each expert; once the layer has begun. */
-static bool read_dropout(cuda_call_ *c, PyObject *dropout) {
-  if (dropout == Py_None || !c->layer.dense) {
-    return dropout == Py_None;
-  }
+/* Once the layer has begun. */
+static bool read_drops(cuda_call_ *c, PyObject *dropout) {
+  uint64_t seed;
   double probabilities[ML_MAX_EXPERTS];
-  PyObject *each = PyTuple_CheckExact(dropout) && PyTuple_GET_SIZE(dropout) == 2 ? PyTuple_GET_ITEM(dropout, 1) : NULL;
-  if (each == NULL || !PyLong_CheckExact(PyTuple_GET_ITEM(dropout, 0)) || !PyTuple_CheckExact(each) ||
-      PyTuple_GET_SIZE(each) != c->layer.n_experts) {
+  if (!read_dropout(dropout, c->layer.n_experts, &seed, probabilities, 1)) {
     return false;
   }
-  uint64_t seed = PyLong_AsUnsignedLongLongMask(PyTuple_GET_ITEM(dropout, 0));
-  for (int e = 0; e < c->layer.n_experts; e++) {
-    PyObject *p = PyTuple_GET_ITEM(each, e);
-    if (!PyFloat_CheckExact(p) || !(PyFloat_AS_DOUBLE(p) >= 0 && PyFloat_AS_DOUBLE(p) <= 1)) {
+  if (dropout != Py_None) {
+    if (!c->layer.dense) {
       return false;
     }
-    probabilities[e] = PyFloat_AS_DOUBLE(p);
+    ml_layer_drop(&c->layer, seed, probabilities);
   }
-  ml_layer_drop(&c->layer, seed, probabilities);
   return true;
 }
 
@@ -250,7 +233,7 @@ static void *data_of(const cuda_call_ *c, PyObject *tensor) {
 /* ---- is it the plain case? ---- */
 
 /* (x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k)
- * -> None, or (adapters, scaling, requires_grad, whether the kernels have dropout) */
+ * -> None, or (adapters, scaling, requires_grad) */
 PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
   int64_t top_k;
   if (!takes("cuda_call", 9, n_args) || !read_int64(args[8], "top_k", &top_k)) {
@@ -273,7 +256,7 @@ PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
     plain = ERROR;
   }
   plain = plain == YES
-              ? read_scalings(&c, scaling) && read_weights(&c, weights, top_k) && read_frozen(&c, weight, bias) &&
+              ? read_scaling(&c, scaling) && read_weights(&c, weights, top_k) && read_frozen(&c, weight, bias) &&
                     (base == Py_None || (weight == Py_None && read_rows(&c, base, c.layer.d_out, &unused))) &&
                     ml_layer_begin(&c.layer) == ML_CUDA_OK &&
                     (c.layer.dense || ml_layer_way(&c.layer, false) == ML_BY_GROUPED)
@@ -290,10 +273,7 @@ PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
       required = required == 0 ? any_requires_grad(c.torch, others, 3) : required;
       plain = frozen < 0 || required < 0 ? ERROR : frozen > 0 ? NO : YES;
       if (plain == YES) {
-        bool has_dropout =
-            c.layer.dense && ml_layer_has_kernels(&c.layer) && (uintptr_t)x.data % 16 == 0 && x.row % 8 == 0;
-        result =
-            Py_BuildValue("OOOO", adapters, scaling, required ? Py_True : Py_False, has_dropout ? Py_True : Py_False);
+        result = PyTuple_Pack(3, adapters, scaling, required ? Py_True : Py_False);
       }
     }
   }
@@ -320,8 +300,8 @@ PyObject *cuda_forward(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
   ml_rows x;
   answer plain = read_shape(&c, module, args[0], &x, &d_in);
   plain = plain == YES ? read_experts(&c, args[1]) && d_in == c.layer.d_in && read_weights(&c, args[2], top_k) &&
-                             read_scalings(&c, args[3]) && read_frozen(&c, args[4], args[5]) &&
-                             ml_layer_begin(&c.layer) == ML_CUDA_OK && read_dropout(&c, args[6]) &&
+                             read_scaling(&c, args[3]) && read_frozen(&c, args[4], args[5]) &&
+                             ml_layer_begin(&c.layer) == ML_CUDA_OK && read_drops(&c, args[6]) &&
                              ml_layer_way(&c.layer, false) != ML_BY_TORCH
                        : plain;
   if (plain != YES) {
@@ -393,7 +373,7 @@ static PyObject *new_grads(const cuda_call_ *c, PyObject *const *saved, PyObject
 }
 
 /* (saved, needs_input_grad, scaling, grad_y, grad_x, dropout, top_k) -> the gradients of the node's arguments; None: by torch's
- * products, or, with dropout, by none of ours. grad_x: with dropout and a weight grad_y times the weight, else None. */
+ * products. grad_x: with dropout and a weight grad_y times the weight, else None. */
 PyObject *cuda_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
   int64_t top_k, d_out;
   if (!takes("cuda_backward", 7, n_args) || !read_int64(args[6], "top_k", &top_k)) {
@@ -416,12 +396,12 @@ PyObject *cuda_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_ar
   bool need_x = PyTuple_GET_ITEM(needed, NODE_X) == Py_True;
   plain = !any_negated(c.torch, &grad_y, 1) && !any_negated(c.torch, saved, n_saved) && read_experts(&c, adapters) &&
           d_out == c.layer.d_out && read_weights(&c, saved[SAVED_ROUTING_WEIGHTS], top_k) &&
-          read_scalings(&c, args[2]) && read_frozen(&c, saved[SAVED_WEIGHT], Py_None) &&
+          read_scaling(&c, args[2]) && read_frozen(&c, saved[SAVED_WEIGHT], Py_None) &&
           (saved[SAVED_X] == Py_None || read_rows(&c, saved[SAVED_X], c.layer.d_in, &x)) &&
           ml_layer_begin(&c.layer) == ML_CUDA_OK &&
           (saved[SAVED_HIDDEN] == Py_None ||
            is_whole(&c, saved[SAVED_HIDDEN], c.layer.tokens * c.layer.columns, &hidden)) &&
-          read_dropout(&c, args[5]) && ml_layer_has_kernels(&c.layer) &&
+          read_drops(&c, args[5]) && ml_layer_has_kernels(&c.layer) &&
           (!need_x || c.layer.drops || ml_layer_way(&c.layer, true) != ML_BY_TORCH) &&
           (base == Py_None ? !need_x || !c.layer.drops || saved[SAVED_WEIGHT] == Py_None
                            : read_rows(&c, base, c.layer.d_in, &unused) && unused.row == c.layer.d_in);
@@ -466,7 +446,7 @@ static answer read_mixture(cuda_call_ *c, PyObject *module, PyObject *const *arg
   }
   answer plain = read_shape(c, module, args[0], rows, &width);
   return plain == YES ? read_experts(c, args[1]) && width == (backward ? c->layer.d_out : c->layer.d_in) &&
-                            read_weights(c, args[2], top_k) && read_scalings(c, args[3]) &&
+                            read_weights(c, args[2], top_k) && read_scaling(c, args[3]) &&
                             ml_layer_begin(&c->layer) == ML_CUDA_OK && c->layer.dense
                       : plain;
 }
@@ -488,7 +468,7 @@ PyObject *cuda_prepare(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
   ml_rows unused;
   bool backward = args[5] == Py_True;
   answer plain = read_mixture(&c, module, args, backward, &unused);
-  plain = plain == YES ? read_dropout(&c, args[6]) : plain;
+  plain = plain == YES ? read_drops(&c, args[6]) : plain;
   if (plain != YES) {
     return plain == ERROR ? NULL : Py_NewRef(Py_None);
   }
@@ -536,14 +516,14 @@ static bool read_grad_w(const cuda_call_ *c, PyObject *obj, void **data) {
 }
 
 /* (x, adapters, routing_weights, scaling, top_k, hidden, dropout, workspace): with dropout hidden is made here; or, backward,
- * (grad_y, adapters, routing_weights, scaling, top_k, hidden or None, grad_w or None, workspace) */
+ * (grad_y, adapters, routing_weights, scaling, top_k, hidden or None, grad_w or None, dropout, workspace) */
 static PyObject *mix(PyObject *module, PyObject *const *args, bool backward, PyObject *grad_w, PyObject *dropout,
                      PyObject *workspace) {
   cuda_call_ c;
   ml_rows rows;
   void *memory = NULL, *hidden = NULL, *grad = NULL;
   answer plain = read_mixture(&c, module, args, backward, &rows);
-  plain = plain == YES ? read_dropout(&c, dropout) : plain;
+  plain = plain == YES ? read_drops(&c, dropout) : plain;
   if (plain == ERROR) {
     return NULL;
   }
@@ -567,7 +547,57 @@ PyObject *cuda_mix(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
 }
 
 PyObject *cuda_mix_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
-  return takes("cuda_mix_backward", 8, n_args) ? mix(module, args, true, args[6], Py_None, args[7]) : NULL;
+  return takes("cuda_mix_backward", 9, n_args) ? mix(module, args, true, args[6], args[7], args[8]) : NULL;
+}
+
+/* A tuple of a gradient of A for each expert, as the adapters are, or None. */
+static bool read_grads(const cuda_call_ *c, PyObject *grads, ml_adapter *to) {
+  dl_tensor view;
+  if (!PyTuple_CheckExact(grads) || PyTuple_GET_SIZE(grads) != c->layer.n_experts) {
+    return false;
+  }
+  for (int e = 0; e < c->layer.n_experts; e++) {
+    PyObject *grad = PyTuple_GET_ITEM(grads, e);
+    if (grad != Py_None) {
+      if (!read_adapter(c, grad, &view) || view.shape[0] != c->layer.experts[e].rank ||
+          view.shape[1] != c->layer.d_in) {
+        return false;
+      }
+      to[e].a = view.data;
+    }
+  }
+  return true;
+}
+
+/* (grad_y, adapters, routing_weights, scaling, top_k, x, gradients of A, grad_x, adds, dropout, workspace): x and the gradients
+ * may be None, and so may grad_x [..., d_in], which is made here, or, where it adds, holds grad_y times the weight already. */
+PyObject *cuda_drop_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
+  if (!takes("cuda_drop_backward", 11, n_args)) {
+    return NULL;
+  }
+  cuda_call_ c;
+  ml_rows unused, x = {0};
+  ml_adapter grads[ML_MAX_EXPERTS];
+  memset(grads, 0, sizeof grads);
+  void *memory = NULL, *grad_x = NULL;
+  answer plain = read_mixture(&c, module, args, true, &unused);
+  if (plain == ERROR) {
+    return NULL;
+  }
+  if (plain == NO || args[9] == Py_None || !read_drops(&c, args[9]) ||
+      !(args[5] == Py_None ? args[6] == Py_None
+                           : read_rows(&c, args[5], c.layer.d_in, &x) && read_grads(&c, args[6], grads)) ||
+      !(args[7] == Py_None || is_whole(&c, args[7], c.layer.tokens * c.layer.d_in, &grad_x)) ||
+      !is_whole(&c, args[10], workspace_elements(&c, true), &memory)) {
+    PyErr_SetString(PyExc_ValueError, "expected the tensors that cuda_prepare took and made");
+    return NULL;
+  }
+  bool adds = args[8] == Py_True;
+  ml_cuda_status status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = ml_layer_drop_backward(&c.layer, x, grad_x, adds, grads, memory);
+  Py_END_ALLOW_THREADS;
+  return raise_cuda(status) ? NULL : Py_NewRef(Py_None);
 }
 
 /* ---- which way ---- */

@@ -49,6 +49,8 @@ struct dl_exchange_api {
  * obj. */
 bool view_on(const torch_api *torch, int32_t device_type, PyObject *obj, dl_tensor *view);
 
+bool is_of(const dl_tensor *view, uint8_t code, uint8_t bits);
+
 /* Whether `ndim` leading axes are as good as one, of n numbers that lie `stride` apart, in memory that is there. */
 bool is_one_axis(const dl_tensor *view, int ndim, int64_t *n, int64_t *stride);
 
@@ -61,6 +63,11 @@ int any_requires_grad(const torch_api *torch, PyObject *const *tensors, Py_ssize
  * tuple. None where they are something else; NULL with an exception. */
 PyObject *joined(PyObject *lora_A, PyObject *lora_B);
 PyObject *spread_scaling(PyObject *scaling, Py_ssize_t n);
+
+/* What scaling and dropout are in the plain case: a tuple of a finite float for each of n experts, and None or a seed with a tuple
+ * of a probability for each. To `to`, and `step` doubles further for each expert after the first. false: something else. */
+bool read_scalings(PyObject *scaling, Py_ssize_t n, double *to, size_t step);
+bool read_dropout(PyObject *dropout, Py_ssize_t n, uint64_t *seed, double *to, size_t step);
 
 /* Whether something is the plain case; ERROR: an exception is set. */
 typedef enum { NO = 0, YES = 1, ERROR = -1 } answer;

@@ -1040,6 +1040,7 @@ static PyMethodDef methods[] = {
     FAST(cuda_prepare),
     FAST(cuda_mix),
     FAST(cuda_mix_backward),
+    FAST(cuda_drop_backward),
     FAST(cuda_way),
     {"set_cuda_way", set_cuda_way, METH_O, NULL},
     FAST(cuda_route),

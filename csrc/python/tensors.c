@@ -96,6 +96,10 @@ bool view_on(const torch_api *torch, int32_t device_type, PyObject *obj, dl_tens
   return true;
 }
 
+bool is_of(const dl_tensor *view, uint8_t code, uint8_t bits) {
+  return view->dtype.code == code && view->dtype.bits == bits && view->dtype.lanes == 1;
+}
+
 /* Whether the core may read obj's memory, as far as type and place go. */
 static bool view_of(const torch_api *torch, PyObject *obj, dl_tensor *view) {
   return view_on(torch, DL_CPU, obj, view);
@@ -132,6 +136,46 @@ PyObject *are_plain(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
   Py_RETURN_TRUE;
 }
 
+/* ---- the numbers of the experts ---- */
+
+bool read_scalings(PyObject *scaling, Py_ssize_t n, double *to, size_t step) {
+  if (!PyTuple_CheckExact(scaling) || PyTuple_GET_SIZE(scaling) != n) {
+    return false;
+  }
+  for (Py_ssize_t e = 0; e < n; e++, to += step) {
+    PyObject *s = PyTuple_GET_ITEM(scaling, e);
+    if (!PyFloat_CheckExact(s) || !isfinite(PyFloat_AS_DOUBLE(s))) {
+      return false;
+    }
+    *to = PyFloat_AS_DOUBLE(s);
+  }
+  return true;
+}
+
+bool read_dropout(PyObject *dropout, Py_ssize_t n, uint64_t *seed, double *to, size_t step) {
+  if (dropout == Py_None) {
+    return true;
+  }
+  PyObject *each = PyTuple_CheckExact(dropout) && PyTuple_GET_SIZE(dropout) == 2 ? PyTuple_GET_ITEM(dropout, 1) : NULL;
+  if (each == NULL || !PyLong_CheckExact(PyTuple_GET_ITEM(dropout, 0)) || !PyTuple_CheckExact(each) ||
+      PyTuple_GET_SIZE(each) != n) {
+    return false;
+  }
+  *seed = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(dropout, 0));
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    return false;
+  }
+  for (Py_ssize_t e = 0; e < n; e++, to += step) {
+    PyObject *p = PyTuple_GET_ITEM(each, e);
+    if (!PyFloat_CheckExact(p) || !(PyFloat_AS_DOUBLE(p) >= 0 && PyFloat_AS_DOUBLE(p) <= 1)) {
+      return false;
+    }
+    *to = PyFloat_AS_DOUBLE(p);
+  }
+  return true;
+}
+
 /* ---- one call ---- */
 
 typedef struct {
@@ -152,7 +196,7 @@ static bool read_dtype(const dl_tensor *view, ml_dtype *dtype) {
          (bf16 ? bits == 16 : view->dtype.code == DL_FLOAT && (bits == 32 || bits == 64));
 }
 
-static bool is_of(const dl_tensor *view, ml_dtype dtype) {
+static bool has_dtype(const dl_tensor *view, ml_dtype dtype) {
   ml_dtype got;
   return read_dtype(view, &got) && got == dtype;
 }
@@ -193,7 +237,7 @@ static void read_narrow(tensor_call *c, PyObject *first_adapter, PyObject *weigh
 /* A tensor with `width` numbers for each token. */
 static bool read_rows(const tensor_call *c, PyObject *obj, ml_dtype dtype, int64_t width, ml_tokens *rows) {
   dl_tensor view;
-  if (!view_of(c->torch, obj, &view) || !is_of(&view, dtype) || view.ndim != c->axes ||
+  if (!view_of(c->torch, obj, &view) || !has_dtype(&view, dtype) || view.ndim != c->axes ||
       view.shape[c->axes - 1] != width) {
     return false;
   }
@@ -214,7 +258,7 @@ static bool read_optional_rows(const tensor_call *c, PyObject *obj, ml_dtype dty
 static bool read_factor(const tensor_call *c, PyObject *obj, ml_dtype dtype, ml_matrix *matrix, int64_t *rows,
                         int64_t *cols) {
   dl_tensor view;
-  if (!view_of(c->torch, obj, &view) || !is_of(&view, dtype) || view.ndim != 2) {
+  if (!view_of(c->torch, obj, &view) || !has_dtype(&view, dtype) || view.ndim != 2) {
     return false;
   }
   *matrix = (ml_matrix){view.data, view.strides[0], view.strides[1]};
@@ -252,7 +296,7 @@ static bool read_weights(const tensor_call *c, PyObject *obj, ml_tokens *weights
     return read_rows(c, obj, weight_dtype(c), n, weights);
   }
   int axes = view.ndim;
-  if (!is_of(&view, weight_dtype(c)) || axes < 1 || axes > c->axes || view.shape[axes - 1] != n ||
+  if (!has_dtype(&view, weight_dtype(c)) || axes < 1 || axes > c->axes || view.shape[axes - 1] != n ||
       (axes == 2 && view.shape[0] != c->shape[0])) {
     return false;
   }
@@ -260,44 +304,14 @@ static bool read_weights(const tensor_call *c, PyObject *obj, ml_tokens *weights
   return true;
 }
 
-/* A tuple of a finite float for each expert. */
-static bool read_scalings(tensor_call *c, PyObject *scalings) {
-  if (!PyTuple_CheckExact(scalings) || PyTuple_GET_SIZE(scalings) != c->core.n_experts) {
-    return false;
-  }
-  for (int64_t e = 0; e < c->core.n_experts; e++) {
-    PyObject *scaling = PyTuple_GET_ITEM(scalings, e);
-    if (!PyFloat_CheckExact(scaling) || !isfinite(PyFloat_AS_DOUBLE(scaling))) {
-      return false;
-    }
-    c->experts[e].scaling = PyFloat_AS_DOUBLE(scaling);
-  }
-  return true;
-}
+/* Doubles between the scalings, and the probabilities, of experts that follow each other. */
+enum { EXPERT_STEP = sizeof(ml_expert) / sizeof(double) };
+_Static_assert(sizeof(ml_expert) % sizeof(double) == 0, "a whole number of them");
 
-/* None, or (seed, a tuple of a probability for each expert). */
-static bool read_dropout(tensor_call *c, PyObject *dropout) {
-  if (dropout == Py_None) {
-    return true;
-  }
-  if (!PyTuple_CheckExact(dropout) || PyTuple_GET_SIZE(dropout) != 2 ||
-      !PyLong_CheckExact(PyTuple_GET_ITEM(dropout, 0)) || !PyTuple_CheckExact(PyTuple_GET_ITEM(dropout, 1)) ||
-      PyTuple_GET_SIZE(PyTuple_GET_ITEM(dropout, 1)) != c->core.n_experts) {
-    return false;
-  }
-  c->core.dropout_seed = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(dropout, 0));
-  if (PyErr_Occurred()) {
-    PyErr_Clear();
-    return false;
-  }
-  for (int64_t e = 0; e < c->core.n_experts; e++) {
-    PyObject *p = PyTuple_GET_ITEM(PyTuple_GET_ITEM(dropout, 1), e);
-    if (!PyFloat_CheckExact(p) || !(PyFloat_AS_DOUBLE(p) >= 0 && PyFloat_AS_DOUBLE(p) <= 1)) {
-      return false;
-    }
-    c->experts[e].dropout = PyFloat_AS_DOUBLE(p);
-  }
-  return true;
+static bool read_numbers(tensor_call *c, PyObject *scaling, PyObject *dropout) {
+  Py_ssize_t n = (Py_ssize_t)c->core.n_experts;
+  return read_scalings(scaling, n, &c->experts->scaling, EXPERT_STEP) &&
+         read_dropout(dropout, n, &c->core.dropout_seed, &c->experts->dropout, EXPERT_STEP);
 }
 
 /* Room for the experts of a call. free_experts wants c->experts in any case. */
@@ -357,7 +371,7 @@ static answer is_frozen(const tensor_call *c, PyObject *obj, bool matrix) {
   if (obj == Py_None) {
     return YES;
   }
-  if (!view_of(c->torch, obj, &view) || !is_of(&view, c->core.dtype) || view.ndim != (matrix ? 2 : 1) ||
+  if (!view_of(c->torch, obj, &view) || !has_dtype(&view, c->core.dtype) || view.ndim != (matrix ? 2 : 1) ||
       view.shape[0] != c->core.d_out || (matrix && view.shape[1] != c->core.d_in)) {
     return NO;
   }
@@ -414,7 +428,7 @@ PyObject *plain_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
   }
   read_narrow(&c, factors[0], weights);
   plain = read_experts(&c, factors) && read_rows(&c, x, c.core.dtype, c.core.d_in, &unused) &&
-          read_weights(&c, weights, &unused) && read_scalings(&c, scaling) &&
+          read_weights(&c, weights, &unused) && read_numbers(&c, scaling, Py_None) &&
           read_optional_rows(&c, base, c.core.dtype, c.core.d_out, &unused) && (base == Py_None || weight == Py_None) &&
           (bias == Py_None || weight != Py_None);
   plain = plain == YES ? is_frozen(&c, weight, true) : plain;
@@ -501,7 +515,7 @@ static bool read_bias(const tensor_call *c, PyObject *obj, ml_matrix *bias) {
   if (obj == Py_None) {
     return true;
   }
-  if (!view_of(c->torch, obj, &view) || !is_of(&view, c->core.dtype) || view.ndim != 1 ||
+  if (!view_of(c->torch, obj, &view) || !has_dtype(&view, c->core.dtype) || view.ndim != 1 ||
       view.shape[0] != c->core.d_out) {
     return false;
   }
@@ -563,10 +577,9 @@ PyObject *forward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_
   ml_tokens base = {0}, out = {0}, kept = {0};
   ml_matrix bias_row = {0};
   plain = read_experts(&c, adapters) && read_rows(&c, x, c.core.dtype, c.core.d_in, &c.core.x) &&
-          read_weights(&c, args[2], &c.core.routing_weights) && read_scalings(&c, args[3]) &&
+          read_weights(&c, args[2], &c.core.routing_weights) && read_numbers(&c, args[3], args[7]) &&
           read_optional_rows(&c, base_output, c.core.dtype, c.core.d_out, &base) && read_weight(&c, weight) &&
-          read_bias(&c, bias, &bias_row) && read_dropout(&c, args[7]) &&
-          read_rows(&c, y, c.core.dtype, c.core.d_out, &out) &&
+          read_bias(&c, bias, &bias_row) && read_rows(&c, y, c.core.dtype, c.core.d_out, &out) &&
           read_optional_rows(&c, hidden, wide_dtype(&c), c.total_rank, &kept);
   if (plain != YES) {
     goto done;
@@ -680,8 +693,8 @@ PyObject *backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n
   ml_tokens g = {0}, hidden = {0}, grad_x = {0}, grad_w = {0};
   PyObject *const *grad = &PyTuple_GET_ITEM(grads, 0);
   plain = read_experts(&c, adapters) && read_optional_rows(&c, saved[SAVED_X], c.core.dtype, c.core.d_in, &c.core.x) &&
-          read_weights(&c, saved[SAVED_ROUTING_WEIGHTS], &c.core.routing_weights) && read_scalings(&c, args[2]) &&
-          (!own_base || read_weight(&c, saved[SAVED_WEIGHT])) && read_dropout(&c, args[4]) &&
+          read_weights(&c, saved[SAVED_ROUTING_WEIGHTS], &c.core.routing_weights) &&
+          read_numbers(&c, args[2], args[4]) && (!own_base || read_weight(&c, saved[SAVED_WEIGHT])) &&
           read_rows(&c, grad_y, c.core.dtype, c.core.d_out, &g) &&
           read_optional_rows(&c, saved[SAVED_HIDDEN], wide_dtype(&c), c.total_rank, &hidden) &&
           read_optional_rows(&c, grad[NODE_X], c.core.dtype, c.core.d_in, &grad_x) &&
@@ -751,10 +764,6 @@ typedef struct {
 
 static uint8_t bits_of(const route_call *c) { return c->core.dtype == ML_F64 ? 64 : 32; }
 
-static bool is_of_dtype(const dl_tensor *view, uint8_t code, uint8_t bits) {
-  return view->dtype.code == code && view->dtype.bits == bits && view->dtype.lanes == 1;
-}
-
 static bool has_tokens_of_logits(const route_call *c, const dl_tensor *view, int ndim) {
   bool same = view->ndim == ndim;
   for (int i = 0; same && i < c->logits.ndim - 1; i++) {
@@ -767,7 +776,7 @@ static bool has_tokens_of_logits(const route_call *c, const dl_tensor *view, int
 static bool read_matrix_like_logits(const route_call *c, PyObject *obj, ml_matrix *matrix) {
   dl_tensor view;
   int64_t n_tokens;
-  if (!view_of(c->torch, obj, &view) || !is_of_dtype(&view, DL_FLOAT, bits_of(c)) ||
+  if (!view_of(c->torch, obj, &view) || !is_of(&view, DL_FLOAT, bits_of(c)) ||
       !has_tokens_of_logits(c, &view, c->logits.ndim) || view.shape[view.ndim - 1] != c->core.n_experts ||
       !is_one_axis(&view, view.ndim - 1, &n_tokens, &matrix->row)) {
     return false;
@@ -792,7 +801,7 @@ static bool read_route(route_call *c, PyObject *logits, PyObject *mask, PyObject
   if (mask != Py_None) {
     dl_tensor padding;
     int64_t n_tokens;
-    if (!view_of(c->torch, mask, &padding) || !is_of_dtype(&padding, DL_BOOL, 8) ||
+    if (!view_of(c->torch, mask, &padding) || !is_of(&padding, DL_BOOL, 8) ||
         !has_tokens_of_logits(c, &padding, c->logits.ndim - 1) ||
         !is_one_axis(&padding, padding.ndim, &n_tokens, &c->core.mask_stride)) {
       return false;
@@ -864,9 +873,8 @@ static bool read_indices(route_call *c, PyObject *obj, const int64_t **indices) 
   if (obj == Py_None) {
     return true;
   }
-  if (!view_of(c->torch, obj, &view) || !is_of_dtype(&view, DL_INT, 64) ||
-      !has_tokens_of_logits(c, &view, c->logits.ndim) || !is_one_axis(&view, view.ndim, &n, &stride) ||
-      (n > 1 && stride != 1)) {
+  if (!view_of(c->torch, obj, &view) || !is_of(&view, DL_INT, 64) || !has_tokens_of_logits(c, &view, c->logits.ndim) ||
+      !is_one_axis(&view, view.ndim, &n, &stride) || (n > 1 && stride != 1)) {
     return false;
   }
   c->core.top_k = view.shape[view.ndim - 1];
@@ -894,9 +902,8 @@ PyObject *route_backward_tensors(PyObject *module, PyObject *const *args, Py_ssi
   }
   int64_t n, stride;
   if (args[1] != Py_None &&
-      (!view_of(c.torch, args[1], &grad_sums) || !is_of_dtype(&grad_sums, DL_FLOAT, bits_of(&c)) ||
-       grad_sums.ndim != 1 || !is_one_axis(&grad_sums, 1, &n, &stride) || n != c.core.n_experts ||
-       (n > 1 && stride != 1))) {
+      (!view_of(c.torch, args[1], &grad_sums) || !is_of(&grad_sums, DL_FLOAT, bits_of(&c)) || grad_sums.ndim != 1 ||
+       !is_one_axis(&grad_sums, 1, &n, &stride) || n != c.core.n_experts || (n > 1 && stride != 1))) {
     Py_RETURN_NONE;
   }
   void *data = NULL;

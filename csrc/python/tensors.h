@@ -35,6 +35,7 @@ PyObject *cuda_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_ar
 PyObject *cuda_prepare(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *cuda_mix(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *cuda_mix_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
+PyObject *cuda_drop_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *cuda_way(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *set_cuda_way(PyObject *module, PyObject *name);
 PyObject *route_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n_args);

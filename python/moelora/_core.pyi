@@ -167,7 +167,7 @@ def cuda_call(
     bias: Any,
     top_k: int,
     /,
-) -> tuple[tuple[Any, ...], tuple[float, ...], bool, bool] | None: ...
+) -> tuple[tuple[Any, ...], tuple[float, ...], bool] | None: ...
 def cuda_forward(
     x: Any,
     adapters: tuple[Any, ...],
@@ -219,6 +219,21 @@ def cuda_mix_backward(
     top_k: int,
     hidden: Any,
     grad_w: Any,
+    dropout: _Dropout | None,
+    workspace: Any,
+    /,
+) -> None: ...
+def cuda_drop_backward(
+    grad_y: Any,
+    adapters: tuple[Any, ...],
+    routing_weights: Any,
+    scaling: tuple[float, ...],
+    top_k: int,
+    x: Any,
+    grads_A: tuple[Any, ...] | None,
+    grad_x: Any,
+    adds: bool,
+    dropout: _Dropout,
     workspace: Any,
     /,
 ) -> None: ...

@@ -15,7 +15,6 @@ VALUES = {
     "ML_BACKWARD": (0, 1),
     "ML_BIAS": (0, 1),
     "ML_LOGITS": (0, 1, 2),
-    "ML_TOKENS": (8, 32, 64, 128),
     "ML_CHUNKS": (1, 2),
     "ML_SHARE": (2,),
     "ML_TILES": (1, 2, 4),
@@ -23,9 +22,12 @@ VALUES = {
     "ML_ADDS": (0, 1),
     "ML_DEEP": (0, 1),
     "ML_TOP": (0, 1),
-    ("decode.cu", "ML_ROWS"): (16, 32, 64, 128),
+    ("decode.cu", "ML_ROWS"): (16, 32, 64, 112, 256),
+    ("decode.cu", "ML_TOKENS"): (8, 16, 32, 64, 128),
+    ("decode.cu", "ML_SHARE"): (1, 2),
     ("dual.cu", "ML_WIDTH"): (128, 256),
     ("dual.cu", "ML_COLS"): (0, 64, 128),
+    ("few.cu", "ML_TOKENS"): (16, 32),
     ("project.cu", "ML_COLS"): (64, 128, 256),
     ("shared.cu", "ML_WIDTH"): (128, 256),
     ("route.cu", "ML_WIDTH"): (1, 2, 4, 8, 16, 32, 64, 128),
@@ -52,6 +54,13 @@ def test_every_value_of_an_option_compiles(nvrtc, file, options, arch):
     cubin, log = _core.cuda_compile(file, options, arch)
     assert cubin.startswith(b"\x7fELF")
     assert log is None
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_120"])
+@pytest.mark.parametrize("file, options", [source[:2] for source in _core.cuda_sources() if not source[2]], ids=str)
+def test_what_is_not_hoppers_compiles_for_every_architecture(nvrtc, file, options, arch):
+    chosen = tuple((VALUES.get((file, option)) or VALUES[option])[-1] for option in options)
+    assert _core.cuda_compile(file, chosen, arch)[1] is None
 
 
 @pytest.mark.slow

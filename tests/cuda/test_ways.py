@@ -224,7 +224,10 @@ def test_a_mix_without_what_was_prepared_is_an_error():
         with pytest.raises(ValueError, match="expected the tensors that cuda_prepare took and made"):
             _core.cuda_mix(x, (x,) * 4, w, (1.0, 1.0), 0, tensors[0], None, tensors[1])
         with pytest.raises(ValueError, match="expected the tensors that cuda_prepare took and made"):
-            _core.cuda_mix_backward(x, (x,) * 4, w, (1.0, 1.0), 0, tensors[0], None, tensors[1])
+            _core.cuda_mix_backward(x, (x,) * 4, w, (1.0, 1.0), 0, tensors[0], None, None, tensors[1])
+        with pytest.raises(ValueError, match="expected the tensors that cuda_prepare took and made"):
+            dropout = 1, (0.5, 0.5)
+            _core.cuda_drop_backward(x, (x,) * 4, w, (1.0, 1.0), 0, x, (x, x), tensors[0], False, dropout, tensors[1])
 
 
 def test_arguments_are_counted():
@@ -234,7 +237,8 @@ def test_arguments_are_counted():
         ("cuda_backward", 7),
         ("cuda_prepare", 7),
         ("cuda_mix", 8),
-        ("cuda_mix_backward", 8),
+        ("cuda_mix_backward", 9),
+        ("cuda_drop_backward", 11),
         ("cuda_way", 9),
     ):
         for given in ((), (1,) * (n - 1), (1,) * (n + 1)):
@@ -251,7 +255,8 @@ def test_top_k_is_a_number(top_k):
         "cuda_backward": ((x,) * 6, (True,) * 7, (1.0,), x, None, None, top_k),
         "cuda_prepare": (x, (x,), x, (1.0,), top_k, False, None),
         "cuda_mix": (x, (x,), x, (1.0,), top_k, x, None, x),
-        "cuda_mix_backward": (x, (x,), x, (1.0,), top_k, x, x, x),
+        "cuda_mix_backward": (x, (x,), x, (1.0,), top_k, x, x, None, x),
+        "cuda_drop_backward": (x, (x,), x, (1.0,), top_k, x, (x,), x, False, (1, (0.5,)), x),
     }
     for name, given in calls.items():
         with pytest.raises(TypeError, match="top_k must be an int"):

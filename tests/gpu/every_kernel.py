@@ -12,7 +12,7 @@ from moelora.nn import routed_lora
 
 # tokens, d_in, d_out, ranks, top_k: tiles that are not full, each with a few of the rest's choices
 LAYERS = {
-    "decode": [(1, 72, 136, (4, 1)), (20, 1032, 264, (16,) * 4), (100, 136, 72, (40, 77))],
+    "decode": [(1, 72, 136, (4, 1)), (20, 1032, 264, (16,) * 4), (100, 136, 72, (40, 77)), (70, 136, 8456, (4,))],
     "torch": [(130, 72, 136, (4, 1, 8))],
     "dual": [(200, 264, 136, (16,) * 4), (130, 72, 392, (20, 12, 77, 40))],
     "fused": [(200, 264, 136, (16,) * 4), (300, 136, 264, (20, 77))],
@@ -25,16 +25,16 @@ def leaf(*shape, dtype, std=1.0):
     return (torch.randn(shape) * std).to(dtype).cuda().requires_grad_()
 
 
-def run(tokens, d_in, d_out, ranks, top_k, dtype, adapters, weights):
-    x = leaf(tokens, d_in, dtype=dtype)
+def run(tokens, d_in, d_out, ranks, top_k, dtype, adapters, weights, p=0.0, need_x=True):
+    x = leaf(tokens, d_in, dtype=dtype).requires_grad_(need_x)
     lora_A = [leaf(r, d_in, dtype=adapters, std=d_in**-0.5) for r in ranks]
     lora_B = [leaf(d_out, r, dtype=adapters) for r in ranks]
     own = top_k or weights == torch.float32
     w = leaf(*((tokens,) if own else ()), len(ranks), dtype=weights)
     weight, bias = leaf(d_out, d_in, dtype=dtype).detach(), leaf(d_out, dtype=dtype).detach()
     grad_y = torch.ones(tokens, d_out, dtype=dtype).cuda()
-    y = routed_lora(x, lora_A, lora_B, w, 2.0, weight=weight, bias=bias, top_k=top_k)
-    grads = torch.autograd.grad(y, [x, w, *lora_A, *lora_B], grad_y)
+    y = routed_lora(x, lora_A, lora_B, w, 2.0, weight=weight, bias=bias, top_k=top_k, dropout_p=p)
+    grads = torch.autograd.grad(y, [x][: int(need_x)] + [w, *lora_A, *lora_B], grad_y)
     assert all(t.cpu().isfinite().all() for t in (y.detach(), *grads))
 
 
@@ -45,5 +45,7 @@ for way in sys.argv[1:] or LAYERS:
         shape = tokens, d_in, d_out, ranks, *(top_k or [None])
         run(*shape, torch.bfloat16, torch.float32, torch.float32)
         run(*shape, torch.float16, torch.float16, torch.bfloat16)
+        if way in ("torch", "dual"):  # part of x's gradient is a product of cuBLAS
+            run(*shape, torch.bfloat16, torch.float32, torch.float32, p=0.5, need_x=way == "torch")
 torch.cuda.synchronize()
 print("done")

@@ -11,8 +11,8 @@ from moelora.nn.dropout import draw_seed, dropped
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
-        reason="needs a GPU of capability 9.0",
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8,
+        reason="needs a GPU of capability 8.0",
     ),
 ]
 
@@ -27,6 +27,19 @@ SHAPES = [  # tokens, d_in, d_out, ranks, probabilities
 ]
 
 
+@pytest.fixture(autouse=True, params=[None, "torch"])
+def way(request, force_way):
+    """As on this GPU, and as on those that Hopper's kernels don't run on."""
+    force_way(request.param)
+    return request.param
+
+
+def entries(way):
+    """Those that compute a layer with a weight, forward and backward."""
+    hopper = torch.cuda.get_device_capability()[0] == 9 and way != "torch"
+    return ["cuda_forward", "cuda_backward"] if hopper else ["cuda_mix", "cuda_drop_backward"]
+
+
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """The names of the entries of the core that took dropout."""
@@ -35,16 +48,15 @@ def kernels(monkeypatch):
     def noting(name, entry, place):
         def call(*arguments):
             result = entry(*arguments)
-            if arguments[place] is not None and (result is not None or name == "cuda_mix"):
+            if arguments[place] is not None and (result is not None or name in ("cuda_mix", "cuda_drop_backward")):
                 ran.append(name)
             return result
 
         return call
 
-    for name, place in (("cuda_forward", 6), ("cuda_mix", 6), ("cuda_backward", 5)):
+    for name, place in (("cuda_forward", 6), ("cuda_mix", 6), ("cuda_backward", 5), ("cuda_drop_backward", 9)):
         monkeypatch.setattr(_core, name, noting(name, getattr(_core, name), place))
-    yield ran
-    _core.set_cuda_way(None)
+    return ran
 
 
 def layer(tokens, d_in, d_out, ranks, dtype=torch.bfloat16, adapter_dtype=torch.float32):
@@ -88,11 +100,10 @@ def with_seed(number=7):
     return seed
 
 
-@pytest.mark.parametrize("way", ["torch", "dual"])
+@pytest.mark.parametrize("way", ["torch", "dual"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_masks_are_those_of_the_cpu(kernels, dtype, way):
     """Identities for A and B, and ones or an identity for the gradient of y, make all results the masks themselves."""
-    _core.set_cuda_way(way)
     d, p = 328, (0.5, 0.1, 0.9)
     eye = torch.eye(d, device="cuda", dtype=dtype)
     for e in range(3):
@@ -109,13 +120,13 @@ def test_masks_are_those_of_the_cpu(kernels, dtype, way):
         with_seed()
         y = routed_lora(x, [torch.ones_like(eye[:1])] * 3, [eye[:, :1].contiguous()] * 3, w, 1.0, dropout_p=p)
         assert torch.equal(torch.autograd.grad(y, x, torch.ones_like(y))[0], mask)
-    assert {"cuda_backward", "cuda_forward" if way == "dual" else "cuda_mix"} <= set(kernels)
+    forward, backward = entries(way)
+    assert set(kernels) == {forward, "cuda_mix", backward}  # the mixture alone is always mixed
 
 
-@pytest.mark.parametrize("way", [None, "dual", "torch"])
+@pytest.mark.parametrize("way", [None, "dual", "torch"], indirect=True)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_float64_with_these_masks(kernels, shape, way):
-    _core.set_cuda_way(way)
     *sizes, p = shape
     x, lora_A, lora_B, w, weight, bias = layer(*sizes)
     grad_y = torch.randn(*x.shape[:-1], weight.shape[0], device="cuda", dtype=x.dtype)
@@ -126,12 +137,12 @@ def test_equals_float64_with_these_masks(kernels, shape, way):
     assert error(y, y64) < 2**-8
     for ours, theirs in zip(grads, grads64, strict=True):
         assert error(ours, theirs) < 2**-7
-    assert kernels[-1] == "cuda_backward" and len(kernels) == 2
+    assert kernels[-1] == entries(way)[1] and len(kernels) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("narrow", [False, True])
-def test_without_a_weight_the_mixture_alone(kernels, dtype, narrow):
+def test_without_a_weight_the_mixture_alone(kernels, dtype, narrow, way):
     x, lora_A, lora_B, w, *_ = layer((2, 100), 520, 264, [16, 8, 3], dtype, dtype if narrow else torch.float32)
     base = torch.randn(2, 100, 264, device="cuda", dtype=dtype, requires_grad=True)
     grad_y = torch.randn_like(base)
@@ -143,10 +154,10 @@ def test_without_a_weight_the_mixture_alone(kernels, dtype, narrow):
     for ours, theirs in zip(grads, grads64, strict=True):
         assert error(ours, theirs) < 2**-7
     assert torch.equal(grad_base, grad_y)
-    assert kernels == ["cuda_mix", "cuda_backward"]
+    assert kernels == ["cuda_mix", entries(way)[1]]
 
 
-def test_a_weight_that_is_stored_transposed(kernels):
+def test_a_weight_that_is_stored_transposed():
     x, lora_A, lora_B, w, weight, _ = layer(200, 264, 136, [16, 4])
     results = []
     for stored in (weight, weight.t().contiguous().t()):
@@ -157,7 +168,7 @@ def test_a_weight_that_is_stored_transposed(kernels):
         assert error(ours, theirs.double()) < 2**-7
 
 
-def test_rows_apart_and_gradients_that_are_expanded(kernels):
+def test_rows_apart_and_gradients_that_are_expanded(kernels, way):
     """x is a part of a wider tensor; the gradient of a sum has no memory of its own."""
     x, lora_A, lora_B, w, weight, bias = layer(200, 264, 136, [16, 4])
     wider = torch.zeros(200, 400, device="cuda", dtype=x.dtype)
@@ -171,7 +182,28 @@ def test_rows_apart_and_gradients_that_are_expanded(kernels):
     assert torch.equal(y, z)
     got = torch.autograd.grad(z.sum(), [part, w, *lora_A, *lora_B])
     assert all(map(torch.equal, got, expected))
-    assert kernels.count("cuda_backward") == 2
+    assert kernels.count(entries(way)[1]) == 2
+
+
+def test_what_needs_no_gradient_gets_none(kernels, way):
+    """Of x, the routing weights and the experts' A and B one at a time."""
+    leaves = layer(300, 264, 136, [16, 4])
+    x, lora_A, lora_B, w, weight, bias = leaves
+    groups = {"x": [x], "w": [w], "A": lora_A, "B": lora_B}
+
+    def gradients(of):
+        for name, tensors in groups.items():
+            for t in tensors:
+                t.requires_grad_(name in of)
+        with_seed()
+        y = routed_lora(x, lora_A, lora_B, w, 1.5, weight=weight, bias=bias, dropout_p=0.25)
+        return torch.autograd.grad(y, [t for name in of for t in groups[name]], torch.ones_like(y))
+
+    together = iter(gradients(list(groups)))
+    for name in groups:
+        for alone in gradients([name]):
+            assert error(alone, next(together).double()) < 1e-6
+    assert kernels.count(entries(way)[1]) == 5
 
 
 def test_all_dropped_is_the_base():

@@ -64,7 +64,8 @@ def set_way(name: str | None) -> None:
     Parameters
     ----------
     name : {"fused", "shared", "dual", "grouped", "decode", "torch"} or None
-        docs/explanation/architecture.md says what they are. None: by shape again, as `moelora.show_config` tells.
+        docs/explanation/architecture.md says what they are; "torch" is how GPUs other than Hopper compute all layers.
+        None: by shape again, as `moelora.show_config` tells.
 
     Raises
     ------

@@ -40,14 +40,16 @@ def call_on_gpu(
     dense = type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided
     if drops and dense and not (x.is_contiguous() and x.data_ptr() % 16 == 0):
         x = x.clone(memory_format=torch.contiguous_format)  # the masks have no other way
-    plain = _core.cuda_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k or 0)
+    # With dropout all experts are computed for all tokens.
+    fewer = 0 if drops else top_k or 0
+    plain = _core.cuda_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, fewer)
     if plain is None:
         return None
-    adapters, scales, needs_grad, has_dropout = plain
+    adapters, scales, needs_grad = plain
     if (top_k or 0) > len(scales):
         return None
     probabilities = read_probabilities(dropout_p, len(scales))
-    if any(probabilities) and (not has_dropout or torch.cuda.is_current_stream_capturing()):
+    if any(probabilities) and torch.cuda.is_current_stream_capturing():
         return None
     settings = (scales, None if top_k == len(scales) else top_k, draw(probabilities), None)
     if needs_grad and torch.is_grad_enabled():
@@ -107,13 +109,10 @@ class _RoutedLoRAOnGPU(torch.autograd.Function):
         twice = torch.is_grad_enabled()  # create_graph
         grads: Sequence[Tensor | None] | None = None
         if is_unwatched():
-            grads = _kernels_backward(ctx, saved, grad_y)
-            if grads is None and on_gpu(grad_y):
-                if ctx.settings[2] is None:
-                    grads = products_backward(ctx, saved, grad_y)
-                else:  # what may be unusual is where its rows lie
-                    copy = grad_y.clone(memory_format=torch.contiguous_format)
-                    grads = _kernels_backward(ctx, saved, copy)
+            grads = _gpu_backward(ctx, saved, grad_y)
+            if grads is None and ctx.settings[2] is not None and on_gpu(grad_y):
+                # What may be unusual is where its rows lie.
+                grads = _gpu_backward(ctx, saved, grad_y.clone(memory_format=torch.contiguous_format))
         if grads is not None:
             return tuple(refuse_twice(grads, [grad_y, *saved]) if twice else grads)
         if twice:
@@ -125,47 +124,68 @@ class _RoutedLoRAOnGPU(torch.autograd.Function):
 apply_on_gpu: Callable[..., Tensor] = super(torch.autograd.Function, _RoutedLoRAOnGPU).apply
 
 
-def _kernels_backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> tuple[Any, ...] | None:
-    """Gradients of the node's arguments by kernels alone, but for g W with dropout; None: not plain, or none for it."""
+def _gpu_backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> Sequence[Tensor | None] | None:
+    """Gradients of the node's arguments; None: not plain."""
     need, weight, (scaling, top_k, dropout) = ctx.needs_input_grad, saved[3], ctx.settings
     base = None
     if dropout is not None and need[0] and weight is not None:
         with torch.no_grad():
             base = grad_y @ weight
-    return _core.cuda_backward(saved, need, scaling, grad_y, base, dropout, top_k or 0)
+    grads = _core.cuda_backward(saved, need, scaling, grad_y, base, dropout, top_k or 0)
+    return products_backward(ctx, saved, grad_y, base) if grads is None and on_gpu(grad_y) else grads
 
 
 @torch.no_grad()
-def products_backward(ctx: Any, saved: Sequence[Any], grad_y: Tensor) -> list[Tensor | None] | None:
-    """Gradients of the node's arguments by torch's products, what lies between them by kernels; None: not plain."""
+def products_backward(
+    ctx: Any, saved: Sequence[Any], grad_y: Tensor, base: Tensor | None = None
+) -> list[Tensor | None] | None:
+    """The same by torch's products, what lies between them by kernels; base: g W, if there is dropout and a weight."""
     x, hidden, routing_weights, weight, *adapters = saved
-    need, (scaling, top_k, _) = ctx.needs_input_grad, ctx.settings
+    need, (scaling, top_k, dropout) = ctx.needs_input_grad, ctx.settings
     n, call = len(scaling), (grad_y, tuple(adapters), routing_weights, scaling, top_k or 0)
-    prepared = _core.cuda_prepare(*call, True, None)
+    prepared = _core.cuda_prepare(*call, True, dropout)
     if prepared is None:
         return None
     workspace, stacked_a, stacked_b, mixed, weighted = prepared
-    g = grad_y.flatten(0, -2)
+    g, d_in = grad_y.flatten(0, -2), stacked_a.shape[1]
     torch.mm(g, stacked_b, out=mixed)
     grad_w = torch.empty_like(routing_weights, memory_format=torch.contiguous_format) if need[1] else None
-    _core.cuda_mix_backward(*call, hidden, grad_w, workspace)
-    grads: list[Tensor | None] = [None, grad_w, grad_y if need[2] else None, None, None]
-    if need[0]:
-        base = None if weight is None else g @ weight
-        grad_x = mixed @ stacked_a if base is None else torch.addmm(base, mixed, stacked_a)
-        grads[0] = grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1])
-    columns = [0]
-    for a in adapters[:n]:
-        columns.append(columns[-1] - (-a.shape[0] // 8) * 8)
-    for first, left, right in ((0, mixed, x), (n, weighted, grad_y)):
-        wanted = need[N_NODE + first : N_NODE + first + n]
-        dtype = adapters[first].dtype
-        stacked = torch.mm(left.t(), right.flatten(0, -2), out_dtype=dtype) if True in wanted else None
-        for e, adapter in enumerate(adapters[first : first + n]):
-            if stacked is None or not wanted[e]:
-                grads.append(None)
-                continue
-            rank = adapter.shape[0 if first == 0 else 1]
-            rows = stacked[columns[e] : columns[e] + rank]
-            grads.append(rows if first == 0 else rows.t().clone(memory_format=torch.contiguous_format))
+    _core.cuda_mix_backward(*call, hidden, grad_w, dropout, workspace)
+
+    need_A, need_B = need[N_NODE : N_NODE + n], need[N_NODE + n :]
+    grad_x: Tensor | None = None
+    grads_A: list[Tensor | None] = [None] * n
+    if dropout is not None:
+        if need[0]:
+            grad_x = grad_y.new_empty((*grad_y.shape[:-1], d_in)) if base is None else base
+        if x is not None:
+            grads_A = [torch.empty_like(a) if needed else None for a, needed in zip(adapters[:n], need_A, strict=True)]
+        given = None if x is None else tuple(grads_A)
+        _core.cuda_drop_backward(*call, x, given, grad_x, base is not None, dropout, workspace)
+    else:
+        if need[0]:
+            rows = mixed @ stacked_a if weight is None else torch.addmm(g @ weight, mixed, stacked_a)
+            grad_x = rows.view(*grad_y.shape[:-1], d_in)
+        grads_A = _cut(adapters[:n], need_A, 0, mixed, x)
+    grads_B = _cut(adapters[n:], need_B, 1, weighted, grad_y)
+    return [grad_x, grad_w, grad_y if need[2] else None, None, None, *grads_A, *grads_B]
+
+
+def _cut(
+    adapters: Sequence[Tensor], wanted: Sequence[bool], axis: int, narrow: Tensor, wide: Tensor | None
+) -> list[Tensor | None]:
+    """Gradients of A (whose axis 0 has the rank) or of B (axis 1): the expert's own rows of narrow^T wide."""
+    if wide is None or True not in wanted:
+        return [None] * len(adapters)
+    stacked = torch.mm(narrow.t(), wide.flatten(0, -2), out_dtype=adapters[0].dtype)
+    grads: list[Tensor | None] = []
+    column = 0
+    for adapter, needed in zip(adapters, wanted, strict=True):
+        rank = adapter.shape[axis]
+        rows = stacked[column : column + rank]
+        if needed:
+            grads.append(rows if axis == 0 else rows.t().clone(memory_format=torch.contiguous_format))
+        else:
+            grads.append(None)
+        column += -(-rank // 8) * 8
     return grads
