@@ -63,7 +63,7 @@ def set_way(name: str | None) -> None:
 
     Parameters
     ----------
-    name : {"fused", "shared", "dual", "decode", "torch"} or None
+    name : {"fused", "shared", "dual", "decode", "addmm", "torch"} or None
         docs/explanation/architecture.md says what they are; "torch" is how GPUs other than Hopper compute all layers.
         None: by shape again, as `moelora.show_config` tells.
 
