@@ -78,7 +78,7 @@ static struct {
   ml_gpu gpu;
   _Atomic bool known;
   CUdevice device;
-  CUcontext context; /* the primary one; NULL until a kernel is wanted, since it takes memory of the GPU */
+  _Atomic(CUcontext) context; /* the primary one; NULL until it is wanted, since it takes memory of the GPU */
 } gpus[MAX_GPUS];
 
 static ml_cuda_status read_gpu(int ordinal) {
@@ -113,9 +113,18 @@ ml_cuda_status ml_gpu_at(int ordinal, const ml_gpu **gpu) {
   return ML_CUDA_OK;
 }
 
-/* Makes the GPU's context that of this thread, unless it is; *pushed: leave it again. */
+/* The caller holds the lock. */
+static unsigned retain(const ml_gpu *gpu) {
+  CUcontext context = atomic_load_explicit(&gpus[gpu->ordinal].context, memory_order_relaxed);
+  if (context) return ML_CU_SUCCESS;
+  unsigned result = cu.cuDevicePrimaryCtxRetain(&context, gpus[gpu->ordinal].device);
+  if (result == ML_CU_SUCCESS) atomic_store_explicit(&gpus[gpu->ordinal].context, context, memory_order_release);
+  return result;
+}
+
+/* Makes the GPU's context, which is retained, that of this thread, unless it is; *pushed: leave it again. */
 static unsigned enter(const ml_gpu *gpu, bool *pushed) {
-  CUcontext current = NULL, context = gpus[gpu->ordinal].context;
+  CUcontext current = NULL, context = atomic_load_explicit(&gpus[gpu->ordinal].context, memory_order_acquire);
   *pushed = false;
   unsigned result = cu.cuCtxGetCurrent(&current);
   if (result != ML_CU_SUCCESS || current == context) return result;
@@ -240,8 +249,7 @@ static ml_cuda_status ready(const ml_gpu *gpu, ml_kernel *kernel, int shared_byt
   int at = gpu->ordinal;
   CUfunction function = NULL;
   bool pushed = false;
-  unsigned result = ML_CU_SUCCESS;
-  if (!gpus[at].context) result = cu.cuDevicePrimaryCtxRetain(&gpus[at].context, gpus[at].device);
+  unsigned result = retain(gpu);
   if (result == ML_CU_SUCCESS) result = enter(gpu, &pushed);
   if (result == ML_CU_SUCCESS)
     result = cu.cuKernelSetAttribute(ML_CU_FUNCTION_SHARED_BYTES, shared_bytes, kernel->kernel, gpus[at].device);
@@ -315,17 +323,24 @@ ml_cuda_status ml_launch_kernel(const ml_gpu *gpu, ml_kernel *kernel, const ml_l
   return result == ML_CU_SUCCESS ? ML_CUDA_OK : refused(result, kernel->entry);
 }
 
-ml_cuda_status ml_tensor_map_of(ml_tensor_map *map, bool f16, const void *data, int64_t rows, int64_t cols,
-                                int64_t row_bytes, int box_rows) {
-  int version, n_gpus;
-  ml_cuda_status status = ml_cuda_driver(&version, &n_gpus);
-  if (status != ML_CUDA_OK) return status;
+ml_cuda_status ml_tensor_map_of(const ml_gpu *gpu, ml_tensor_map *map, bool f16, const void *data, int64_t rows,
+                                int64_t cols, int64_t row_bytes, int box_rows) {
   uint64_t dims[] = {(uint64_t)cols, (uint64_t)rows}, strides[] = {(uint64_t)row_bytes};
   uint32_t box[] = {64, (uint32_t)box_rows}, steps[] = {1, 1};
   void *address;
   memcpy(&address, &data, sizeof address); /* the driver only writes it down */
-  unsigned result = cu.cuTensorMapEncodeTiled((struct CUtensorMap_st *)map, f16 ? ML_CU_TENSOR_F16 : ML_CU_TENSOR_BF16,
-                                              2, address, dims, strides, box, steps, ML_CU_TENSOR_PLAIN,
-                                              ML_CU_TENSOR_SWIZZLE_128, ML_CU_TENSOR_L2_256, ML_CU_TENSOR_PLAIN);
+  unsigned result = ML_CU_SUCCESS;
+  if (!atomic_load_explicit(&gpus[gpu->ordinal].context, memory_order_acquire)) {
+    pthread_mutex_lock(&lock);
+    result = retain(gpu);
+    pthread_mutex_unlock(&lock);
+  }
+  bool pushed = false; /* a thread of autograd's may have no context yet, and without one the driver refuses */
+  if (result == ML_CU_SUCCESS) result = enter(gpu, &pushed);
+  if (result == ML_CU_SUCCESS)
+    result = cu.cuTensorMapEncodeTiled((struct CUtensorMap_st *)map, f16 ? ML_CU_TENSOR_F16 : ML_CU_TENSOR_BF16, 2,
+                                       address, dims, strides, box, steps, ML_CU_TENSOR_PLAIN, ML_CU_TENSOR_SWIZZLE_128,
+                                       ML_CU_TENSOR_L2_256, ML_CU_TENSOR_PLAIN);
+  leave(pushed);
   return result == ML_CU_SUCCESS ? ML_CUDA_OK : refused(result, "a tensor map");
 }

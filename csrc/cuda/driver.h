@@ -93,11 +93,12 @@ ml_cuda_status ml_launch_kernel(const ml_gpu *gpu, ml_kernel *kernel, const ml_l
                                 void **arguments);
 
 /* A CUtensorMap: a matrix [rows, cols] of 16-bit elements that the copy engine reads or writes in boxes [box_rows, 64],
- * in the 128-byte swizzle; what lies outside is read as zeros, and not written. data and row_bytes: multiples of 16. */
+ * in the 128-byte swizzle; what lies outside is read as zeros, and not written. data and row_bytes: multiples of 16. For a
+ * kernel on that GPU, whatever context the calling thread has. */
 typedef struct {
   _Alignas(64) uint64_t words[16];
 } ml_tensor_map;
-ml_cuda_status ml_tensor_map_of(ml_tensor_map *map, bool f16, const void *data, int64_t rows, int64_t cols,
-                                int64_t row_bytes, int box_rows);
+ml_cuda_status ml_tensor_map_of(const ml_gpu *gpu, ml_tensor_map *map, bool f16, const void *data, int64_t rows,
+                                int64_t cols, int64_t row_bytes, int box_rows);
 
 #endif

@@ -286,7 +286,7 @@ static ml_cuda_status prepare(const ml_layer *layer, const places *p) {
 /* A matrix in boxes of 64 columns. */
 static ml_cuda_status map_of(const ml_layer *layer, ml_tensor_map *map, const void *data, int64_t rows, int64_t cols,
                              int64_t row, int box_rows) {
-  return ml_tensor_map_of(map, layer->f16, data, rows, cols, row * 2, box_rows);
+  return ml_tensor_map_of(layer->gpu, map, layer->f16, data, rows, cols, row * 2, box_rows);
 }
 
 /* The tile's columns of a factor with n of them, K-major (forward) or MN-major. */

@@ -108,7 +108,7 @@ unsigned cuKernelGetFunction(CUfunction *function, CUkernel kernel) {
   return ML_CU_SUCCESS;
 }
 
-unsigned cuTensorMapEncodeTiled(void) { return INVALID_VALUE; }
+unsigned cuTensorMapEncodeTiled(void) { return depth == 0 ? INVALID_CONTEXT : INVALID_VALUE; }
 
 unsigned cuGetExportTable(void) { return NOT_FOUND; } /* NVRTC wants to ask a driver, too */
 

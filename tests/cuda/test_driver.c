@@ -181,7 +181,7 @@ static void test_threads(void) {
 
 static void test_a_tensor_map_that_is_refused(void) {
   ml_tensor_map map;
-  CHECK(ml_tensor_map_of(&map, false, NULL, 1, 1, 16, 64) == ML_CUDA_DRIVER);
+  CHECK(ml_tensor_map_of(gpu(0), &map, false, NULL, 1, 1, 16, 64) == ML_CUDA_DRIVER);
   SAYS("the NVIDIA driver refused a tensor map: error 1, another error");
 }
 

@@ -491,6 +491,22 @@ SOAK = {  # by the rule of a GPU of 132 multiprocessors
 }
 
 
+def test_a_thread_that_has_not_used_the_gpu_yet(make_layer, random_like, way):
+    layer = make_layer(600)
+    grad_y = random_like(layer)
+    expected, got = layer.by(routed_lora), []
+    saved = layer.requiring()
+    y = saved.by(routed_lora)
+    threads = [threading.Thread(target=lambda: got.append(layer.by(routed_lora)))]
+    # torch's own thread for backwards is such a one in a process whose first backward this is.
+    threads.append(threading.Thread(target=lambda: y.backward(grad_y)))
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert torch.equal(got[0], expected)
+    assert all(t.grad is not None for t in saved.leaves)
+
+
 @hopper
 def test_ten_thousand_calls_on_several_streams(make_layer, random_like):
     layers = [make_layer(*shape) for shape in SOAK.values()]
