@@ -115,6 +115,7 @@ def use_torch(
     float64: Any,
     bfloat16: Any,
     float16: Any,
+    int64: Any,
     /,
 ) -> bool: ...
 def are_plain(*tensors: Any) -> bool: ...

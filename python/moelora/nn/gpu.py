@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moelora.nn.arguments import read_probabilities
-from moelora.nn.cuda import on_gpu
+from moelora.nn.cuda import current_device, on_gpu
 from moelora.nn.formula import formula_backward
 from moelora.nn.node import N_NODE, TWICE, Dropout, draw, forward_and_save, refuse_twice
 from moelora.nn.plain import is_unwatched
@@ -21,9 +21,6 @@ __all__ = ["call_on_gpu", "gpu_backward", "gpu_forward"]
 
 _Settings: TypeAlias = tuple[tuple[float, ...], int | None, Dropout | None, Any]
 """scaling, top_k, dropout, and what `cuda_forward` returned where it has been called."""
-
-# torch's own, without a look whether CUDA is initialised: who has a tensor there has done that.
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 def call_on_gpu(
@@ -39,7 +36,7 @@ def call_on_gpu(
     dropout_p: float | Sequence[float],
 ) -> Tensor | None:
     """What the CUDA kernels make of plain tensors on the current GPU; None where something is not plain."""
-    if x.get_device() != _current_device():  # where new tensors are made
+    if x.get_device() != current_device():  # where new tensors are made
         with torch.cuda.device(x.device):
             return call_on_gpu(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
     drops = type(dropout_p) is not float or dropout_p != 0
@@ -52,6 +49,9 @@ def call_on_gpu(
     if plain is None:
         return None
     adapters, scales, record, done = plain
+    if done is not None and done[2] is None and not record:
+        y: Tensor = done[0]
+        return y
     dropout = None
     if drops:
         probabilities = read_probabilities(dropout_p, len(scales))
@@ -92,8 +92,12 @@ def gpu_forward(
         hidden = x.flatten(0, -2) @ stacked_a.t() if dropout is None else torch.empty_like(mixed)
         _core.cuda_mix(*call, hidden, dropout, workspace)
         hidden = hidden.view(*x.shape[:-1], hidden.shape[-1]) if keep_hidden else None
-    base = base_output if weight is None else F.linear(x, weight, bias)
-    y = mixed @ stacked_b.t() if base is None else torch.addmm(base.flatten(0, -2), mixed, stacked_b.t())
+    if weight is not None:
+        y = F.linear(x, weight, bias)
+        y.view(-1, y.shape[-1]).addmm_(mixed, stacked_b.t())
+        return y, hidden
+    stacked_b = stacked_b.t()
+    y = mixed @ stacked_b if base_output is None else torch.addmm(base_output.flatten(0, -2), mixed, stacked_b)
     return y.view(*x.shape[:-1], y.shape[-1]), hidden
 
 
@@ -151,7 +155,12 @@ def gpu_backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> Sequence[T
         return grads
     mixed, stacked_a = factors
     with torch.no_grad():
-        grad_x = mixed @ stacked_a if weight is None else torch.addmm(grad_y.flatten(0, -2) @ weight, mixed, stacked_a)
+        if weight is None:
+            grad_x = mixed @ stacked_a
+        else:
+            base = grad_y.flatten(0, -2) @ weight
+            # Under autocast the product may come in another dtype.
+            grad_x = (base.addmm_ if base.dtype is mixed.dtype else base.addmm)(mixed, stacked_a)
         return (grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1]), *grads[1:])
 
 

@@ -291,6 +291,7 @@ class SharedByLayers:
         self.activated: Tensor
         self.maturity: Tensor
         self.plain = False  # all experts are activated and mature, and it cost nothing to see that
+        self.capacity: int | Tensor | None = None  # picks that an expert takes; None: nobody has asked
         self.bias: Tensor | None = None  # [N]: what is added to the logits of a gate; None where plain
 
 
@@ -489,25 +490,27 @@ class LearnedRouter(Router):
         top_k = None if top_k is None else min(top_k, n)
         routing = route(scores, top_k=top_k, temperature=self.temperature, renormalize=self.renormalize, mask=mask)
         weights, counts = routing.weights, routing.counts
-        if not plain:
-            # An expert that is excluded can be among the k largest where fewer than k are left; it isn't picked.
-            counts = counts * (routing.prob_sums != 0)
         dropping = self.training and self.expert_dropout > 0
         limited = self.training and self.capacity_factor is not None
         every = plain and not dropping  # expert that is among the k largest is picked
-        if (limited or dropping) and not (every and routing.indices is None):
+        if (every and routing.indices is None) or not (limited or dropping):
+            if not plain:
+                # An expert that is excluded can be among the k largest where fewer than k are left; it isn't picked.
+                counts = counts * (routing.prob_sums != 0)
+        else:
             picks = allowed.expand(weights.shape)
-            if routing.indices is not None:
+            if routing.indices is not None and routing.indices.shape[-1] < n:
                 held = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, routing.indices, True)
                 picks = held if every else picks & held
             if mask is not None:
                 picks = picks & mask.unsqueeze(-1)
             if not every:
                 counts = picks.reshape(-1, n).sum(0)
-            if limited and self.top_k is not None:
-                capacity = self._capacity(n_tokens, n if plain else activated.sum().clamp(min=1))
+            if limited and self._limits(n):
+                if shared.capacity is None:
+                    shared.capacity = self._capacity(n_tokens, n if plain else activated.sum().clamp(min=1))
                 place = picks.reshape(-1, n).cumsum(0).reshape(picks.shape)
-                weights = weights.masked_fill(picks & (place > capacity), 0)
+                weights = weights.masked_fill(picks & (place > shared.capacity), 0)
         return RoutingOutput(weights, routing.indices, counts, routing.prob_sums, logits, n_tokens, mask, activated)
 
     def _share(
@@ -518,10 +521,15 @@ class LearnedRouter(Router):
         if columns is not None:
             kept = torch.tensor(columns, device=activated.device)
             activated, maturity = activated[kept], maturity[kept]
-        shared.tokens, shared.mask, shared.bias = tokens, mask, None
+        shared.tokens, shared.mask, shared.bias, shared.capacity = tokens, mask, None, None
         shared.kept, shared.activated, shared.maturity = kept, activated, maturity
         shared.n_tokens = math.prod(tokens) if mask is None else mask.sum()
         shared.plain = _are_ones(activated, maturity)
+
+    def _limits(self, n_experts: int) -> bool:
+        """Whether a capacity can be less than all tokens."""
+        assert self.capacity_factor is not None
+        return self.top_k is not None and (self.top_k < n_experts or self.capacity_factor < 1)
 
     def _capacity(self, n_tokens: int | Tensor, n_experts: int | Tensor) -> int | Tensor:
         """How many picks an expert takes; a number if n_experts is one, which says that reading numbers is free."""
