@@ -333,7 +333,7 @@ class Frame:
         if hidden_states is not None and self.gates is not None:
             hidden_states = hidden_states.to(self.gates.device)  # of a model that is spread over several
         router, mask = self.router, self.call.mask
-        if isinstance(router, LearnedRouter) and not self.custom:
+        if isinstance(router, LearnedRouter) and not self.custom and "route" not in vars(router):
             output = router.route(hidden_states, mask, layer=layer, active=self.active, shared=self.shared)
         else:
             output = router.route(hidden_states, mask, layer=layer, active=self.active)
