@@ -1,6 +1,7 @@
 """`moelora bench --device cuda`: peers compute the same, and goals, plots and page follow from the files."""
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 import moelora
 from moelora.bench import goals, topk
 from moelora.bench.arguments import FULL
-from moelora.bench.cuda import layers, models
+from moelora.bench.cuda import layers, models, neighbours
 from moelora.bench.goals import GOALS, Goal, judge, load
 from moelora.bench.layers import SCALING
 from moelora.bench.layers import Cell as SquareCell
@@ -20,7 +21,7 @@ from moelora.bench.topk import as_rows
 from moelora.cli import main
 
 ROOT = Path(__file__).parents[1]
-WITH_WEIGHTS = ("loop", "moelora", "stacked")
+WITH_WEIGHTS = ("loop", "moelora", "n_passes", "stacked", "two_pass")
 
 
 # What is compared
@@ -36,7 +37,7 @@ def double(peer, cell):
 @pytest.mark.parametrize("adapters", ["bfloat16", "float32"])
 def test_peers_of_a_layer_compute_the_same_and_so_do_their_gradients(adapters):
     cell = layers.Cell(7, 24, 40, 3, 16, adapters)
-    peers, grad_y = layers.peers(cell, device="cpu")
+    peers, grad_y, exact = layers.peers(cell, device="cpu")
     expected = peers["base"].forward().double() + double(peers["moelora"], cell)
     found = {}
     for name in WITH_WEIGHTS:
@@ -44,14 +45,18 @@ def test_peers_of_a_layer_compute_the_same_and_so_do_their_gradients(adapters):
         assert y.dtype is torch.bfloat16
         torch.testing.assert_close(y.double(), expected, rtol=0.03, atol=0.1)
         found[name] = layers.call(peers[name], "forward+backward", grad_y)()
+    torch.testing.assert_close(exact(False).double(), expected, rtol=1e-2, atol=1e-2)  # but for the base's rounding
     for name in WITH_WEIGHTS:
-        for ours, theirs in zip(found[name][:2], found["loop"][:2], strict=True):  # of x and w
-            torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.2)
+        (dx, dw, *_), (dx_of_loop, dw_of_loop, *_) = found[name], found["loop"]
+        if name == "n_passes":  # whose base is weighted, too: the same for all experts
+            dw, dw_of_loop = (grad - grad.mean(-1, keepdim=True) for grad in (dw, dw_of_loop))
+        torch.testing.assert_close(dx.float(), dx_of_loop.float(), rtol=0.05, atol=0.2)
+        torch.testing.assert_close(dw, dw_of_loop, rtol=0.05, atol=0.2)
         assert {g.dtype for g in found[name][2:]} == {getattr(torch, adapters)}
 
 
 def test_every_pass_has_the_gradients_that_it_says_and_they_are_those_of_the_whole_step():
-    peers, grad_y = layers.peers(layers.Cell(5, 16, 12, 2, 16, "float32"), device="cpu")
+    peers, grad_y, _ = layers.peers(layers.Cell(5, 16, 12, 2, 16, "float32"), device="cpu")
     for name in (*WITH_WEIGHTS, "base", "one_lora"):
         peer = peers[name]
         whole = layers.call(peer, "forward+backward", grad_y)()
@@ -66,9 +71,53 @@ def test_every_pass_has_the_gradients_that_it_says_and_they_are_those_of_the_who
 
 def test_stock_adapters_have_the_dtype_that_is_asked_for():
     for adapters in ("bfloat16", "float32"):
-        peers, _ = layers.peers(layers.Cell(3, 16, 8, 2, 16, adapters), device="cpu")
+        peers = layers.peers(layers.Cell(3, 16, 8, 2, 16, adapters), device="cpu").peers
         assert [p.dtype for p in peers["one_lora"].parameters] == [getattr(torch, adapters)] * 2
         assert peers["one_lora"].forward().dtype is torch.bfloat16
+
+
+def test_peers_of_a_layer_are_compared_before_they_are_timed():
+    of = layers.peers(layers.Cell(7, 24, 40, 3, 16, "float32"), device="cpu")
+    for which in ("forward", "dx", "forward+backward"):
+        calls = {name: layers.call(peer, which, of.grad_y) for name, peer in of.peers.items() if "compiled" not in name}
+        off = layers._compared(of, which, calls)
+        assert set(off) == set(WITH_WEIGHTS) and all(0 < float(far) < layers.OFF for far in off.values())
+        with pytest.raises(RuntimeError, match=re.escape(f"{which} of loop is wrong")):
+            layers._compared(of, which, {"loop": calls["base"]})
+
+
+def test_logits_are_compared_before_models_are_timed():
+    base = models.build("qwen3-4b", smoke=True, device="cpu")
+    ids, weights = torch.randint(256, (1, 6)), torch.rand(1, 6, 2).softmax(-1)
+    of = models.peers(base, 2, 16, ids, weights)
+    assert set(models._compared(of)) == {"loop", "stacked"}
+    with pytest.raises(RuntimeError, match="stacked computes something else than moelora"):
+        models._compared({**of, "stacked": of["base"]})
+
+
+@pytest.mark.parametrize("name", FULL["cuda"]["neighbours"]["models"])
+def test_siblings_are_those_of_the_model_and_share_a_call(name):
+    config = models.build(name, smoke=True, device="meta").config
+    found = {what: (d, widths) for what, d, widths in neighbours.siblings(name, smoke=True)}
+    q, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    expected = {"qkv": (config.hidden_size, [q, kv, kv])}
+    if name == "llama-8b":
+        expected["gate_up"] = (config.hidden_size, [config.intermediate_size] * 2)
+    assert found == expected
+    peers = neighbours.peers(5, 24, [16, 8, 8], 2)
+    together, apart = peers["shared"].forward().split([16, 8, 8], -1), peers["separate"].forward()
+    torch.testing.assert_close(together[0], apart[0], rtol=0.02, atol=0.02)  # whose A it takes
+    bases = peers["base"].forward()
+    torch.testing.assert_close(peers["base_shared"].forward(), torch.cat(bases, -1), rtol=0.02, atol=0.02)
+    assert all(not torch.allclose(y, base, atol=0.1) for y, base in zip(apart, bases, strict=True))
+
+
+def test_a_decoder_layer_is_routed_as_the_models_that_are_measured():
+    for depth in (1, 2):
+        peer = neighbours.model("gemma-2b", depth, 2, (1, 5), smoke=True, device="cpu")
+        assert len(peer.parameters) == depth * 4 * 2 * 2  # q, k, v, o; A and B of two experts
+        grads = torch.autograd.grad(peer.forward().float().sum(), [*peer.inputs, *peer.parameters])
+        assert all(grad.abs().max() > 0 for grad in grads)
 
 
 def test_top_k_peers_of_a_whole_layer_compute_the_same():
@@ -95,23 +144,11 @@ def test_models_have_all_peers_with_float32_adapters_that_are_not_zero():
     ids, weights = torch.randint(256, (1, 6)), torch.rand(1, 6, 2).softmax(-1)
     of = models.peers(base, 2, 16, ids, weights, compiled=models.compile_layers)
     assert set(of) == set(FULL["cuda"]["models"]["peers"])
-    models.fill(of.values())
     for name, peer in of.items():
         assert {p.dtype for p in peer.trained} <= {torch.float32}
         assert bool(peer.trained) is (name != "base")
         in_model = dict(peer.model.named_parameters())
         assert all(p.abs().max() > 0 for key, p in in_model.items() if "lora_" in key or key.endswith((".A", ".B_t")))
-
-
-def test_a_step_without_an_optimizer_leaves_neither_changes_nor_gradients():
-    base = models.build("qwen3-4b", smoke=True, device="cpu")
-    ids, weights = torch.randint(256, (1, 6)), torch.rand(1, 6, 2).softmax(-1)
-    (peer,) = models.peers(base, 2, 16, ids, weights, p=models.DROPOUT, only=["moelora"]).values()
-    before, seen = [p.detach().clone() for p in peer.trained], []
-    peer.trained[0].register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.norm()))
-    peer.gradients(ids)
-    assert len(seen) == 1 and all(p.grad is None for p in peer.trained)
-    assert all(torch.equal(p, old) for p, old in zip(peer.trained, before, strict=True))
 
 
 def test_each_decoder_layer_is_compiled_and_nothing_else(monkeypatch):
@@ -146,8 +183,31 @@ def layer_rows():
             for which in layers.PASSES if T > layers.DECODE else ["forward"]:
                 us = {"base": base, "moelora": base + 2 if T <= 64 else base * floor, "stacked": 1.3 * base + 10}
                 us |= {"stacked_compiled": 1.2 * base + 10, "one_lora": 1.4 * base, "loop": 4 * base}
-                timed = {name: ("fused" if name == "moelora" else "", [value * 1e-6] * 3) for name, value in us.items()}
-                yield from layers._rows(cell, which, timed)
+                us |= {"two_pass": 5 * base, "n_passes": 9 * base}
+                for timed in FULL["cuda"]["layers"]["timed"]:
+                    if timed == "graph" or which in layers.WHOLE:
+                        peak = "" if timed == "graph" else "12.3"
+                        found = {
+                            name: layers.Timed(
+                                "fused" if name == "moelora" else "",
+                                "" if name in layers.OTHER else "0.0012",
+                                peak,
+                                [value * 1e-6] * 3,
+                            )
+                            for name, value in us.items()
+                        }
+                        yield from layers._rows(cell, timed, which, found)
+
+
+def neighbour_rows():
+    for name in FULL["cuda"]["neighbours"]["models"]:
+        about = {"model": name, "T": 4096, "N": 8, "r": 16}
+        for timed, which in (("graph", "forward"), ("calls", "forward+backward")):
+            seconds = {"model 1": [3e-3], "model 2": [4e-3]} if timed == "graph" else {}
+            for what, *_ in neighbours.siblings(name, smoke=True):
+                us = {"base": 90, "base_shared": 80, "separate": 120, "shared": 100}
+                seconds |= {f"{what} {peer}": [value * 1e-6] for peer, value in us.items()}
+            yield from neighbours._rows({**about, "timed": timed, "pass": which}, seconds)
 
 
 def model_rows():
@@ -159,15 +219,20 @@ def model_rows():
                 oom = peer == "n_passes" and what == "train step"
                 times = dict.fromkeys(("ms_q1", "ms_median", "ms_q3"), "" if oom else median)
                 over = "" if oom else f"{median / 70:.3f}"
-                peak = "oom" if oom else str(10.0 * median)
-                yield {**about, "p": 0.0, "peer": peer, **times, "over_moelora": over, "peak_mib": peak, "rounds": 3}
+                more = {"peak_mib": "oom" if oom else str(10.0 * median), "rounds": 3, "off": ""}
+                if (peer, what) == ("stacked", "forward"):
+                    more["off"] = "0.011"
+                yield {**about, "p": 0.0, "timed": "calls", "peer": peer, **times, "over_moelora": over, **more}
+                if what == "forward" and peer != "n_passes":
+                    times = dict.fromkeys(times, median - 10)
+                    yield {**about, "p": 0.0, "timed": "graph", "peer": peer, **times, "over_moelora": over, **more}
         if name != "gemma-2b":
             continue
         about |= {"N": 4, "B": 4}
         for peer, median in (("moelora", 84), ("one_lora", 130)):
             times = dict.fromkeys(("ms_q1", "ms_median", "ms_q3"), median)
-            more = {"over_moelora": f"{median / 70:.3f}", "peak_mib": "1.0", "rounds": 3}
-            yield {**about, "p": models.DROPOUT, "peer": peer, **times, **more}
+            more = {"over_moelora": f"{median / 70:.3f}", "peak_mib": "1.0", "rounds": 3, "off": ""}
+            yield {**about, "p": models.DROPOUT, "timed": "calls", "peer": peer, **times, **more}
 
 
 def other_rows(file):
@@ -193,6 +258,7 @@ def measured(tmp_path):
     for file, rows in (
         ("layers", layer_rows()),
         ("models", model_rows()),
+        ("neighbours", neighbour_rows()),
         ("topk", other_rows("topk")),
         ("host", other_rows("host")),
     ):
@@ -251,7 +317,14 @@ def test_the_page_gets_the_blocks_of_a_gpu_and_keeps_those_of_a_cpu(measured, tm
     assert "GPU, driver 1, CUDA 13.0, NVRTC 13.0, CPU; torch 1" in made
     assert "| 8192 | 4096 | 14336 | 64 | fused |" in made
     assert "| 16 | 4096 | 14336 | 64 | fused |" in made
-    assert "| n_passes | 900.0 ms | oom |  |  |  |" in made
+    assert "| n_passes | 900.0 ms |  | oom |  |  |  |" in made
+    assert "| stacked | 75.0 ms | 65.0 ms | 75.0 ms |" in made
+    assert "| moelora | 0.0012 | 0.0012 |" in made  # y and dx
+    assert "| stacked | 0.011 | 0.011 | 0.011 |" in made  # of three models
+    cells = "120 → 100 | 90 → 80"
+    assert f"| llama-8b | graph | forward | {cells} | {cells} | 1000 | 4.0 % | 2.0 % |" in made
+    assert f"| gemma-2b | calls | forward+backward | {cells} |  |  |  |  |  |" in made
+    assert "| 12 / 12 / 12 |" in made  # MiB of calls
     assert "| dropout p = 0.1, step | <= 1.15 of p=0.0 | 0 of 1 |" in made
     for picture in ("cuda_layers", "cuda_models"):
         assert f"![{picture}](page/{picture}.png)" in made
@@ -295,10 +368,10 @@ def test_without_a_gpu_the_command_says_so_and_writes_nothing(command, tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (
-            "neighbours --device cuda",
-            "argument --device: on 'cuda' there are layers, topk, models, host, not neighbours",
-        ),
+        ("neighbours --device cuda --widths 64", "argument --widths: there is none on 'cuda'"),
+        ("neighbours --models llama-8b", "argument --models: there is none on 'cpu'"),
+        ("neighbours --device cuda --models qwen3-4b", "argument --models: invalid choice: 'qwen3-4b'"),
+        ("layers --timed graph", "argument --timed: there is none on 'cpu'"),
         ("layers --device cuda --tokens 4", "argument --tokens: there is none on 'cuda'"),
         ("layers --device cuda --isa avx2", "argument --isa: there is none on 'cuda'"),
         ("models --device cuda --batch 2x8", "argument --batch: there is none on 'cuda'"),
@@ -336,12 +409,16 @@ def test_a_smoke_run_has_every_peer(tmp_path):
             assert row["gpu"] == torch.cuda.get_device_name() and row["cuda"] == torch.version.cuda
             assert row["moelora"] == moelora.__version__ and row["nvrtc"]
     forward = {row["peer"] for row in results["layers"] if row["pass"] == "forward"}
-    whole = {"base", "moelora", "stacked", "stacked_compiled", "one_lora", "loop"}
+    whole = {"base", "moelora", "stacked", "stacked_compiled", "one_lora", "loop", "two_pass", "n_passes"}
     assert whole | {"moelora_torch"} <= forward <= set(FULL["cuda"]["layers"]["peers"])
     for name in models.SHAPES:
         for what in ("forward", "train step"):
             rows = [row for row in results["models"] if (row["model"], row["what"]) == (name, what)]
-            assert {row["peer"] for row in rows} == set(FULL["cuda"]["models"]["peers"])
-            assert all(float(row["peak_mib"]) > 0 for row in rows)
+            called = [row for row in rows if row["timed"] == "calls"]
+            assert {row["peer"] for row in called} == set(FULL["cuda"]["models"]["peers"])
+            assert all(float(row["peak_mib"]) > 0 for row in called)
+            if what == "forward":
+                assert {row["peer"] for row in rows if row["timed"] == "graph"} == set(models.GRAPHS)
+                assert {row["peer"] for row in rows if row["off"]} == set(models.SAME)
     assert {row["peer"] for row in results["topk"]} == {"moelora", "stacked", "topk_loop", "torch", "softmax"}
     assert {row["what"] for row in results["host"]} == {"call", "layer"}

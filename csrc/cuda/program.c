@@ -64,7 +64,7 @@ static const struct {
 } sources[ML_N_SOURCES] = {
     [ML_PREPARE] = {"prepare.cu", false}, [ML_MIX] = {"mix.cu", false},  [ML_ROUTE] = {"route.cu", false},
     [ML_SHARED] = {"shared.cu", true},    [ML_DUAL] = {"dual.cu", true}, [ML_PROJECT] = {"project.cu", true},
-    [ML_COLLECT] = {"collect.cu", true},  [ML_FEW] = {"few.cu", false},  [ML_DECODE] = {"decode.cu", true},
+    [ML_COLLECT] = {"collect.cu", true},  [ML_FEW] = {"few.cu", true},   [ML_DECODE] = {"decode.cu", true},
     [ML_DROPOUT] = {"dropout.cu", false},
 };
 

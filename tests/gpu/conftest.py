@@ -188,7 +188,7 @@ def taken(monkeypatch):
         def __getattr__(self, name):
             def call(*args):
                 result = getattr(_core, name)(*args)
-                count[name] += result is not None or name in ("cuda_mix", "cuda_mix_backward")
+                count[name] += result is not None or name in ("cuda_mix", "cuda_mix_backward", "cuda_drop_backward")
                 if name == "cuda_call" and result is not None:
                     count["cuda_forward"] += result[3] is not None  # which has been called at once
                 return result

@@ -12,7 +12,7 @@ from moelora.nn import routed_lora
 
 # tokens, d_in, d_out, ranks: tiles that are not full, each with a few of the rest's choices
 LAYERS = {
-    "decode": [(1, 72, 136, (4, 1)), (20, 1032, 264, (16,) * 4), (100, 136, 72, (40, 77))],
+    "decode": [(1, 72, 136, (4, 1)), (20, 1032, 264, (16,) * 4), (100, 136, 72, (40, 77)), (70, 136, 8456, (4,))],
     "torch": [(130, 72, 136, (4, 1, 8))],
     "addmm": [(130, 72, 136, (4, 1, 8))],
     "dual": [(200, 264, 136, (16,) * 4), (130, 72, 392, (20, 12, 77, 40))],

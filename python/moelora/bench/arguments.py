@@ -43,8 +43,9 @@ _CPU_SMOKE: dict[str, dict[str, Any]] = {
     "host": {"experts": [2]},
 }
 _PASSES = ["forward", "forward_grad", "dx", "backward", "forward+backward"]
-_WAYS = [f"moelora_{way}" for way in ("torch", "decode", "dual", "fused", "shared")]
-_PEERS = ["base", "moelora", "stacked", "stacked_compiled", "one_lora", "loop", *_WAYS]
+_WAYS = [f"moelora_{way}" for way in ("torch", "addmm", "decode", "dual", "fused", "shared")]
+_PEERS = ["base", "moelora", "stacked", "stacked_compiled", "one_lora", "loop", "two_pass", "n_passes", *_WAYS]
+_TIMED = ["graph", "calls"]
 _MODEL_PEERS = ["moelora", "one_lora", "stacked", "base", "moelora_router", "loop", "two_pass", "n_passes"]
 _MODEL_PEERS += ["stacked_compiled"]
 _CUDA: dict[str, dict[str, Any]] = {
@@ -63,9 +64,11 @@ _CUDA: dict[str, dict[str, Any]] = {
             *((T, 4096, d_out, 64) for d_out in (4096, 14336) for T in (1, 8, 16, 32, 64)),
         ],
         "adapters": ["bfloat16", "float32"],
+        "timed": _TIMED,
         "passes": _PASSES,
         "peers": _PEERS,
     },
+    "neighbours": {"models": ["gemma-2b", "llama-8b"]},
     "topk": {"tokens": [2048, 8192], "widths": [4096], "mixtures": [(8, 16), (64, 16)], "top_k": [2]},
     "models": {"models": ["gemma-2b", "llama-8b", "qwen3-4b"], "experts": [4, 8], "peers": _MODEL_PEERS},
     "host": {"experts": [4, 8]},
@@ -74,9 +77,11 @@ _CUDA_SMOKE: dict[str, dict[str, Any]] = {
     "layers": {
         "shapes": [(4, 512, 256, 32), (512, 256, 512, 64)],
         "adapters": ["bfloat16", "float32"],
+        "timed": _TIMED,
         "passes": _PASSES,
         "peers": _PEERS,
     },
+    "neighbours": {"models": ["gemma-2b", "llama-8b"]},
     "topk": {"tokens": [64], "widths": [256], "mixtures": [(4, 16)], "top_k": [2]},
     "models": {"models": ["gemma-2b", "llama-8b", "qwen3-4b"], "experts": [4, 8], "peers": _MODEL_PEERS},
     "host": {"experts": [2]},
@@ -154,12 +159,14 @@ def _add_grid(command: argparse.ArgumentParser, name: str) -> None:
         about = f"T, d_in, d_out and R = the sum of the ranks, which are {RANK}"
         add("shapes", _shape, about, metavar="TxDxDxR")
         add("adapters", str, "dtypes of the adapters", choices=full["cuda"]["adapters"], metavar="DTYPE")
+        add("timed", str, "in CUDA graphs, or called", choices=full["cuda"]["timed"], metavar="HOW")
         add("passes", str, "which", choices=full["cuda"]["passes"], metavar="PASS")
     if "tokens" in known:
         add("tokens", _positive, "numbers of tokens", metavar="T")
         add("widths", _positive, "d_in = d_out", metavar="D")
     if "models" in known:
-        add("models", str, "which", choices=[model for of_device in full.values() for model in of_device["models"]])
+        add("models", str, "which", choices=[model for of in full.values() for model in of.get("models", ())])
+    if "batch" in known:
         grid.add_argument("--batch", type=_pair, metavar="BxS", help="sequences and their tokens (default: 2x256)")
     if "mixtures" in known:
         about = "N experts of rank R"

@@ -20,9 +20,10 @@ _CPU_CELL = {
     "host": ("what", "T", "N", "pass"),
 }
 _GPU_CELL = {
-    "layers": ("T", "d_in", "d_out", "N", "r", "adapters", "pass"),
+    "layers": ("T", "d_in", "d_out", "N", "r", "adapters", "timed", "pass"),
     "topk": ("what", "T", "d", "N", "r", "k", "timed", "pass"),
-    "models": ("model", "B", "S", "N", "r", "p", "what"),
+    "neighbours": ("what", "model", "T", "N", "r", "timed", "pass"),
+    "models": ("model", "B", "S", "N", "r", "p", "what", "timed"),
     "host": ("what", "T", "N", "pass"),
 }
 CELL = {"cpu": _CPU_CELL, "cuda": _GPU_CELL}
@@ -105,7 +106,8 @@ _SQUARE = "T=2048 d_in=2048 d_out=2048 R=64..64"
 
 
 def _of_layers(adapters: str) -> tuple[Goal, ...]:
-    ours, about = f"peer=moelora adapters={adapters}", f"{adapters} adapters"
+    any_cell, about = f"peer=moelora adapters={adapters}", f"{adapters} adapters"
+    ours = f"{any_cell} timed=graph"
     base, stacked = "peer=base", "peer=stacked"
     return (
         Goal(f"forward, {about}", "layers", f"{ours} pass=forward {_LARGE}", 1.01, base, "floor"),
@@ -121,13 +123,14 @@ def _of_layers(adapters: str) -> tuple[Goal, ...]:
             base,
         ),
         Goal(f"decode, {about}", "layers", f"{ours} pass=forward T=..64", 3, base, "added"),
-        Goal(f"any cell, {about}", "layers", ours, 1.00, stacked),
+        Goal(f"any cell, {about}", "layers", any_cell, 1.00, stacked),
     )
 
 
 _GEMMA = "peer=moelora model=gemma-2b N=8 p=0.0"
 _LLAMA = "peer=moelora model=llama-8b N=8 p=0.0"
 _STEP = "what=train?step"
+_FORWARD = "what=forward timed=calls"
 _ON_GPU = (
     *_of_layers("bfloat16"),
     *_of_layers("float32"),
@@ -135,13 +138,13 @@ _ON_GPU = (
     Goal("host time of a call with grad", "host", "peer=moelora what=call pass=forward_grad N=4", 20, quantity="us"),
     Goal("host time of a layer", "host", "peer=per_token what=layer N=4", 1.00, "peer=one_lora"),
     Goal("host time of a layer, fixed weights", "host", "peer=static what=layer N=4", 1.00, "peer=one_lora"),
-    Goal("Gemma 2B, N = 8, forward", "models", f"{_GEMMA} what=forward", 0.92, "peer=one_lora"),
+    Goal("Gemma 2B, N = 8, forward", "models", f"{_GEMMA} {_FORWARD}", 0.92, "peer=one_lora"),
     Goal("Gemma 2B, N = 8, step", "models", f"{_GEMMA} {_STEP}", 0.86, "peer=one_lora"),
     Goal("Gemma 2B, N = 8, memory of the step", "models", f"{_GEMMA} {_STEP}", 0.92, "peer=one_lora", "memory"),
-    Goal("Llama 8B, N = 8, forward", "models", f"{_LLAMA} what=forward", 0.72, "peer=one_lora"),
+    Goal("Llama 8B, N = 8, forward", "models", f"{_LLAMA} {_FORWARD}", 0.72, "peer=one_lora"),
     Goal("Llama 8B, N = 8, step", "models", f"{_LLAMA} {_STEP}", 0.85, "peer=one_lora"),
     Goal("Llama 8B, N = 8, memory of the step", "models", f"{_LLAMA} {_STEP}", 0.72, "peer=one_lora", "memory"),
-    Goal("N passes, N = 8, forward", "models", "peer=moelora N=8 p=0.0 what=forward", 1 / 9, "peer=n_passes"),
+    Goal("N passes, N = 8, forward", "models", f"peer=moelora N=8 p=0.0 {_FORWARD}", 1 / 9, "peer=n_passes"),
     Goal("any model", "models", "peer=moelora p=0.0", 1.00, "peer=stacked"),
     Goal("dropout p = 0.1, step", "models", f"peer=moelora p=0.1 {_STEP}", 1.15, "p=0.0"),
     Goal("top 2, N = 64", "topk", "peer=moelora what=mixture N=64 k=2", 1.30, "N=8"),

@@ -13,6 +13,8 @@ tokens, the same given weights [B, S, N] wherever nothing else is said:
     moelora            one pass
     moelora_router     one pass with the default router, one gate in each layer
 
+The experts of all of them are the same parameters, but for `stacked`, which has copies, and no B is zero.
+
 For the first mixture of the Llama the base is bfloat16, too, and its adapters float32, as PEFT makes them, for
 moelora, stacked and one_lora; stacked computes the mixture in float32, as the others do.
 
@@ -21,6 +23,7 @@ mixture there are steps with LoRA dropout p, too, where stock PEFT's layers, the
 Peak memory is that of the process beyond what it held before.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
@@ -54,7 +57,9 @@ class Peer:
     ) -> None:
         self.model, self.compute = model, compute
         self.trained = [p for m in (model, more) if m is not None for p in m.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5) if self.trained else None
+        self.optimizer = None
+        if self.trained:
+            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=self.trained[0].is_cuda)
 
     def forward(self) -> None:
         """Logits, without gradients."""
@@ -66,11 +71,6 @@ class Peer:
         self.compute(labels).backward()
         if self.optimizer is not None:
             self.optimizer.step()
-        self.clear()
-
-    def gradients(self, labels: Tensor) -> None:
-        """A step without the optimizer."""
-        self.compute(labels).backward()
         self.clear()
 
     def clear(self) -> None:
@@ -165,21 +165,31 @@ def peers(
         found: Tensor = outputs.logits if labels is None else outputs.loss
         return found
 
-    def stock(experts: int) -> peft.PeftModel:
+    def filled(experts: int) -> peft.PeftModel:
+        torch.manual_seed(0)
         model = peft.get_peft_model(twin(base), peft.LoraConfig(**plain), adapter_name=names[0])
         add_experts(model, names[:experts])
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # products of zeros take less power, and so less time on a GPU
+                nn.init.normal_(parameter, std=0.05)
         return model
 
+    of_all = functools.cache(lambda: filled(n))
+
+    def stock() -> peft.PeftModel:
+        return twin(of_all())
+
     def routed() -> Any:
+        model: Any = moelora.adopt(stock())
         config = moelora.MoELoraConfig(**plain, num_experts=n, top_k_experts=n, router_aux_loss_coef=0.0)
-        return moelora.get_peft_model(twin(base), config)
+        model.base_model.attach_router(model.base_model.make_router(config), config)
+        return model
 
     def plainly(model: Any) -> Peer:
         return Peer(model, partial(result, model))
 
     def given() -> Peer:
-        model = routed()
-        model.base_model.detach_router()
+        model = moelora.adopt(stock())
         return Peer(model, partial(result, model, routing_weights=weights))
 
     def frozen() -> Peer:
@@ -188,11 +198,11 @@ def peers(
         return plainly(model)
 
     def passes() -> Peer:
-        model = stock(n)
+        model = stock()
         return Peer(model, lambda labels: n_passes(model, weights, ids, labels))
 
     def looped(weights: Tensor | None) -> Peer:
-        model = stock(n)
+        model = stock()
         loop = AdapterLoop(model)
         loop.weights = weights
         if weights is not None:
@@ -202,13 +212,13 @@ def peers(
 
     makers: dict[str, Callable[[], Peer]] = {
         "moelora": given,
-        "one_lora": lambda: plainly(stock(1)),
+        "one_lora": lambda: plainly(filled(1)),
         "loop": lambda: looped(weights),
     }
     if not p:
         makers |= {
             "moelora_router": lambda: plainly(routed()),
-            "stacked": lambda: plainly(stack(stock(n), weights)),
+            "stacked": lambda: plainly(stack(stock(), weights)),
             "base": frozen,
             "two_pass": lambda: looped(None),
             "n_passes": passes,
@@ -216,7 +226,7 @@ def peers(
     if compiled is not None:
 
         def stacked_compiled() -> Peer:
-            model = stack(stock(n), weights)
+            model = stack(stock(), weights)
             return Peer(model, partial(result, compiled(model)))
 
         makers["stacked_compiled"] = stacked_compiled

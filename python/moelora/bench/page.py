@@ -196,13 +196,16 @@ def _models(results: Results, stem: str) -> str:
     short = "{:.1f}" if device_of(results) == "cuda" else "{:.0f}"
     for place in dict.fromkeys((row["model"], row["N"], row["dtype"]) for row in results["models"]):
         here = [row for row in results["models"] if (row["model"], row["N"], row["dtype"]) == place]
-        of = {(row["peer"], row["p"], row["what"]): row for row in here}
+        of = {(row["peer"], row["p"], row["what"]): row for row in here if row.get("timed") != "graph"}
+        graphs = {row["peer"]: row for row in here if row.get("timed") == "graph"}
         step = float(of["moelora", "0.0", "train step"]["ms_median"] or "nan")
         lines = []
         for peer, p in dict.fromkeys((row["peer"], row["p"]) for row in here):
             train, forward = of[peer, p, "train step"], of.get((peer, p, "forward"))
             name = peer if p == "0.0" else f"{peer}, dropout {p}"
             line = [name, f"{_ms(forward, 'median', short)} ms" if forward and forward["ms_median"] else ""]
+            if graphs:
+                line.append(f"{_ms(graphs[peer], 'median', short)} ms" if forward and peer in graphs else "")
             if train["ms_median"]:
                 line += [f"{_ms(train, 'median', short)} ms"]
                 line += [f"{_ms(train, 'q1', short)} to {_ms(train, 'q3', short)}"]
@@ -213,7 +216,8 @@ def _models(results: Results, stem: str) -> str:
             else:
                 line += [train["peak_mib"], "", "", ""]
             lines.append(line)
-        heads = ["", "forward", "train step", "quartiles", "over moelora", "peak memory of the step"]
+        heads = ["", "forward", *(["in a CUDA graph"] if graphs else [])]
+        heads += ["train step", "quartiles", "over moelora", "peak memory of the step"]
         first = here[0]
         tables.append(
             f"{first['model']} in {first['dtype']}, {first['N']} experts of rank {first['r']}, "
@@ -228,7 +232,7 @@ def _ms(row: Row, name: str, short: str) -> str:
 
 def _gpu_layers(results: Results, stem: str) -> str:
     """Large T: the base's microseconds, and the times of all others over it."""
-    rows = [row for row in results["layers"] if int(row["T"]) > 64]
+    rows = [row for row in results["layers"] if int(row["T"]) > 64 and row["timed"] == "graph"]
     places = ["T", "d_in", "d_out", "R"]
     tables = []
     for adapters, which in itertools.product(_values(rows, "adapters"), _values(rows, "pass")):
@@ -246,7 +250,7 @@ def _gpu_layers(results: Results, stem: str) -> str:
 
 def _gpu_decode(results: Results, stem: str) -> str:
     """Few tokens: microseconds."""
-    rows = [row for row in results["layers"] if int(row["T"]) <= 64]
+    rows = [row for row in results["layers"] if int(row["T"]) <= 64 and row["timed"] == "graph"]
     tables = []
     for adapters in _values(rows, "adapters"):
         here = [row for row in rows if row["adapters"] == adapters]
@@ -257,6 +261,75 @@ def _gpu_decode(results: Results, stem: str) -> str:
         ]
         tables.append(f"{adapters} adapters:\n\n{_table(['T', 'd_in', 'd_out', 'R', 'way', *peers], lines)}")
     return "\n\n".join(tables)
+
+
+def _gpu_calls(results: Results, stem: str) -> str:
+    """Microseconds without graphs, and the peak of memory."""
+    rows = [row for row in results["layers"] if row["timed"] == "calls"]
+    tables = []
+    for adapters, which in dict.fromkeys((row["adapters"], row["pass"]) for row in rows):
+        here = [row for row in rows if (row["adapters"], row["pass"]) == (adapters, which)]
+        peers = _values(here, "peer")
+        lines = []
+        for place, of in _by_shape(here).items():
+            times = [_short(of[peer]["us_median"]) if peer in of else "" for peer in peers]
+            most = [f"{float(of[peer]['peak_mib']):.0f}" for peer in ("moelora", "stacked", "one_lora") if peer in of]
+            lines.append([*place, *times, " / ".join(most)])
+        heads = ["T", "d_in", "d_out", "R", *peers, "MiB of moelora / stacked / one_lora"]
+        tables.append(f"{which}, {adapters} adapters:\n\n{_table(heads, lines)}")
+    return "\n\n".join(tables)
+
+
+def _gpu_agreement(results: Results, stem: str) -> str:
+    """The largest distance of each peer from float32, of y and of dx; of whole models from moelora."""
+    layers = [row for row in results["layers"] if row["off"]]
+    lines = []
+    for peer in _values(layers, "peer"):
+        of = {"y": [], "dx": []}  # type: dict[str, list[float]]
+        for row in (row for row in layers if row["peer"] == peer):
+            of["y" if row["pass"] in ("forward", "forward_grad") else "dx"].append(float(row["off"]))
+        lines.append([peer, *(f"{max(far):.2g}" if far else "" for far in of.values())])
+    tables = [_table(["layers, from float32", "y", "dx"], lines)]
+    models = [row for row in results["models"] if row["off"]]
+    names = _values(models, "model")
+    lines = [
+        [peer, *(_largest_off(row for row in models if (row["peer"], row["model"]) == (peer, name)) for name in names)]
+        for peer in _values(models, "peer")
+    ]
+    tables.append(_table(["logits, from moelora's", *names], lines))
+    return "\n\n".join(table for table in tables if table)
+
+
+def _largest_off(rows: Iterable[Row]) -> str:
+    return max((row["off"] for row in rows), key=float, default="")
+
+
+def _gpu_siblings(results: Results, stem: str) -> str:
+    """Apart, with as much in common as can be, the same of the base alone; in graphs also shares of a decoder layer."""
+    of = {
+        tuple(row[name] for name in ("model", "timed", "pass", "what", "peer")): float(row["us_median"])
+        for row in results["neighbours"]
+    }
+    kinds = {"qkv": "q, k, v", "gate_up": "gate, up"}
+    lines = []
+    for place in dict.fromkeys(key[:3] for key in of):
+        cells = []
+        saved = {"separate": 0.0, "base": 0.0}
+        for what in kinds:
+            for apart, together in (("separate", "shared"), ("base", "base_shared")):
+                if (*place, what, apart) in of:
+                    a, b = of[*place, what, apart], of[*place, what, together]
+                    saved[apart] += a - b
+                    cells.append(f"{_short(str(a))} → {_short(str(b))}")
+                else:
+                    cells.append("")
+        layer = of.get((*place, "layer", "decoder_layer"))
+        shares = (
+            [_short(str(layer)), *(f"{100 * each / layer:.1f} %" for each in saved.values())] if layer else [""] * 3
+        )
+        lines.append([*place, *cells, *shares])
+    heads = [f"{said}{base}" for said in kinds.values() for base in ("", ", base alone")]
+    return _table(["model", "timed", "pass", *heads, "decoder layer", "saved", "saved by the base"], lines)
 
 
 def _by_shape(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
@@ -319,6 +392,9 @@ BLOCKS: dict[str, tuple[str, Callable[[Results, str], str]]] = {
     "cuda-short": ("layers", _short_cells),
     "cuda-layers": ("layers", _gpu_layers),
     "cuda-decode": ("layers", _gpu_decode),
+    "cuda-calls": ("layers", _gpu_calls),
+    "cuda-agreement": ("layers", _gpu_agreement),
+    "cuda-siblings": ("neighbours", _gpu_siblings),
     "cuda-topk": ("topk", _topk),
     "cuda-route": ("topk", _gpu_route),
     "cuda-models": ("models", _models),

@@ -84,7 +84,9 @@ def _figures(results: Results) -> dict[str, Callable[[], Figure]]:
 def _gpu_figures(results: Results) -> dict[str, Callable[[], Figure]]:
     figures: dict[str, Callable[[], Figure]] = {}
     square = [
-        row for row in results["layers"] if row["d_in"] == row["d_out"] and not row["peer"].startswith("moelora_")
+        row
+        for row in results["layers"]
+        if row["d_in"] == row["d_out"] and row["timed"] == "graph" and not row["peer"].startswith("moelora_")
     ]
     if square:
         d = max(_values(square, "d_in"), key=int)

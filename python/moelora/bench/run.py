@@ -17,6 +17,7 @@ from moelora.bench.arguments import FULL, MEASURE, ROUNDS, SMOKE, SMOKE_ROUNDS
 from moelora.bench.cuda import host as gpu_host
 from moelora.bench.cuda import layers as gpu_layers
 from moelora.bench.cuda import models as gpu_models
+from moelora.bench.cuda import neighbours as gpu_neighbours
 from moelora.bench.cuda import topk as gpu_topk
 from moelora.bench.goals import as_text, judge, load
 from moelora.bench.page import render
@@ -117,11 +118,13 @@ Files = Iterator[tuple[str, Iterator[dict[str, Any]]]]
 
 def _on_gpu(name: str, grid: dict[str, Any], rounds: int, smoke: bool) -> Files:
     if name == "layers":
-        cells = gpu_layers.Grid(grid["shapes"], grid["adapters"], grid["passes"], grid["peers"])
+        cells = gpu_layers.Grid(grid["shapes"], grid["adapters"], grid["timed"], grid["passes"], grid["peers"])
         yield name, gpu_layers.measure(cells, rounds)
     elif name == "topk":
         few = gpu_topk.Grid(grid["tokens"], grid["widths"], grid["mixtures"], grid["top_k"])
         yield name, gpu_topk.measure(few, rounds)
+    elif name == "neighbours":
+        yield name, gpu_neighbours.measure(gpu_neighbours.Grid(grid["models"], smoke), rounds)
     elif name == "models":
         whole = gpu_models.Grid(grid["models"], grid["experts"], grid["peers"], smoke)
         yield name, gpu_models.measure(whole, rounds)

@@ -79,3 +79,17 @@ def part(peer: Peer, which: str) -> tuple[Callable[[], object], Callable[[], obj
         backward()
 
     return both, None
+
+
+def returned(peer: Peer, which: str) -> Callable[[], object]:
+    """One of two passes, whose gradients are returned: a leaf's own would be written on the stream it was made on."""
+    if which == "forward":
+        return peer.forward
+    leaves = [*peer.inputs, *peer.parameters]
+
+    def outputs() -> tuple[Tensor, ...]:
+        made = peer.forward()
+        return made if isinstance(made, tuple) else (made,)
+
+    seeds = [torch.randn_like(y) for y in outputs()]
+    return lambda: torch.autograd.grad(outputs(), leaves, seeds)

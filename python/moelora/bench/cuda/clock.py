@@ -4,12 +4,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from moelora.report.timing import in_turns
 
 LEAST = 1e-3  # seconds for which short calls are repeated
+LONG = 1e-2  # seconds beside which the launch of a graph is nothing
 
 Call = Callable[[], object]
 
@@ -19,8 +21,8 @@ def in_graphs(
 ) -> dict[str, list[float]]:
     """Seconds of one call by each peer, captured into a CUDA graph that goes round its sets of buffers.
 
-    Runs on the current stream, which must not be the default one. Before each timing the first peer's graph is
-    replayed, so that the one that is timed is launched while the GPU is busy, and at the clocks of work.
+    Runs on the current stream, which must not be the default one. Before each timing of a graph that is not long, the
+    first peer's is replayed, so that the one that is timed is launched while the GPU is busy, and at clocks of work.
 
     Parameters
     ----------
@@ -31,8 +33,8 @@ def in_graphs(
         See `interleave`.
     """
     graphs = {name: _captured(of) for name, of in calls.items()}
-    warm_up, _ = next(iter(graphs.values()))
-    samples = {name: partial(_replayed, graph, n, warm_up) for name, (graph, n) in graphs.items()}
+    first = next(iter(graphs.values())).graph
+    samples = {name: partial(_replayed, graph, n, None if long else first) for name, (graph, n, long) in graphs.items()}
     return in_turns(samples, rounds, every=every)
 
 
@@ -46,8 +48,16 @@ def on_host(calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
     return in_turns(_repeated(calls, _to_return), rounds)
 
 
-def _captured(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph that takes about as long as short calls are repeated, and the number of calls in it."""
+class Captured(NamedTuple):
+    """A graph, the number of calls in it, and whether it is a long one."""
+
+    graph: torch.cuda.CUDAGraph
+    n: int
+    long: bool
+
+
+def _captured(calls: Sequence[Call]) -> Captured:
+    """A graph that takes at least about as long as short calls are repeated."""
     for call in calls:
         call()
     rounds = 1
@@ -61,13 +71,14 @@ def _captured(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
         n = rounds * len(calls)
         seconds = n * _replayed(graph, n, graph)
         if rounds > 1 or seconds > LEAST / 2:
-            return graph, n
+            return Captured(graph, n, seconds > LONG)
         rounds = math.ceil(LEAST / seconds)
 
 
-def _replayed(graph: torch.cuda.CUDAGraph, n: int, warm_up: torch.cuda.CUDAGraph) -> float:
+def _replayed(graph: torch.cuda.CUDAGraph, n: int, warm_up: torch.cuda.CUDAGraph | None) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    warm_up.replay()
+    if warm_up is not None:
+        warm_up.replay()
     start.record()
     graph.replay()
     end.record()

@@ -1,7 +1,7 @@
-"""One routed layer on a GPU, base product included, in CUDA graphs.
+"""One routed layer on a GPU, base product included, in CUDA graphs and called one after the other.
 
-x, the weight W and the gradient are bfloat16, routing weights float32, adapters bfloat16, or float32 as PEFT makes
-them. All experts have rank 16.
+x, the weight W and the gradient are bfloat16, routing weights float32 with a sum of 1, adapters bfloat16, or float32
+as PEFT makes them. All experts have rank 16.
 
     base               F.linear alone; its backward is dX
     moelora            `routed_lora(..., weight=)`
@@ -10,11 +10,17 @@ them. All experts have rank 16.
     stacked_compiled   the same through `torch.compile`
     one_lora           stock PEFT's layer with one adapter
     loop               as a fork of PEFT has it: one adapter after the other
+    two_pass           the base without gradients, as in the pass that feeds a router, then that loop
+    n_passes           base and one adapter, for each expert, and the outputs mixed
 
 A pass is "forward", without gradients; "forward_grad", keeping what the backward needs; "dx", the gradient of x alone;
 "backward", those of x, the routing weights and the adapters; and "forward+backward". For up to 64 tokens there is
-"forward" alone, which is decoding. Forced ways are there for "forward" and "dx", the compiled peer for "forward" and
-"forward+backward".
+"forward" alone, which is decoding. Forced ways are there for "forward" and "dx", in graphs; the compiled peer, and
+calls without graphs ("calls"), for "forward" and "forward+backward".
+
+Before they are timed, y, or dx where there is one, is compared with that of float32 products, but for base and
+one_lora, which compute something else: "off" is the distance over the length. Calls have the peak of what torch
+allocates in one.
 """
 
 import itertools
@@ -26,6 +32,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from moelora.bench.arguments import RANK
 from moelora.bench.cuda import clock
@@ -42,9 +49,11 @@ if HAS_EXT:
 
 PASSES = ("forward", "forward_grad", "dx", "backward", "forward+backward")
 FORCED = ("forward", "dx")
-COMPILED = ("forward", "forward+backward")
+WHOLE = ("forward", "forward+backward")  # of the compiled peer, and of calls
 DECODE = 64  # tokens, at most
-SELDOM = {"loop": 4}  # slow, and no goal speaks of it
+SELDOM = {"loop": 4, "two_pass": 4, "n_passes": 4}  # slow, and no goal speaks of them
+OTHER = ("base", "one_lora")  # than a mixture of N experts
+OFF = 0.01  # at most; bfloat16 has 8 bits
 
 
 class Cell(NamedTuple):
@@ -59,10 +68,11 @@ class Cell(NamedTuple):
 
 
 class Set(NamedTuple):
-    """The peers on the same buffers, and the gradient that comes from above."""
+    """The peers on the same buffers, the gradient that comes from above, and the layer in float32: y, or dx."""
 
     peers: dict[str, Peer]
     grad_y: Tensor
+    exact: Callable[[bool], Tensor]
 
 
 def stacked(x: Tensor, weight: Tensor, A: Tensor, B_t: Tensor, w: Tensor) -> Tensor:
@@ -80,7 +90,7 @@ def peers(cell: Cell, seed: int = 0, device: str = "cuda") -> Set:
     with torch.device(device):
         x = torch.randn(T, d_in).bfloat16().requires_grad_()
         weight = torch.randn(d_out, d_in).mul_(d_in**-0.5).bfloat16()
-        w = torch.rand(T, n).requires_grad_()
+        w = torch.rand(T, n).softmax(-1).requires_grad_()
         A = [torch.randn(r, d_in).mul_(d_in**-0.5).to(dtype).requires_grad_() for _ in range(n)]
         B = [torch.randn(d_out, r).mul_(0.2).to(dtype).requires_grad_() for _ in range(n)]
         stacked_A = torch.cat(A).detach().requires_grad_()
@@ -95,11 +105,33 @@ def peers(cell: Cell, seed: int = 0, device: str = "cuda") -> Set:
     compiled = torch.compile(stacked, dynamic=False)
     all_stacked = (x, weight, stacked_A, stacked_B_t, w)
 
+    def expert(e: int) -> Tensor:
+        return F.linear(F.linear(x.to(dtype), A[e]), B[e]) * SCALING
+
     def loop() -> Tensor:
         y = F.linear(x, weight)
         for e in range(n):
-            y = y + w[:, e, None] * F.linear(F.linear(x.to(dtype), A[e]), B[e]) * SCALING
+            y = y + w[:, e, None] * expert(e)
         return y.to(x.dtype)
+
+    def two_pass() -> Tensor:
+        with torch.no_grad():
+            F.linear(x, weight)
+        return loop()
+
+    def n_passes() -> Tensor:
+        y = w[:, 0, None] * (F.linear(x, weight) + expert(0))
+        for e in range(1, n):
+            y = y + w[:, e, None] * (F.linear(x, weight) + expert(e))
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def exact(backward: bool) -> Tensor:
+        W, all_A, all_B_t = weight.float(), stacked_A.float(), stacked_B_t.float()
+        spread = w.repeat_interleave(r, 1) * SCALING
+        if backward:
+            return torch.addmm(grad_y.float() @ W, (grad_y.float() @ all_B_t.t()) * spread, all_A)
+        return torch.addmm(x.float() @ W.t(), (x.float() @ all_A.t()) * spread, all_B_t)
 
     found = {
         "base": Peer(lambda: F.linear(x, weight), [x], []),
@@ -108,8 +140,10 @@ def peers(cell: Cell, seed: int = 0, device: str = "cuda") -> Set:
         "stacked_compiled": Peer(lambda: compiled(*all_stacked), [x, w], [stacked_A, stacked_B_t]),
         "one_lora": Peer(lambda: lora(x), [x], adapter),
         "loop": Peer(loop, [x, w], [*A, *B]),
+        "two_pass": Peer(two_pass, [x, w], [*A, *B]),
+        "n_passes": Peer(n_passes, [x, w], [*A, *B]),
     }
-    return Set(found, grad_y)
+    return Set(found, grad_y, exact)
 
 
 def call(peer: Peer, which: str, grad_y: Tensor) -> Callable[[], object]:
@@ -151,6 +185,7 @@ class Grid(NamedTuple):
 
     shapes: Sequence[tuple[int, int, int, int]]
     adapters: Sequence[str]
+    timed: Sequence[str]
     passes: Sequence[str]
     peers: Sequence[str]
 
@@ -165,9 +200,9 @@ def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
         for (T, d_in, d_out, R), adapters in itertools.product(grid.shapes, grid.adapters):
             cell = Cell(T, d_in, d_out, R // RANK, RANK, adapters)
             sets = [peers(cell, seed) for seed in range(_n_sets(cell))]
-            for which in grid.passes:
-                if which == "forward" or T > DECODE:
-                    yield from _rows(cell, which, _timed(cell, sets, which, grid.peers, rounds))
+            for timed, which in itertools.product(grid.timed, grid.passes):
+                if (which == "forward" or T > DECODE) and (which in WHOLE or timed == "graph"):
+                    yield from _rows(cell, timed, which, _timed(cell, sets, timed, which, grid.peers, rounds))
             del sets
             torch._dynamo.reset()
             torch.cuda.empty_cache()
@@ -179,20 +214,27 @@ def _n_sets(cell: Cell) -> int:
     return min(max(-(-3 * torch.cuda.get_device_properties().L2_cache_size // size), 2), 8)
 
 
+class Timed(NamedTuple):
+    """What is found of a peer: the way that it takes, if it is moelora, how far off it is, MiB at the peak, seconds."""
+
+    way: str
+    off: str
+    peak_mib: str
+    seconds: list[float]
+
+
 def _timed(
-    cell: Cell, sets: Sequence[Set], which: str, names: Sequence[str], rounds: int
-) -> dict[str, tuple[str, list[float]]]:
-    """For each peer the way that it takes, if it is moelora, and seconds."""
+    cell: Cell, sets: Sequence[Set], timed: str, which: str, names: Sequence[str], rounds: int
+) -> dict[str, Timed]:
     calls: dict[str, Sequence[Callable[[], object]]] = {}
-    ways = {}
+    ways = {"moelora": way(cell, which)}
     with torch.set_grad_enabled(which != "forward"):
         for name in ("base", "moelora", *(name for name in sets[0].peers if name in names)):
-            if name not in calls and (name != "stacked_compiled" or which in COMPILED):
+            if name not in calls and (name != "stacked_compiled" or which in WHOLE):
                 calls[name] = [call(of.peers[name], which, of.grad_y) for of in sets]
-        ways["moelora"] = way(cell, which)
         for name in names:
             one = name.removeprefix("moelora_")
-            if one == name or which not in FORCED:
+            if one == name or which not in FORCED or timed != "graph":
                 continue
             with forced(one):
                 if way(cell, which) != one:
@@ -200,8 +242,39 @@ def _timed(
                 ours = [call(of.peers["moelora"], which, of.grad_y) for of in sets]
             calls[name] = [_in_way(one, each) for each in ours]
             ways[name] = one
-        seconds = clock.in_graphs(calls, rounds, every=SELDOM)
-    return {name: (ways.get(name, ""), values) for name, values in seconds.items()}
+        off = _compared(sets[0], which, {name: each[0] for name, each in calls.items()})
+        if timed == "graph":
+            peaks: dict[str, str] = {}
+            seconds = clock.in_graphs(calls, rounds, every=SELDOM)
+        else:
+            peaks = {name: _peak_mib(each[0]) for name, each in calls.items()}
+            seconds = clock.on_gpu({name: each[0] for name, each in calls.items()}, rounds, every=SELDOM)
+    return {
+        name: Timed(ways.get(name, ""), off.get(name, ""), peaks.get(name, ""), values)
+        for name, values in seconds.items()
+    }
+
+
+def _compared(of: Set, which: str, calls: Mapping[str, Callable[[], Any]]) -> dict[str, str]:
+    """How far y or dx of each mixture is from float32's, over the length of that."""
+    exact = of.exact(which not in ("forward", "forward_grad"))
+    off = {}
+    for name, run in calls.items():
+        if name not in OTHER:
+            found = run()
+            first = (found[0] if isinstance(found, tuple) else found).detach()
+            far = float(vector_norm(first.float() - exact) / vector_norm(exact))
+            if not far <= OFF:
+                raise RuntimeError(f"{which} of {name} is wrong: off by {far:.3g} of its length")
+            off[name] = f"{far:.2g}"
+    return off
+
+
+def _peak_mib(run: Callable[[], object]) -> str:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}"
 
 
 def _in_way(one: str, of: Callable[[], object]) -> Callable[[], object]:
@@ -212,9 +285,9 @@ def _in_way(one: str, of: Callable[[], object]) -> Callable[[], object]:
     return inside
 
 
-def _rows(cell: Cell, which: str, timed: Mapping[str, tuple[str, list[float]]]) -> Iterator[dict[str, Any]]:
-    base = quartiles(timed["base"][1])[1]
-    for name, (taken, values) in timed.items():
+def _rows(cell: Cell, timed: str, which: str, found: Mapping[str, Timed]) -> Iterator[dict[str, Any]]:
+    base = quartiles(found["base"].seconds)[1]
+    for name, (taken, off, peak, values) in found.items():
         yield {
             "T": cell.T,
             "d_in": cell.d_in,
@@ -222,10 +295,13 @@ def _rows(cell: Cell, which: str, timed: Mapping[str, tuple[str, list[float]]]) 
             "N": cell.n,
             "r": cell.r,
             "adapters": cell.adapters,
+            "timed": timed,
             "pass": which,
             "peer": name,
             "way": taken,
             **columns(values, "us"),
             "over_base": f"{quartiles(values)[1] / base:.3f}",
+            "off": off,
+            "peak_mib": peak,
             "rounds": len(values),
         }

@@ -2,32 +2,52 @@
 
 The base is bfloat16, adapters float32 as PEFT makes them, of rank 16. The peers are those of `moelora.bench.models`:
 stacked computes in bfloat16, stock PEFT's layers and the loop compute in float32, as they do without autocast, and
-`stacked_compiled` has each decoder layer through `torch.compile`. No peer has zeros for B.
+`stacked_compiled` has each decoder layer through `torch.compile`.
 
-A forward is without gradients, in evaluation mode; a train step is forward, loss and backward, without an optimizer.
-Peak memory is what torch allocates beyond what it held before, which is the parameters. A peer that needs more than
+A forward is without gradients, in evaluation mode, and besides called ("calls") also replayed as a CUDA graph
+("graph"), which leaves the host's time out; a train step is forward, loss, backward and AdamW, fused. Peak memory is
+what torch allocates beyond what it held before, which is parameters and AdamW's moments. A peer that needs more than
 there is has a row without times, with peak "oom".
+
+Before they are timed, the logits of the peers that compute the same are compared: "off" is the distance from moelora's
+over the length of those, which rounding in as many layers makes.
 """
 
 import gc
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch._dynamo
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
+from torch.linalg import vector_norm
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    masking_utils,
+)
 
 from moelora.bench.arguments import RANK
-from moelora.bench.models import DROPOUT, SELDOM, Peer, peers
+from moelora.bench.cuda import clock
+from moelora.bench.cuda.layers import SELDOM
+from moelora.bench.models import DROPOUT, Peer, peers
 from moelora.bench.record import columns
 from moelora.bench.work import CAN_COMPILE
 from moelora.peft.anatomy import decoder
 from moelora.report.timing import interleave, quartiles
 
 DROPPED = ("gemma-2b", 4)  # where moelora and one_lora have dropout, too
+SAME = ("loop", "stacked", "stacked_compiled")  # the same function as moelora
+OFF = 0.1  # at most; bfloat16 has 8 bits
+GRAPHS = ("moelora", "base", "one_lora", "stacked", "stacked_compiled", "moelora_router", "loop")
 
 
 class Shape(NamedTuple):
@@ -65,17 +85,25 @@ SHAPES = {
 SMOKE: Mapping[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 256}
 
 
-def build(name: str, *, smoke: bool, device: str = "cuda") -> PreTrainedModel:
-    """A model of random bfloat16 weights; with `smoke` next to none."""
+def build(name: str, *, smoke: bool, device: str = "cuda", **size: int) -> PreTrainedModel:
+    """A model of random bfloat16 weights; with `smoke` next to none. `size` are other values of its config."""
     shape = SHAPES[name]
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = shape.config(**{**shape.size, **ends, **(SMOKE if smoke else {})})
+    config = shape.config(**{**shape.size, **ends, **(SMOKE if smoke else {}), **size})
     torch.manual_seed(0)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=torch.bfloat16
         )
     return model
+
+
+def whole_rows() -> AbstractContextManager[object]:
+    """Context in which transformers takes each row of ids for one sequence, without asking the GPU.
+
+    In a capture it can't ask, and would mask the attention, which then takes another kernel.
+    """
+    return patch.object(masking_utils, "find_packed_sequence_indices", return_value=None)
 
 
 def compile_layers(model: nn.Module) -> nn.Module:
@@ -120,57 +148,78 @@ def _models(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
                     compiled=compile_layers if CAN_COMPILE else None,
                     only={"moelora", *grid.peers},
                 )
-                of = {(way, 0.0): peer for way, peer in ways.items()}
                 dropped = {}
                 if (name, n) == DROPPED:
-                    ways = peers(*call, targets=shape.targets, only={"moelora", "one_lora"} & {*ways}, p=DROPOUT)
-                    dropped = {(way, DROPOUT): peer for way, peer in ways.items()}
-            fill([*of.values(), *dropped.values()])
+                    both = {"moelora", "one_lora"} & {*ways}
+                    dropped = peers(*call, targets=shape.targets, only=both, p=DROPOUT)
+            off = _compared(ways)
             about = {"model": name, "B": B, "S": S, "N": n, "r": RANK, "dtype": "bfloat16"}
-            yield from _rows(of, "forward", ids, rounds, about)
-            yield from _rows(of | dropped, "train step", ids, rounds, about)
-            del of, ways, dropped
+            of = {(way, 0.0): peer for way, peer in ways.items()}
+            for row in _rows(of, "forward", ids, rounds, about):
+                yield {**row, "off": off.get(row["peer"], "")}
+            steps = of | {(way, DROPOUT): peer for way, peer in dropped.items()}
+            rows = itertools.chain(_rows(steps, "train step", ids, rounds, about), _graphs(ways, rounds, about))
+            yield from ({**row, "off": ""} for row in rows)
+            del of, steps, ways, dropped
             _release()
         del base
         _release()
 
 
-def fill(of: Iterable[Peer]) -> None:
-    """Give every B numbers: products of zeros take less power, and so less time."""
-    for peer in of:
-        for name, parameter in peer.model.named_parameters():
-            if "lora_B" in name or name.endswith(".B_t"):
-                nn.init.normal_(parameter, std=1e-3)
+@torch.no_grad()
+def _compared(of: Mapping[str, Peer]) -> dict[str, str]:
+    """How far the logits of those that compute the same are from moelora's, over the length of these."""
+    ours, off = _logits(of["moelora"]), {}
+    for name in (name for name in SAME if name in of):
+        far = float(vector_norm(_logits(of[name]) - ours, dtype=torch.float32) / vector_norm(ours, dtype=torch.float32))
+        if not far <= OFF:
+            raise RuntimeError(f"{name} computes something else than moelora: {far:.3g} of its logits' length")
+        off[name] = f"{far:.2g}"
+    return off
+
+
+def _logits(peer: Peer) -> Tensor:
+    peer.model.eval()
+    return peer.compute(None)
 
 
 def _rows(
     of: Mapping[tuple[str, float], Peer], what: str, ids: Tensor, rounds: int, about: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    calls: dict[str, Callable[[], None]] = {}
-    every, peaks = {}, {}
-    for (name, p), peer in of.items():
+    calls: dict[tuple[str, float], Callable[[], None]] = {}
+    peaks = {}
+    for place, peer in of.items():
         peer.model.train(what == "train step")
-        call = f"{name} {p}"
-        run = partial(_whole, peer.forward if what == "forward" else partial(peer.gradients, ids))
-        peaks[call] = _peak_mib(peer, run)
-        if peaks[call] != "oom":
-            calls[call] = run
-            every[call] = SELDOM.get(name, 1)
-    seconds = interleave(calls, rounds, every=every)
-    ours = quartiles(seconds.get("moelora 0.0", [math.nan]))[1]
-    for (call, peak), (name, p) in zip(peaks.items(), of, strict=True):
-        values = seconds.get(call, [])
-        measured = columns(values, "ms") if values else dict.fromkeys(columns([0.0], "ms"), "")
-        yield {
-            **about,
-            "p": p,
-            "what": what,
-            "peer": name,
-            **measured,
-            "over_moelora": f"{quartiles(values)[1] / ours:.3f}" if values else "",
-            "peak_mib": peak,
-            "rounds": len(values),
-        }
+        run = partial(_whole, peer.forward if what == "forward" else partial(peer.step, ids))
+        peaks[place] = _peak_mib(peer, run)
+        if peaks[place] != "oom":
+            calls[place] = run
+    every = {f"{name} {p}": SELDOM[name] for name, p in calls if name in SELDOM}
+    seconds = interleave({f"{name} {p}": run for (name, p), run in calls.items()}, rounds, every=every)
+    ours = seconds.get("moelora 0.0")
+    for (name, p), peak in peaks.items():
+        row = _row("calls", name, p, seconds.get(f"{name} {p}"), ours)
+        yield {**about, "what": what, **row, "peak_mib": peak}
+
+
+def _graphs(of: Mapping[str, Peer], rounds: int, about: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Forwards in CUDA graphs, but for those of several passes."""
+    graphs = {}
+    for name in (name for name in of if name in GRAPHS):
+        of[name].model.eval()
+        graphs[name] = [of[name].forward]
+    with torch.cuda.stream(torch.cuda.Stream()), whole_rows():
+        seconds = clock.in_graphs(graphs, rounds, every=SELDOM)
+    for name, values in seconds.items():
+        row = _row("graph", name, 0.0, values, seconds["moelora"])
+        yield {**about, "what": "forward", **row, "peak_mib": ""}
+
+
+def _row(timed: str, name: str, p: float, seconds: list[float] | None, ours: list[float] | None) -> dict[str, Any]:
+    """Without times if there was no memory."""
+    times = columns(seconds, "ms") if seconds else dict.fromkeys(columns([0.0], "ms"), "")
+    over = f"{quartiles(seconds)[1] / quartiles(ours)[1]:.3f}" if seconds and ours else ""
+    return {"p": p, "timed": timed, "peer": name, **times, "over_moelora": over, "rounds": len(seconds or ())}
 
 
 def _whole(call: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ import torch
 from moelora.bench.cuda import clock
 from moelora.bench.layers import Cell
 from moelora.bench.topk import PASSES, as_rows, mixture_peers, route_peers
-from moelora.bench.work import Peer, part
+from moelora.bench.work import Peer, part, returned
 
 SELDOM = {"topk_loop": 4}
 
@@ -52,23 +52,9 @@ def _rows(of: dict[str, Peer], rounds: int, about: dict[str, Any], ways: Sequenc
         stream = torch.cuda.Stream() if how == "graph" else torch.cuda.default_stream()
         with torch.cuda.stream(stream), torch.set_grad_enabled(which != "forward"):
             if how == "graph":
-                graphs = {name: [_step(peer, which)] for name, peer in of.items()}
+                graphs = {name: [returned(peer, which)] for name, peer in of.items()}
                 seconds = clock.in_graphs(graphs, rounds)
             else:
                 calls = {name: part(peer, which)[0] for name, peer in of.items()}
                 seconds = clock.on_gpu(calls, rounds, every=SELDOM)
         yield from as_rows(seconds, {**about, "timed": how, "pass": which})
-
-
-def _step(peer: Peer, which: str) -> clock.Call:
-    """A pass whose gradients are returned: a leaf's own would be written on the stream that it was made on."""
-    if which == "forward":
-        return peer.forward
-    leaves = [*peer.inputs, *peer.parameters]
-    seeds = [torch.randn_like(y) for y in _outputs(peer)]
-    return lambda: torch.autograd.grad(_outputs(peer), leaves, seeds)
-
-
-def _outputs(peer: Peer) -> tuple[torch.Tensor, ...]:
-    outputs = peer.forward()
-    return outputs if isinstance(outputs, tuple) else (outputs,)
