@@ -89,7 +89,7 @@ static int64_t idle_blocks(const ml_layer *layer, int64_t n) {
   return left == 0 ? 0 : blocks - left;
 }
 
-static const char *const way_names[] = {"torch", "decode", "dual", "fused", "shared", "grouped"};
+static const char *const way_names[] = {"torch", "decode", "dual", "fused", "shared", "grouped", "addmm"};
 
 const char *ml_way_name(ml_way way) { return way_names[way]; }
 
@@ -137,9 +137,11 @@ static bool grouping_pays(const ml_layer *layer, int64_t n) {
 }
 
 ml_way ml_layer_way(const ml_layer *layer, bool backward) {
-  if (!ml_layer_has_kernels(layer) || layer->weight == NULL || !is_aligned(layer->bias) ||
-      !are_rows(layer->weight, layer->weight_row, layer->d_in)) {
+  if (!ml_layer_has_kernels(layer)) {
     return ML_BY_TORCH;
+  }
+  if (layer->weight == NULL || !is_aligned(layer->bias) || !are_rows(layer->weight, layer->weight_row, layer->d_in)) {
+    return ML_BY_ADDMM;
   }
   int64_t n = backward ? layer->d_in : layer->d_out;
   bool can[] = {true,
@@ -147,7 +149,8 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
                 true,
                 !layer->drops && layer->columns <= 128 && idle_blocks(layer, n) > 0,
                 !layer->drops && layer->columns == 64 && shared_width(layer, n) > 0,
-                can_group(layer)};
+                can_group(layer),
+                true};
   if (!layer->dense) {
     return can[ML_BY_GROUPED] ? ML_BY_GROUPED : ML_BY_TORCH;
   }
@@ -167,7 +170,7 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
   if (can[ML_BY_SHARED]) {
     return ML_BY_SHARED;
   }
-  return tiles * 2 < blocks ? ML_BY_TORCH : ML_BY_DUAL; /* torch's products split the sum where tiles are few */
+  return tiles * 2 < blocks ? ML_BY_ADDMM : ML_BY_DUAL; /* torch's products split the sum where tiles are few */
 }
 
 /* ---- dropout's slots, and the parts of its sums ---- */
@@ -839,10 +842,10 @@ ml_cuda_status ml_layer_forward(const ml_layer *layer, ml_rows x, void *y, void 
   ml_cuda_status status = prepare(layer, &p);
   if (status == ML_CUDA_OK && layer->drops) {
     status = drop_project(layer, &p, narrow, x);
-  } else if (status == ML_CUDA_OK && way == ML_BY_DUAL) {
+  } else if (status == ML_CUDA_OK && (way == ML_BY_DUAL || way == ML_BY_ADDMM)) {
     status = project(layer, &p, narrow, x, false);
   }
-  return status == ML_CUDA_OK ? wide_side(layer, way, &p, narrow, x, y, false) : status;
+  return status == ML_CUDA_OK && way != ML_BY_ADDMM ? wide_side(layer, way, &p, narrow, x, y, false) : status;
 }
 
 static ml_cuda_status grouped_backward(const ml_layer *layer, ml_rows x, ml_rows grad_y, const void *hidden,
@@ -869,7 +872,7 @@ ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_
   ml_way way = ml_layer_way(layer, true);
   places p = places_in(layer, workspace, true);
   ml_narrow narrow = narrow_of(&p);
-  if (!ml_layer_has_kernels(layer) || (grad_x != NULL && way == ML_BY_TORCH && !layer->drops) ||
+  if (!ml_layer_has_kernels(layer) || (grad_x != NULL && way == ML_BY_ADDMM && !layer->drops) ||
       !are_rows(grad_y.data, grad_y.row, layer->d_out) || (x.data != NULL && !are_rows(x.data, x.row, layer->d_in))) {
     return ML_CUDA_UNSUPPORTED;
   }

@@ -39,7 +39,8 @@ typedef enum {
   ML_BY_DUAL,   /* project.cu, or with dropout dropout.cu, then dual.cu */
   ML_BY_FUSED,  /* dual.cu with the shrink inside */
   ML_BY_SHARED, /* shared.cu: a tile a multiprocessor, 64 columns */
-  ML_BY_GROUPED /* choose.cu, pairs.cu, dual.cu: the top k experts of each token alone */
+  ML_BY_GROUPED, /* choose.cu, pairs.cu, dual.cu: the top k experts of each token alone */
+  ML_BY_ADDMM /* project.cu, and backward collect.cu; the base's product and what adds the mixture to it are torch's */
 } ml_way;
 
 /* When all else is known. ML_CUDA_UNSUPPORTED: too many experts or columns, widths that are not multiples of 8, pointers that are
@@ -62,13 +63,14 @@ typedef struct {
 
 /* ---- the whole layer: not ML_BY_TORCH ---- */
 
-/* hidden [T, C] without gaps, or NULL; of experts that top_k drops it may be left as it is. workspace: ml_layer_forward_bytes, aligned to 256. */
+/* hidden [T, C] without gaps, or NULL; of experts that top_k drops it may be left as it is. workspace: ml_layer_forward_bytes,
+ * aligned to 256. ML_BY_ADDMM makes no y, and leaves mixed and the stack of B in their places. */
 size_t ml_layer_forward_bytes(const ml_layer *layer);
 ml_cuda_status ml_layer_forward(const ml_layer *layer, ml_rows x, void *y, void *hidden, void *workspace);
 
 /* grad_x without gaps, NULL: not wanted. grad_w as the weights' own shape without gaps, in their dtype, or NULL. grads [N]: a and b
  * are the gradients' arrays of every expert, in the adapters' dtype, or NULL. x may be NULL data where no a is wanted, hidden
- * where neither b nor grad_w is. Without a weight grad_x has to be NULL. With dropout, which any way has, it need not be, and
+ * where neither b nor grad_w is. By ML_BY_ADDMM grad_x has to be NULL, and mixed and the stack of A are left in their places. With dropout, which any way has, it need not be, and
  * `adds`: it holds g W already, to which the experts' part is added. */
 size_t ml_layer_backward_bytes(const ml_layer *layer);
 ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_y, const void *hidden, void *grad_x,

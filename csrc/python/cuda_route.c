@@ -83,22 +83,18 @@ static bool read_rows(route_call *c, ml_routed_rows *in, PyObject *logits, PyObj
          c->torch->exchange->stream(DL_CUDA, view->device.id, &c->place.stream) == 0;
 }
 
-static void raise_from_torch(void *context, const char *kind, const char *message) {
-  (void)context;
-  PyErr_Format(PyExc_RuntimeError, "%s: %s", kind, message);
-}
-
-/* A new tensor where the logits are, not initialised, and where its memory is. */
-static PyObject *new_tensor(const route_call *c, uint8_t code, uint8_t bits, int32_t ndim, int64_t *shape,
-                            void **data) {
-  dl_tensor prototype = {.device = c->logits.device, .ndim = ndim, .dtype = {code, bits, 1}, .shape = shape};
-  dl_owned *owned = NULL;
-  if (c->torch->exchange->allocate(&prototype, &owned, NULL, raise_from_torch) != 0) {
-    return NULL;
+/* A new tensor, not initialised, and where its memory is. torch makes it on the current GPU: an error where the logits' is another
+ * one. */
+static PyObject *new_tensor(const route_call *c, PyObject *dtype, int32_t ndim, const int64_t *shape, void **data) {
+  PyObject *tensor = new_dense(c->torch->empty_cuda, dtype, ndim, shape);
+  dl_tensor view;
+  if (tensor != NULL && !view_here(c, tensor, &view)) {
+    Py_CLEAR(tensor);
+    PyErr_Format(PyExc_RuntimeError, "moelora's CUDA kernels: GPU %d must be the current one",
+                 (int)c->logits.device.id);
   }
-  *data = (char *)owned->tensor.data + owned->tensor.byte_offset;
-  void *tensor = NULL;
-  return c->torch->exchange->wrap(owned, &tensor) == 0 ? tensor : NULL;
+  *data = tensor == NULL ? NULL : view.data;
+  return tensor;
 }
 
 /* Takes the result back where the call failed, for None or an exception. */
@@ -138,18 +134,19 @@ PyObject *cuda_route(PyObject *module, PyObject *const *args, Py_ssize_t n_args)
   if (c.place.dtype < 0) {
     Py_RETURN_NONE;
   }
-  int64_t shape[MAX_AXES], n_experts = call.in.experts, bytes = ml_cuda_route_workspace(&c.place, &call.in);
+  int64_t shape[MAX_AXES], n_experts = call.in.experts, words = (ml_cuda_route_workspace(&c.place, &call.in) + 7) / 8;
   int32_t ndim = c.logits.ndim;
   memcpy(shape, c.logits.shape, (size_t)ndim * sizeof *shape);
   void *weights_data = NULL, *indices_data = NULL, *counts_data = NULL, *sums_data = NULL, *workspace = NULL;
-  if ((weights = new_tensor(&c, DL_FLOAT, real_bits(&c), ndim, shape, &weights_data)) == NULL ||
-      (counts = new_tensor(&c, DL_INT, 64, 1, &n_experts, &counts_data)) == NULL ||
-      (prob_sums = new_tensor(&c, DL_FLOAT, real_bits(&c), 1, &n_experts, &sums_data)) == NULL ||
-      (bytes > 0 && (room = new_tensor(&c, DL_INT, 8, 1, &bytes, &workspace)) == NULL)) {
+  PyObject *real = c.place.dtype == ML_CUDA_F64 ? c.torch->float64 : c.torch->float32;
+  if ((weights = new_tensor(&c, real, ndim, shape, &weights_data)) == NULL ||
+      (counts = new_tensor(&c, c.torch->int64, 1, &n_experts, &counts_data)) == NULL ||
+      (prob_sums = new_tensor(&c, real, 1, &n_experts, &sums_data)) == NULL ||
+      (words > 0 && (room = new_tensor(&c, c.torch->int64, 1, &words, &workspace)) == NULL)) {
     goto done;
   }
   shape[ndim - 1] = call.in.top_k;
-  indices = call.in.top_k > 0 ? new_tensor(&c, DL_INT, 64, ndim, shape, &indices_data) : Py_NewRef(Py_None);
+  indices = call.in.top_k > 0 ? new_tensor(&c, c.torch->int64, ndim, shape, &indices_data) : Py_NewRef(Py_None);
   if (indices == NULL) {
     goto done;
   }
@@ -224,12 +221,6 @@ PyObject *cuda_route_backward(PyObject *module, PyObject *const *args, Py_ssize_
                               [ML_CUDA_BF16] = c.torch->bfloat16,
                               [ML_CUDA_F16] = c.torch->float16,
                               [ML_CUDA_F64] = c.torch->float64};
-  const struct {
-    uint8_t code, bits;
-  } elements[] = {[ML_CUDA_F32] = {DL_FLOAT, 32},
-                  [ML_CUDA_BF16] = {DL_BFLOAT, 16},
-                  [ML_CUDA_F16] = {DL_FLOAT, 16},
-                  [ML_CUDA_F64] = {DL_FLOAT, 64}};
   c.place.dtype = -1;
   for (int i = 0; i < 4; i++) {
     if (args[7] == dtypes[i]) {
@@ -245,8 +236,7 @@ PyObject *cuda_route_backward(PyObject *module, PyObject *const *args, Py_ssize_
       !read_gradients(&c, args[0], args[1], &call)) {
     Py_RETURN_NONE;
   }
-  PyObject *grad = new_tensor(&c, elements[c.place.dtype].code, elements[c.place.dtype].bits, c.logits.ndim,
-                              c.logits.shape, &call.grad_logits);
+  PyObject *grad = new_tensor(&c, args[7], c.logits.ndim, c.logits.shape, &call.grad_logits);
   if (grad == NULL) {
     return NULL;
   }

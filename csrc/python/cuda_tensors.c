@@ -230,24 +230,88 @@ static void *data_of(const cuda_call_ *c, PyObject *tensor) {
   return tensor != NULL && tensor != Py_None && view_here(c, tensor, &view) ? view.data : NULL;
 }
 
-/* ---- is it the plain case? ---- */
+/* A part [rows, cols] of the workspace, as a tensor. */
+static PyObject *part_of(PyObject *workspace, const void *memory, const void *part, int64_t rows, int64_t cols) {
+  long long at = ((const char *)part - (const char *)memory) / 2;
+  return PyObject_CallMethod(workspace, "as_strided", "((LL)(LL)L)", (long long)rows, (long long)cols, (long long)cols,
+                             1LL, at);
+}
 
-/* (x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k)
- * -> None, or (adapters, scaling, requires_grad) */
+/* What torch multiplies: mixed [T, C], and backward the stack of A [C, d_in], forward that of B [d_out, C]. */
+static PyObject *factors_in(const cuda_call_ *c, PyObject *workspace, bool backward) {
+  void *memory = data_of(c, workspace);
+  ml_places places = ml_layer_places(&c->layer, memory);
+  int64_t C = c->layer.columns;
+  PyObject *result = NULL, *mixed = part_of(workspace, memory, places.mixed, c->layer.tokens, C);
+  PyObject *stacked = mixed == NULL ? NULL
+                      : backward    ? part_of(workspace, memory, places.stacked_a, C, c->layer.d_in)
+                                    : part_of(workspace, memory, places.stacked_b, c->layer.d_out, C);
+  if (stacked != NULL) {
+    result = PyTuple_Pack(2, mixed, stacked);
+  }
+  Py_XDECREF(stacked);
+  Py_XDECREF(mixed);
+  return result;
+}
+
+/* ---- forward ----
+ *
+ * New tensors come first: making them may run other code, and pointers are good only until anybody else runs.
+ */
+
+/* (y, hidden or None, None) of a layer that has been read, or (None, hidden or None, (mixed, stacked B)) where
+ * y = base + mixed B^T is left to torch; None: all of it is. */
+static PyObject *forward(const cuda_call_ *c, ml_rows x, bool keep_hidden) {
+  ml_way way = ml_layer_way(&c->layer, false);
+  if (way == ML_BY_TORCH) {
+    return Py_NewRef(Py_None);
+  }
+  PyObject *result = NULL, *y = NULL, *hidden = NULL, *left = NULL, *workspace = new_workspace(c, false);
+  if (workspace == NULL || (y = way == ML_BY_ADDMM ? Py_NewRef(Py_None) : new_rows(c, c->layer.d_out)) == NULL ||
+      (hidden = keep_hidden ? new_rows(c, c->layer.columns) : Py_NewRef(Py_None)) == NULL) {
+    goto done;
+  }
+  ml_cuda_status status;
+  void *to = data_of(c, y), *kept = data_of(c, hidden), *memory = data_of(c, workspace);
+  Py_BEGIN_ALLOW_THREADS;
+  status = ml_layer_forward(&c->layer, x, to, kept, memory);
+  Py_END_ALLOW_THREADS;
+  if (status == ML_CUDA_OK) {
+    left = way == ML_BY_ADDMM ? factors_in(c, workspace, false) : Py_NewRef(Py_None);
+    result = left == NULL ? NULL : PyTuple_Pack(3, y, hidden, left);
+  } else if (status == ML_CUDA_UNSUPPORTED) {
+    result = Py_NewRef(Py_None);
+  } else {
+    raise_cuda(status);
+  }
+done:
+  Py_XDECREF(left);
+  Py_XDECREF(hidden);
+  Py_XDECREF(y);
+  Py_XDECREF(workspace);
+  return result;
+}
+
+/* Whether one of the tensors requires grad where gradients are recorded at all; -1 with an exception. */
+static int any_recorded(const cuda_call_ *c, PyObject *record, PyObject *const *tensors, Py_ssize_t n) {
+  return record == Py_True ? any_requires_grad(c->torch, tensors, n) : 0;
+}
+
+/* (x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, record, at_once)
+ * -> None, or (adapters, scaling, whether a gradient is to be recorded, what cuda_forward returns or, if not at once, None) */
 PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
-  int64_t top_k;
-  if (!takes("cuda_call", 9, n_args) || !read_int64(args[8], "top_k", &top_k)) {
+  int64_t top_k, d_in;
+  if (!takes("cuda_call", 11, n_args) || !read_int64(args[8], "top_k", &top_k)) {
     return NULL;
   }
   cuda_call_ c;
   ml_rows x, unused;
-  int64_t d_in;
-  PyObject *weights = args[3], *base = args[5], *weight = args[6], *bias = args[7];
+  PyObject *weights = args[3], *base = args[5], *weight = args[6], *bias = args[7], *record = args[9];
   answer plain = read_shape(&c, module, args[0], &x, &d_in);
   if (plain != YES) {
     return plain == ERROR ? NULL : Py_NewRef(Py_None);
   }
-  PyObject *scaling = NULL, *result = NULL, *adapters = joined(args[1], args[2]);
+  PyObject *scaling = NULL, *done = NULL, *result = NULL, *adapters = joined(args[1], args[2]);
   if (adapters == NULL) {
     return NULL;
   }
@@ -259,38 +323,40 @@ PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
               ? read_scaling(&c, scaling) && read_weights(&c, weights, top_k) && read_frozen(&c, weight, bias) &&
                     (base == Py_None || (weight == Py_None && read_rows(&c, base, c.layer.d_out, &unused))) &&
                     ml_layer_begin(&c.layer) == ML_CUDA_OK &&
-                    (c.layer.dense || ml_layer_way(&c.layer, false) == ML_BY_GROUPED)
+                    (c.layer.dense || (args[10] == Py_True && ml_layer_way(&c.layer, false) == ML_BY_GROUPED))
               : plain;
-  if (plain == YES) {
-    PyObject *const others[] = {args[0], weights, base, weight, bias};
-    PyObject *const *factors = &PyTuple_GET_ITEM(adapters, 0);
-    Py_ssize_t n = PyTuple_GET_SIZE(adapters);
-    if (any_negated(c.torch, others, 5) || any_negated(c.torch, factors, n)) {
-      plain = NO;
-    } else {
-      int frozen = any_requires_grad(c.torch, others + 3, 2);
-      int required = any_requires_grad(c.torch, factors, n);
-      required = required == 0 ? any_requires_grad(c.torch, others, 3) : required;
-      plain = frozen < 0 || required < 0 ? ERROR : frozen > 0 ? NO : YES;
-      if (plain == YES) {
-        result = PyTuple_Pack(3, adapters, scaling, required ? Py_True : Py_False);
-      }
-    }
+  if (plain != YES) {
+    goto done;
   }
+  PyObject *const others[] = {args[0], base, weights, weight, bias};
+  PyObject *const *factors = &PyTuple_GET_ITEM(adapters, 0);
+  Py_ssize_t n = c.layer.n_experts;
+  if (any_negated(c.torch, others, 5) || any_negated(c.torch, factors, 2 * n)) {
+    plain = NO;
+    goto done;
+  }
+  int frozen = any_requires_grad(c.torch, others + 3, 2);
+  /* Of the weights and B needs H; else of A, x or the base. */
+  int needs_hidden = any_recorded(&c, record, factors + n, n);
+  needs_hidden = needs_hidden == 0 ? any_recorded(&c, record, others + 2, 1) : needs_hidden;
+  int required = needs_hidden == 0 ? any_recorded(&c, record, factors, n) : needs_hidden;
+  required = required == 0 ? any_recorded(&c, record, others, 2) : required;
+  plain = frozen < 0 || required < 0 ? ERROR : frozen > 0 ? NO : YES;
+  if (plain == YES) {
+    done = args[10] == Py_True ? forward(&c, x, needs_hidden > 0) : Py_NewRef(Py_None);
+    result = done == NULL ? NULL : PyTuple_Pack(4, adapters, scaling, required ? Py_True : Py_False, done);
+  }
+done:
   if (plain == NO) {
     result = Py_NewRef(Py_None);
   }
+  Py_XDECREF(done);
   Py_XDECREF(scaling);
   Py_DECREF(adapters);
   return result;
 }
 
-/* ---- forward and backward ----
- *
- * New tensors come first: making them may run other code, and pointers are good only until anybody else runs.
- */
-
-/* (x, adapters, routing_weights, scaling, weight, bias, dropout, top_k, keep_hidden) -> (y, hidden or None); None: by torch's products */
+/* (x, adapters, routing_weights, scaling, weight, bias, dropout, top_k, keep_hidden) -> as `forward` */
 PyObject *cuda_forward(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
   int64_t top_k, d_in;
   if (!takes("cuda_forward", 9, n_args) || !read_int64(args[7], "top_k", &top_k)) {
@@ -301,35 +367,15 @@ PyObject *cuda_forward(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
   answer plain = read_shape(&c, module, args[0], &x, &d_in);
   plain = plain == YES ? read_experts(&c, args[1]) && d_in == c.layer.d_in && read_weights(&c, args[2], top_k) &&
                              read_scaling(&c, args[3]) && read_frozen(&c, args[4], args[5]) &&
-                             ml_layer_begin(&c.layer) == ML_CUDA_OK && read_drops(&c, args[6]) &&
-                             ml_layer_way(&c.layer, false) != ML_BY_TORCH
+                             ml_layer_begin(&c.layer) == ML_CUDA_OK && read_drops(&c, args[6])
                        : plain;
   if (plain != YES) {
     return plain == ERROR ? NULL : Py_NewRef(Py_None);
   }
-  PyObject *result = NULL, *y = new_rows(&c, c.layer.d_out), *workspace = NULL, *hidden = NULL;
-  if (y == NULL || (workspace = new_workspace(&c, false)) == NULL ||
-      (hidden = args[8] == Py_True ? new_rows(&c, c.layer.columns) : Py_NewRef(Py_None)) == NULL) {
-    goto done;
-  }
-  ml_cuda_status status;
-  void *to = data_of(&c, y), *kept = data_of(&c, hidden), *memory = data_of(&c, workspace);
-  Py_BEGIN_ALLOW_THREADS;
-  status = ml_layer_forward(&c.layer, x, to, kept, memory);
-  Py_END_ALLOW_THREADS;
-  if (status == ML_CUDA_OK) {
-    result = PyTuple_Pack(2, y, hidden);
-  } else if (status == ML_CUDA_UNSUPPORTED) {
-    result = Py_NewRef(Py_None);
-  } else {
-    raise_cuda(status);
-  }
-done:
-  Py_XDECREF(hidden);
-  Py_XDECREF(workspace);
-  Py_XDECREF(y);
-  return result;
+  return forward(&c, x, args[8] == Py_True);
 }
+
+/* ---- backward ---- */
 
 /* As in tensors.c: the tensors that a forward saved, then its adapters; the arguments of its node, then the adapters. */
 enum { SAVED_X, SAVED_HIDDEN, SAVED_ROUTING_WEIGHTS, SAVED_WEIGHT, N_SAVED };
@@ -347,14 +393,14 @@ static PyObject *new_like(const cuda_call_ *c, PyObject *like) {
   return new_here(c, wide ? c->torch->float32 : narrow, view.ndim, view.shape);
 }
 
-/* With room for what is needed. `grad_x`: what the gradient of x is made in, where not None. */
+/* With room for what is needed. `grad_x`: what the gradient of x is made in, where not None; `but_x`: by others. */
 static PyObject *new_grads(const cuda_call_ *c, PyObject *const *saved, PyObject *needed, PyObject *grad_y,
-                           PyObject *grad_x) {
+                           PyObject *grad_x, bool but_x) {
   Py_ssize_t n = PyTuple_GET_SIZE(needed);
   PyObject *grads = PyTuple_New(n);
   for (Py_ssize_t i = 0; grads != NULL && i < n; i++) {
     PyObject *grad;
-    if (PyTuple_GET_ITEM(needed, i) != Py_True || i == NODE_FROZEN || i == NODE_SETTINGS) {
+    if (PyTuple_GET_ITEM(needed, i) != Py_True || i == NODE_FROZEN || i == NODE_SETTINGS || (i == NODE_X && but_x)) {
       grad = Py_NewRef(Py_None);
     } else if (i == NODE_BASE_OUTPUT) {
       grad = Py_NewRef(grad_y);
@@ -372,14 +418,15 @@ static PyObject *new_grads(const cuda_call_ *c, PyObject *const *saved, PyObject
   return grads;
 }
 
-/* (saved, needs_input_grad, scaling, grad_y, grad_x, dropout, top_k) -> the gradients of the node's arguments; None: by torch's
- * products. grad_x: with dropout and a weight grad_y times the weight, else None. */
+/* (saved, needs_input_grad, scaling, grad_y, grad_x, dropout, top_k) -> (the gradients of the node's arguments, None), or, where
+ * grad_x = g W + mixed A is left to torch, (the others, (mixed, stacked A)); None: all of it is. grad_x: with dropout and a weight
+ * grad_y times the weight, else None. */
 PyObject *cuda_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
   int64_t top_k, d_out;
   if (!takes("cuda_backward", 7, n_args) || !read_int64(args[6], "top_k", &top_k)) {
     return NULL;
   }
-  PyObject *needed = args[1], *grad_y = args[3], *base = args[4], *grads = NULL, *workspace = NULL;
+  PyObject *needed = args[1], *grad_y = args[3], *base = args[4], *grads = NULL, *workspace = NULL, *result = NULL;
   Py_ssize_t n_saved = PyTuple_CheckExact(args[0]) ? PyTuple_GET_SIZE(args[0]) : 0;
   if (n_saved <= N_SAVED || !PyTuple_CheckExact(needed) || PyTuple_GET_SIZE(needed) != n_saved - N_SAVED + N_NODE) {
     return Py_NewRef(Py_None);
@@ -402,10 +449,10 @@ PyObject *cuda_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_ar
           (saved[SAVED_HIDDEN] == Py_None ||
            is_whole(&c, saved[SAVED_HIDDEN], c.layer.tokens * c.layer.columns, &hidden)) &&
           read_drops(&c, args[5]) && ml_layer_has_kernels(&c.layer) &&
-          (!need_x || c.layer.drops || ml_layer_way(&c.layer, true) != ML_BY_TORCH) &&
           (base == Py_None ? !need_x || !c.layer.drops || saved[SAVED_WEIGHT] == Py_None
                            : read_rows(&c, base, c.layer.d_in, &unused) && unused.row == c.layer.d_in);
-  if (plain != YES || (grads = new_grads(&c, saved, needed, grad_y, base)) == NULL ||
+  bool to_add = plain == YES && need_x && !c.layer.drops && ml_layer_way(&c.layer, true) == ML_BY_ADDMM;
+  if (plain != YES || (grads = new_grads(&c, saved, needed, grad_y, base, to_add)) == NULL ||
       (workspace = new_workspace(&c, true)) == NULL) {
     goto done;
   }
@@ -421,19 +468,23 @@ PyObject *cuda_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_ar
   Py_BEGIN_ALLOW_THREADS;
   status = ml_layer_backward(&c.layer, x, g, hidden, grad_x, base != Py_None, grad_w, into, memory);
   Py_END_ALLOW_THREADS;
-  if (status == ML_CUDA_UNSUPPORTED) {
+  if (status == ML_CUDA_OK) {
+    PyObject *left = to_add ? factors_in(&c, workspace, true) : Py_NewRef(Py_None);
+    result = left == NULL ? NULL : PyTuple_Pack(2, grads, left);
+    Py_XDECREF(left);
+  } else if (status == ML_CUDA_UNSUPPORTED) {
     plain = NO;
-  } else if (status != ML_CUDA_OK) {
-    Py_CLEAR(grads);
+  } else {
     raise_cuda(status);
   }
 done:
   if (plain == NO) {
-    Py_XSETREF(grads, Py_NewRef(Py_None));
+    result = Py_NewRef(Py_None);
   }
   Py_XDECREF(workspace);
+  Py_XDECREF(grads);
   Py_DECREF(adapters);
-  return grads;
+  return result;
 }
 
 /* ---- between torch's products ---- */
@@ -449,13 +500,6 @@ static answer read_mixture(cuda_call_ *c, PyObject *module, PyObject *const *arg
                             read_weights(c, args[2], top_k) && read_scaling(c, args[3]) &&
                             ml_layer_begin(&c->layer) == ML_CUDA_OK && c->layer.dense
                       : plain;
-}
-
-/* A part [rows, cols] of the workspace, as a tensor. */
-static PyObject *part_of(PyObject *workspace, const void *memory, const void *part, int64_t rows, int64_t cols) {
-  long long at = ((const char *)part - (const char *)memory) / 2;
-  return PyObject_CallMethod(workspace, "as_strided", "((LL)(LL)L)", (long long)rows, (long long)cols, (long long)cols,
-                             1LL, at);
 }
 
 /* (x or grad_y, adapters, routing_weights, scaling, top_k, backward, dropout)
@@ -615,7 +659,7 @@ PyObject *set_cuda_way(PyObject *module, PyObject *name) {
   }
   if (ml_force_way(text) != ML_CUDA_OK) {
     PyErr_Format(PyExc_ValueError,
-                 "name must be 'torch', 'decode', 'dual', 'fused', 'shared', 'grouped' or None, got %R", name);
+                 "name must be 'torch', 'decode', 'dual', 'fused', 'shared', 'grouped', 'addmm' or None, got %R", name);
     return NULL;
   }
   Py_RETURN_NONE;

@@ -32,6 +32,7 @@ int visit_torch(const torch_api *torch, visitproc visit, void *arg) {
   Py_VISIT(torch->float64);
   Py_VISIT(torch->bfloat16);
   Py_VISIT(torch->float16);
+  Py_VISIT(torch->int64);
   Py_VISIT(torch->empty_cuda);
   return 0;
 }
@@ -49,12 +50,13 @@ void clear_torch(torch_api *torch) {
   Py_CLEAR(torch->float64);
   Py_CLEAR(torch->bfloat16);
   Py_CLEAR(torch->float16);
+  Py_CLEAR(torch->int64);
   Py_CLEAR(torch->empty_cuda);
 }
 
-/* (Tensor, Parameter, empty, empty_cuda, empty_like, linear, float32, float64, bfloat16, float16) -> bool */
+/* (Tensor, Parameter, empty, empty_cuda, empty_like, linear, float32, float64, bfloat16, float16, int64) -> bool */
 PyObject *use_torch(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
-  if (!takes("use_torch", 10, n_args)) {
+  if (!takes("use_torch", 11, n_args)) {
     return NULL;
   }
   torch_api *torch = &state_of(module)->torch;
@@ -63,9 +65,9 @@ PyObject *use_torch(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
   torch->parameter = Py_NewRef(args[1]);
   torch->is_neg = PyObject_GetAttrString(args[0], "is_neg");
   torch->requires_grad = PyUnicode_InternFromString("requires_grad");
-  PyObject **const fields[] = {&torch->empty,   &torch->empty_cuda, &torch->empty_like, &torch->linear,
-                               &torch->float32, &torch->float64,    &torch->bfloat16,   &torch->float16};
-  for (int i = 0; i < 8; i++) {
+  PyObject **const fields[] = {&torch->empty,   &torch->empty_cuda, &torch->empty_like, &torch->linear, &torch->float32,
+                               &torch->float64, &torch->bfloat16,   &torch->float16,    &torch->int64};
+  for (int i = 0; i < 9; i++) {
     *fields[i] = Py_NewRef(args[2 + i]);
   }
   if (torch->is_neg == NULL || torch->requires_grad == NULL) {

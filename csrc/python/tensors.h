@@ -16,7 +16,7 @@ typedef struct {
   PyObject *empty;              /* (shape, strides, dtype) -> a new CPU tensor */
   PyObject *empty_cuda;         /* the same on the current GPU */
   PyObject *empty_like, *linear;
-  PyObject *float32, *float64, *bfloat16, *float16;
+  PyObject *float32, *float64, *bfloat16, *float16, *int64;
   const dl_exchange_api *exchange;
 } torch_api;
 

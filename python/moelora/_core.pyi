@@ -13,6 +13,7 @@ from moelora.reference import Array
 _Tokens: TypeAlias = tuple[int, int, int, int]  # (pointer, batch, seq, col)
 _Matrix: TypeAlias = tuple[int, int, int]  # (pointer, row, col)
 _Dropout: TypeAlias = tuple[int, Sequence[float]]  # (seed, probabilities of the experts)
+_Forward = tuple[Any, Any, tuple[Any, Any] | None]  # y, hidden, factors of what is left to torch
 
 def routed_lora_forward(
     x: Array,
@@ -114,6 +115,7 @@ def use_torch(
     float64: Any,
     bfloat16: Any,
     float16: Any,
+    int64: Any,
     /,
 ) -> bool: ...
 def are_plain(*tensors: Any) -> bool: ...
@@ -166,8 +168,10 @@ def cuda_call(
     weight: Any,
     bias: Any,
     top_k: int,
+    record: bool,
+    at_once: bool,
     /,
-) -> tuple[tuple[Any, ...], tuple[float, ...], bool] | None: ...
+) -> tuple[tuple[Any, ...], tuple[float, ...], bool, _Forward | None] | None: ...
 def cuda_forward(
     x: Any,
     adapters: tuple[Any, ...],
@@ -179,7 +183,7 @@ def cuda_forward(
     top_k: int,
     keep_hidden: bool,
     /,
-) -> tuple[Any, Any] | None: ...
+) -> _Forward | None: ...
 def cuda_backward(
     saved: tuple[Any, ...],
     needs_input_grad: tuple[bool, ...],
@@ -189,7 +193,7 @@ def cuda_backward(
     dropout: _Dropout | None,
     top_k: int,
     /,
-) -> tuple[Any, ...] | None: ...
+) -> tuple[tuple[Any, ...], tuple[Any, Any] | None] | None: ...
 def cuda_prepare(
     x: Any,
     adapters: tuple[Any, ...],

@@ -476,7 +476,7 @@ def test_routings_keep_no_tensor_alive():
 
 def test_arguments_are_counted():
     for name, n in (
-        ("use_torch", 10),
+        ("use_torch", 11),
         ("plain_call", 8),
         ("forward_tensors", 11),
         ("backward_tensors", 7),
@@ -496,7 +496,7 @@ def test_a_torch_without_the_exchange_api_is_left_alone():
         is_neg = None
 
     functions = (plain.empty_cpu, plain.empty_cuda, torch.empty_like, torch.nn.functional.linear)
-    functions += (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    functions += (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
     try:
         assert core.use_torch(Tensor, Tensor, *functions) is False
         assert not core.are_plain(torch.ones(1)) and not core.are_plain(Tensor())

@@ -28,10 +28,10 @@ def way(tokens, d_in, d_out, columns, backward=False, gpu=H200, n_experts=1, top
     "tokens, d_in, d_out, columns, forward, backward",
     [
         # up to 128 tokens and 256 columns: decode, forward
-        (1, 4096, 4096, 64, "decode", "torch"),
-        (128, 4096, 4096, 256, "decode", "torch"),
-        (128, 4096, 4096, 257, "torch", "torch"),
-        (129, 4096, 4096, 256, "torch", "torch"),
+        (1, 4096, 4096, 64, "decode", "addmm"),
+        (128, 4096, 4096, 256, "decode", "addmm"),
+        (128, 4096, 4096, 257, "addmm", "addmm"),
+        (129, 4096, 4096, 256, "addmm", "addmm"),
         # nine tenths of the multiprocessors have a tile, and those without can do the shrinks meanwhile
         (4096, 4096, 4096, 64, "fused", "fused"),  # 512 tiles, 16 idle blocks, 2 shrinks each
         (4096, 4096, 4096, 128, "fused", "fused"),
@@ -43,12 +43,12 @@ def way(tokens, d_in, d_out, columns, backward=False, gpu=H200, n_experts=1, top
         (1408, 3072, 3072, 128, "dual", "dual"),
         # one tile a block, for more than half of the multiprocessors
         (1024, 2048, 2048, 64, "shared", "shared"),
-        (1024, 2048, 2048, 128, "torch", "torch"),  # 64 tiles
+        (1024, 2048, 2048, 128, "addmm", "addmm"),  # 64 tiles
         (1152, 2048, 2048, 128, "dual", "dual"),  # 72
-        (300, 1024, 768, 64, "torch", "torch"),
+        (300, 1024, 768, 64, "addmm", "addmm"),
         # forward follows d_out, backward d_in
         (4096, 1024, 4096, 64, "fused", "shared"),
-        (4096, 384, 392, 128, "torch", "dual"),  # tiles of 256 columns, and of 128
+        (4096, 384, 392, 128, "addmm", "dual"),  # tiles of 256 columns, and of 128
     ],
 )
 def test_the_shape_decides(tokens, d_in, d_out, columns, forward, backward):
@@ -108,8 +108,9 @@ def test_the_gpu_decides():
         ("fused", (8, 4096, 4096, 129), False, "decode"),
         ("fused", (1408, 3072, 3072, 64), False, "shared"),  # no block is idle
         ("decode", (128, 4096, 4096, 64), False, "decode"),
-        ("decode", (129, 1024, 1024, 64), False, "torch"),
-        ("decode", (1, 4096, 4096, 64), True, "torch"),
+        ("decode", (129, 1024, 1024, 64), False, "addmm"),
+        ("decode", (1, 4096, 4096, 64), True, "addmm"),
+        ("addmm", (4096, 4096, 4096, 64), True, "addmm"),
         ("shared", (4096, 4096, 4096, 64), False, "fused"),  # more tiles than blocks
         ("dual", (300, 1024, 1020, 64), False, "torch"),
     ],
@@ -173,8 +174,8 @@ def arguments(device="cpu", n=2):
 
 def call(**given):
     g = arguments() | given
-    frozen = None, g["weight"], g["bias"]
-    return _core.cuda_call(g["x"], g["lora_A"], g["lora_B"], g["weights"], g["scaling"], *frozen, 0)
+    call = (g["x"], g["lora_A"], g["lora_B"], g["weights"], g["scaling"], None, g["weight"], g["bias"])
+    return _core.cuda_call(*call, 0, True, True)
 
 
 def forward(**given):
@@ -232,7 +233,7 @@ def test_a_mix_without_what_was_prepared_is_an_error():
 
 def test_arguments_are_counted():
     for name, n in (
-        ("cuda_call", 9),
+        ("cuda_call", 11),
         ("cuda_forward", 9),
         ("cuda_backward", 7),
         ("cuda_prepare", 7),
@@ -250,7 +251,7 @@ def test_arguments_are_counted():
 def test_top_k_is_a_number(top_k):
     x = torch.ones(3, 16)
     calls = {
-        "cuda_call": (x, (x,), (x,), x, 1.0, None, None, None, top_k),
+        "cuda_call": (x, (x,), (x,), x, 1.0, None, None, None, top_k, True, True),
         "cuda_forward": (x, (x,), x, (1.0,), None, None, None, top_k, True),
         "cuda_backward": ((x,) * 6, (True,) * 7, (1.0,), x, None, None, top_k),
         "cuda_prepare": (x, (x,), x, (1.0,), top_k, False, None),

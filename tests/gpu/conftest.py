@@ -11,7 +11,7 @@ from torch import Tensor
 from moelora import _core
 from moelora.nn import gpu
 
-WAYS = ("torch", "decode", "dual", "fused", "shared", "grouped")
+WAYS = ("torch", "addmm", "decode", "dual", "fused", "shared", "grouped")
 
 
 class Layer(NamedTuple):
@@ -190,6 +190,8 @@ def taken(monkeypatch):
             def call(*args):
                 result = getattr(_core, name)(*args)
                 count[name] += result is not None or name in ("cuda_mix", "cuda_mix_backward", "cuda_drop_backward")
+                if name == "cuda_call" and result is not None:
+                    count["cuda_forward"] += result[3] is not None  # which has been called at once
                 return result
 
             return call

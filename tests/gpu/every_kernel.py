@@ -14,6 +14,7 @@ from moelora.nn import routed_lora
 LAYERS = {
     "decode": [(1, 72, 136, (4, 1)), (20, 1032, 264, (16,) * 4), (100, 136, 72, (40, 77)), (70, 136, 8456, (4,))],
     "torch": [(130, 72, 136, (4, 1, 8))],
+    "addmm": [(130, 72, 136, (4, 1, 8))],
     "dual": [(200, 264, 136, (16,) * 4), (130, 72, 392, (20, 12, 77, 40))],
     "fused": [(200, 264, 136, (16,) * 4), (300, 136, 264, (20, 77))],
     "shared": [(520, 2056, 2312, (16, 4))],
@@ -45,7 +46,7 @@ for way in sys.argv[1:] or LAYERS:
         shape = tokens, d_in, d_out, ranks, *(top_k or [None])
         run(*shape, torch.bfloat16, torch.float32, torch.float32)
         run(*shape, torch.float16, torch.float16, torch.bfloat16)
-        if way in ("torch", "dual"):  # part of x's gradient is a product of cuBLAS
+        if way in ("torch", "addmm", "dual"):  # part of x's gradient is a product of cuBLAS
             run(*shape, torch.bfloat16, torch.float32, torch.float32, p=0.5, need_x=way == "torch")
 torch.cuda.synchronize()
 print("done")

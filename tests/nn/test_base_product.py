@@ -34,7 +34,7 @@ def products_of_torch(monkeypatch):
 
     def use(function):
         types = (torch.Tensor, nn.Parameter, plain.empty_cpu, plain.empty_cuda, torch.empty_like, function)
-        types += (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        types += (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
         assert _core.use_torch(*types)
 
     use(linear)

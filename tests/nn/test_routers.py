@@ -20,6 +20,7 @@ from moelora.nn import (
     build_router,
     route,
 )
+from moelora.nn.routers import SharedByLayers
 
 NAMES = ["code", "prose", "tables", "headers"]
 H = 6
@@ -426,6 +427,22 @@ def test_experts_may_all_train_and_one_of_them_serve(cls):
     assert sparse.train()(x).equal(make(cls, top_k=1, capacity_factor=0.2)(x))
     sparse.remove_expert("code")
     assert (sparse.eval_top_k, router.eval_top_k) == (3, 1)
+
+
+@pytest.mark.parametrize("active", [None, [3, 1]])
+@pytest.mark.parametrize("top_k", [2, 4])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_layers_share_changes_no_bit(training, top_k, active):
+    router = PerLayerRouter(NAMES, 6, num_layers=3, top_k=top_k, capacity_factor=0.6).train(training)
+    router.mark_mature("tables", 0.3)
+    router.activated[1] = False
+    shared = SharedByLayers()
+    shapes = [(2, 5), (2, 5), (3, 4)]  # of the last layer it is not the same
+    for layer, (shape, dtype) in enumerate(zip(shapes, [torch.float32, torch.float64, torch.float32], strict=True)):
+        x, mask = hidden(*shape, dtype=dtype), torch.arange(math.prod(shape)).reshape(shape) % 4 != 3
+        alone = router.route(x, mask, layer=layer, active=active)
+        got = router.route(x, mask, layer=layer, active=active, shared=shared)
+        assert all(torch.equal(a, b) for a, b in zip(alone, got, strict=True))
 
 
 def route_by_hand(router, x, mask, active, kept):

@@ -344,6 +344,17 @@ class TestLoss:
         assert out.router_aux_loss > 0
         assert "router_aux_loss" not in list(out)  # Trainer would take it for predictions
 
+    def test_a_coefficient_of_zero_leaves_the_loss_alone(self, model, ids):
+        router = router_for("llama", "layers", top_k=2)
+        model.base_model.attach_router(router, MoELoraConfig(router_aux_loss_coef=0.0))
+        out = model(ids, labels=ids)
+        shift = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        torch.testing.assert_close(out.loss, shift)
+        weight = router.gate[0].weight
+        (alone,) = torch.autograd.grad(out.loss, weight, retain_graph=True)
+        (added,) = torch.autograd.grad(out.loss + 3 * out.router_aux_loss, weight)  # who adds it may
+        assert alone.any() and not torch.equal(alone, added)
+
     def test_explicit_weights_have_none(self, model, ids, weights):
         model.base_model.attach_router(router_for("llama", "layers"), MoELoraConfig(router_aux_loss_coef=10.0))
         out = model(ids, labels=ids, routing_weights=weights)

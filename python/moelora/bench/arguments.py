@@ -43,7 +43,7 @@ _CPU_SMOKE: dict[str, dict[str, Any]] = {
     "host": {"experts": [2]},
 }
 _PASSES = ["forward", "forward_grad", "dx", "backward", "forward+backward"]
-_WAYS = [f"moelora_{way}" for way in ("torch", "decode", "dual", "fused", "shared")]
+_WAYS = [f"moelora_{way}" for way in ("torch", "addmm", "decode", "dual", "fused", "shared")]
 _PEERS = ["base", "moelora", "stacked", "stacked_compiled", "one_lora", "loop", "two_pass", "n_passes", *_WAYS]
 _TIMED = ["graph", "calls"]
 _MODEL_PEERS = ["moelora", "one_lora", "stacked", "base", "moelora_router", "loop", "two_pass", "n_passes"]

@@ -100,12 +100,14 @@ def routed_lora(
     plain: tuple[tuple[Tensor, ...], tuple[float, ...], int | None, bool] | None = None
     y: Tensor | None
     lead = torch.Size()
-    if (top_k is None or (type(top_k) is int and top_k >= 1)) and is_unwatched():
+    usual = (top_k is None or (type(top_k) is int and top_k >= 1)) and is_unwatched()
+    if usual and not torch._C._is_any_autocast_enabled():
         # The plain case costs no more than a few looks from C. All that is unusual, or wrong, goes on below.
-        plain = plain_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
-        if plain is not None and (torch._C._is_any_autocast_enabled() or (top_k or 0) > len(plain[1])):
-            plain = None
-        if plain is None and ROUND_ADAPTERS and on_gpu(x) and not torch._C._is_any_autocast_enabled():
+        if not on_gpu(x):
+            plain = plain_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
+            if plain is not None and (top_k or 0) > len(plain[1]):
+                plain = None
+        elif ROUND_ADAPTERS:
             y = call_on_gpu(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
             if y is not None:
                 return y

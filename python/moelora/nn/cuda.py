@@ -2,6 +2,9 @@
 
 import os
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -10,7 +13,11 @@ from moelora import runtime
 if runtime.HAS_EXT:
     from moelora import _core
 
-__all__ = ["available", "on_gpu", "set_way"]
+__all__ = ["available", "current_device", "device_of", "on_gpu", "set_way"]
+
+# torch's own, without a look whether CUDA is initialised: who has a tensor there has done that.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+_as_it_is = nullcontext()
 
 _known: dict[int, bool] = {}
 _warned = False
@@ -18,7 +25,15 @@ _warned = False
 
 def on_gpu(x: object) -> bool:
     """Return whether x is a tensor on a device that moelora's CUDA kernels can run on."""
-    return isinstance(x, torch.Tensor) and x.is_cuda and available(x.device)
+    if not (isinstance(x, torch.Tensor) and x.is_cuda):
+        return False
+    known = _known.get(x.get_device())
+    return available(x.device) if known is None else known
+
+
+def device_of(t: torch.Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which the GPU of a tensor is the current one, where new tensors are made."""
+    return _as_it_is if t.get_device() == current_device() else torch.cuda.device(t.device)
 
 
 def available(device: torch.device) -> bool:
@@ -63,7 +78,7 @@ def set_way(name: str | None) -> None:
 
     Parameters
     ----------
-    name : {"fused", "shared", "dual", "grouped", "decode", "torch"} or None
+    name : {"fused", "shared", "dual", "grouped", "decode", "addmm", "torch"} or None
         docs/explanation/architecture.md says what they are; "torch" is how GPUs other than Hopper compute all layers.
         None: by shape again, as `moelora.show_config` tells.
 

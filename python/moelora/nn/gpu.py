@@ -1,23 +1,26 @@
 """The CUDA kernels under autograd, for plain tensors on a GPU."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moelora.nn.arguments import read_probabilities
-from moelora.nn.cuda import on_gpu
+from moelora.nn.cuda import current_device, on_gpu
 from moelora.nn.formula import formula_backward
-from moelora.nn.node import N_NODE, TWICE, Settings, draw, forward_and_save, refuse_twice
+from moelora.nn.node import N_NODE, TWICE, Dropout, draw, forward_and_save, refuse_twice
 from moelora.nn.plain import is_unwatched
 from moelora.runtime import HAS_EXT
 
 if HAS_EXT:
     from moelora import _core
 
-__all__ = ["call_on_gpu", "gpu_forward", "products_backward"]
+__all__ = ["call_on_gpu", "gpu_backward", "gpu_forward"]
+
+_Settings: TypeAlias = tuple[tuple[float, ...], int | None, Dropout | None, Any]
+"""scaling, top_k, dropout, and what `cuda_forward` returned where it has been called."""
 
 
 def call_on_gpu(
@@ -33,26 +36,30 @@ def call_on_gpu(
     dropout_p: float | Sequence[float],
 ) -> Tensor | None:
     """What the CUDA kernels make of plain tensors on the current GPU; None where something is not plain."""
-    if x.get_device() != torch.cuda.current_device():  # where new tensors are made
+    if x.get_device() != current_device():  # where new tensors are made
         with torch.cuda.device(x.device):
             return call_on_gpu(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p)
     drops = type(dropout_p) is not float or dropout_p != 0
-    dense = type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided
-    if drops and dense and not (x.is_contiguous() and x.data_ptr() % 16 == 0):
-        x = x.clone(memory_format=torch.contiguous_format)  # the masks have no other way
-    # With dropout all experts are computed for all tokens.
-    fewer = 0 if drops else top_k or 0
-    plain = _core.cuda_call(x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, fewer)
+    if drops:
+        dense = type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided
+        if dense and not (x.is_contiguous() and x.data_ptr() % 16 == 0):
+            x = x.clone(memory_format=torch.contiguous_format)  # the masks have no other way
+    call = (x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
+    plain = _core.cuda_call(*call, top_k or 0, torch.is_grad_enabled(), not drops)
     if plain is None:
         return None
-    adapters, scales, needs_grad = plain
-    if (top_k or 0) > len(scales):
-        return None
-    probabilities = read_probabilities(dropout_p, len(scales))
-    if any(probabilities) and torch.cuda.is_current_stream_capturing():
-        return None
-    settings = (scales, None if top_k == len(scales) else top_k, draw(probabilities), None)
-    if needs_grad and torch.is_grad_enabled():
+    adapters, scales, record, done = plain
+    if done is not None and done[2] is None and not record:
+        y: Tensor = done[0]
+        return y
+    dropout = None
+    if drops:
+        probabilities = read_probabilities(dropout_p, len(scales))
+        if any(probabilities) and torch.cuda.is_current_stream_capturing():
+            return None
+        dropout = draw(probabilities)
+    settings = (scales, None if top_k == len(scales) else top_k, dropout, done)
+    if record:
         return apply_on_gpu(x, routing_weights, base_output, (weight, bias), settings, *adapters)
     y, _ = gpu_forward(x, routing_weights, base_output, (weight, bias), settings, adapters, keep_hidden=False)
     return y
@@ -63,26 +70,35 @@ def gpu_forward(
     routing_weights: Tensor,
     base_output: Tensor | None,
     frozen: tuple[Tensor | None, Tensor | None],
-    settings: Settings,
+    settings: _Settings,
     adapters: tuple[Tensor, ...],
     *,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """y, and hidden [..., C] with the experts' columns as the kernels lay them."""
-    scaling, top_k, dropout, _ = settings
+    scaling, top_k, dropout, done = settings
     weight, bias = frozen
-    if weight is not None:
+    if done is None:
         done = _core.cuda_forward(x, adapters, routing_weights, scaling, weight, bias, dropout, top_k or 0, keep_hidden)
-        if done is not None:
-            return done[0], done[1]
-        base_output = F.linear(x, weight, bias)
-    call = (x, adapters, routing_weights, scaling, top_k or 0)
-    prepared: Any = _core.cuda_prepare(*call, False, dropout)
-    workspace, stacked_a, stacked_b, mixed, _ = prepared
-    hidden = x.flatten(0, -2) @ stacked_a.t() if dropout is None else torch.empty_like(mixed)
-    _core.cuda_mix(*call, hidden, dropout, workspace)
-    y = mixed @ stacked_b.t() if base_output is None else torch.addmm(base_output.flatten(0, -2), mixed, stacked_b.t())
-    return y.view(*x.shape[:-1], y.shape[-1]), hidden.view(*x.shape[:-1], hidden.shape[-1]) if keep_hidden else None
+    if done is not None:
+        y, hidden, factors = done
+        if factors is None:
+            return y, hidden
+        mixed, stacked_b = factors
+    else:
+        call = (x, adapters, routing_weights, scaling, top_k or 0)
+        prepared: Any = _core.cuda_prepare(*call, False, dropout)
+        workspace, stacked_a, stacked_b, mixed, _ = prepared
+        hidden = x.flatten(0, -2) @ stacked_a.t() if dropout is None else torch.empty_like(mixed)
+        _core.cuda_mix(*call, hidden, dropout, workspace)
+        hidden = hidden.view(*x.shape[:-1], hidden.shape[-1]) if keep_hidden else None
+    if weight is not None:
+        y = F.linear(x, weight, bias)
+        y.view(-1, y.shape[-1]).addmm_(mixed, stacked_b.t())
+        return y, hidden
+    stacked_b = stacked_b.t()
+    y = mixed @ stacked_b if base_output is None else torch.addmm(base_output.flatten(0, -2), mixed, stacked_b)
+    return y.view(*x.shape[:-1], y.shape[-1]), hidden
 
 
 class _RoutedLoRAOnGPU(torch.autograd.Function):
@@ -95,7 +111,7 @@ class _RoutedLoRAOnGPU(torch.autograd.Function):
         routing_weights: Tensor,
         base_output: Tensor | None,
         frozen: tuple[Tensor | None, Tensor | None],
-        settings: Settings,
+        settings: _Settings,
         *adapters: Tensor,
     ) -> Tensor:
         return forward_and_save(gpu_forward, ctx, x, routing_weights, base_output, frozen, settings, adapters)
@@ -109,10 +125,10 @@ class _RoutedLoRAOnGPU(torch.autograd.Function):
         twice = torch.is_grad_enabled()  # create_graph
         grads: Sequence[Tensor | None] | None = None
         if is_unwatched():
-            grads = _gpu_backward(ctx, saved, grad_y)
+            grads = gpu_backward(ctx, saved, grad_y)
             if grads is None and ctx.settings[2] is not None and on_gpu(grad_y):
                 # What may be unusual is where its rows lie.
-                grads = _gpu_backward(ctx, saved, grad_y.clone(memory_format=torch.contiguous_format))
+                grads = gpu_backward(ctx, saved, grad_y.clone(memory_format=torch.contiguous_format))
         if grads is not None:
             return tuple(refuse_twice(grads, [grad_y, *saved]) if twice else grads)
         if twice:
@@ -124,19 +140,32 @@ class _RoutedLoRAOnGPU(torch.autograd.Function):
 apply_on_gpu: Callable[..., Tensor] = super(torch.autograd.Function, _RoutedLoRAOnGPU).apply
 
 
-def _gpu_backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> Sequence[Tensor | None] | None:
+def gpu_backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> Sequence[Tensor | None] | None:
     """Gradients of the node's arguments; None: not plain."""
     need, weight, (scaling, top_k, dropout) = ctx.needs_input_grad, saved[3], ctx.settings
     base = None
     if dropout is not None and need[0] and weight is not None:
         with torch.no_grad():
             base = grad_y @ weight
-    grads = _core.cuda_backward(saved, need, scaling, grad_y, base, dropout, top_k or 0)
-    return products_backward(ctx, saved, grad_y, base) if grads is None and on_gpu(grad_y) else grads
+    done = _core.cuda_backward(saved, need, scaling, grad_y, base, dropout, top_k or 0)
+    if done is None:
+        return _products_backward(ctx, saved, grad_y, base) if on_gpu(grad_y) else None
+    grads, factors = done
+    if factors is None:
+        return grads
+    mixed, stacked_a = factors
+    with torch.no_grad():
+        if weight is None:
+            grad_x = mixed @ stacked_a
+        else:
+            base = grad_y.flatten(0, -2) @ weight
+            # Under autocast the product may come in another dtype.
+            grad_x = (base.addmm_ if base.dtype is mixed.dtype else base.addmm)(mixed, stacked_a)
+        return (grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1]), *grads[1:])
 
 
 @torch.no_grad()
-def products_backward(
+def _products_backward(
     ctx: Any, saved: Sequence[Any], grad_y: Tensor, base: Tensor | None = None
 ) -> list[Tensor | None] | None:
     """The same by torch's products, what lies between them by kernels; base: g W, if there is dropout and a weight."""

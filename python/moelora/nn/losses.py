@@ -50,7 +50,23 @@ def router_aux_loss(outputs: Sequence[RoutingOutput], kind: str) -> Tensor:
         raise ValueError(f"kind must be one of {tuple(losses)}, got {kind!r}")
     if not outputs:
         raise ValueError("outputs must hold at least one RoutingOutput, got none")
+    if kind != "z_loss" and _are_alike(outputs):  # the same numbers by a few operations on all of them
+        first = outputs[0]
+        sums, counts = (torch.stack(of) for of in zip(*((o.prob_sums, o.counts) for o in outputs), strict=True))
+        return losses[kind](first._replace(prob_sums=sums, counts=counts)).mean()
     return average([losses[kind](output) for output in outputs])
+
+
+def _are_alike(outputs: Sequence[RoutingOutput]) -> bool:
+    """Whether the routings are of the same tokens and experts, on one device."""
+    first = outputs[0]
+    of = first.prob_sums.shape, first.prob_sums.dtype, first.prob_sums.device
+    return len(outputs) > 1 and all(
+        o.activated is first.activated
+        and (o.n_tokens is first.n_tokens or (type(o.n_tokens) is int and o.n_tokens == first.n_tokens))
+        and (o.prob_sums.shape, o.prob_sums.dtype, o.prob_sums.device) == of
+        for o in outputs
+    )
 
 
 def average(losses: Sequence[Tensor]) -> Tensor:
@@ -61,14 +77,14 @@ def average(losses: Sequence[Tensor]) -> Tensor:
 def _aux_loss(output: RoutingOutput) -> Tensor:
     live, u = _live(output), _per_token(output.prob_sums, output)
     n = live.sum().to(u.dtype)
-    loss: Tensor = ((u - 1 / n) * live).square().sum() / n
+    loss: Tensor = ((u - 1 / n) * live).square().sum(-1) / n
     return loss * (output.n_tokens > 0)
 
 
 def _switch_loss(output: RoutingOutput) -> Tensor:
     u = _per_token(output.prob_sums, output)
     f = _per_token(output.counts.to(u.dtype), output)
-    return _live(output).sum() * (f * u).sum()  # u is 0 for an expert that takes no part
+    return _live(output).sum() * (f * u).sum(-1)  # u is 0 for an expert that takes no part
 
 
 def _z_loss(output: RoutingOutput) -> Tensor:
@@ -81,7 +97,7 @@ def _z_loss(output: RoutingOutput) -> Tensor:
 def _live(output: RoutingOutput) -> Tensor:
     """[N]: the experts that take part; all of them where none is activated."""
     if output.activated is None:
-        return torch.ones_like(output.prob_sums, dtype=torch.bool)
+        return output.prob_sums.new_ones(output.prob_sums.shape[-1], dtype=torch.bool)
     return output.activated | ~output.activated.any()
 
 

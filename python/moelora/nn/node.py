@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moelora.nn.dropout import draw_seed
 
-__all__ = ["N_NODE", "TWICE", "Once", "Settings", "draw", "forward_and_save", "refuse_twice"]
+__all__ = ["N_NODE", "TWICE", "Dropout", "Once", "Settings", "draw", "forward_and_save", "refuse_twice"]
 
 Dropout: TypeAlias = tuple[int, tuple[float, ...]]
 """The seed of the masks and the experts' probabilities."""
@@ -30,7 +30,7 @@ def forward_and_save(
     routing_weights: Tensor,
     base_output: Tensor | None,
     frozen: tuple[Tensor | None, Tensor | None],
-    settings: Settings,
+    settings: tuple[tuple[float, ...], int | None, Dropout | None, Any],
     adapters: tuple[Tensor, ...],
 ) -> Tensor:
     """y, with what the backward of a node needs kept in its ctx."""

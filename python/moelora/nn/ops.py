@@ -22,7 +22,7 @@ from moelora.nn.compiled import columns
 from moelora.nn.cpu import core_backward, core_forward
 from moelora.nn.cuda import on_gpu
 from moelora.nn.formula import core_dtype, mix
-from moelora.nn.gpu import gpu_forward, products_backward
+from moelora.nn.gpu import gpu_backward, gpu_forward
 from moelora.nn.node import TWICE, Settings
 from moelora.nn.plain import is_unwatched, uses_core
 
@@ -60,12 +60,12 @@ def _forward(
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
     frozen, adapters = (weight, bias), (*lora_A, *lora_B)
+    call = (x, lora_A, lora_B, routing_weights, tuple(scaling), base_output, weight, bias)
     settings: Settings = tuple(scaling), top_k, None, None
-    call = (x, lora_A, lora_B, routing_weights, settings[0], base_output, weight, bias)
     tensors = [t for t in (x, routing_weights, base_output, weight, bias, *adapters) if t is not None]
     y, hidden = None, None
     if on_gpu(x):
-        if is_unwatched() and _core.cuda_call(*call, top_k or 0) is not None:
+        if is_unwatched() and _core.cuda_call(*call, top_k or 0, False, False) is not None:
             y, hidden = gpu_forward(
                 x, routing_weights, base_output, frozen, settings, adapters, keep_hidden=keep_hidden
             )
@@ -96,10 +96,8 @@ def _backward(
     grads: Sequence[Tensor | None] | None = None
     if on_gpu(grad_y):
         if is_unwatched():
-            grads = _core.cuda_backward(saved, node_need, scales, grad_y, None, None, top_k or 0)
-            if grads is None:
-                node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k, None))
-                grads = products_backward(node, saved, grad_y)
+            node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k, None))
+            grads = gpu_backward(node, saved, grad_y)
     elif grad_y.numel() and uses_core(*(t for t in (grad_y, *saved) if t is not None)):
         threads = runtime.get_num_threads()
         grads = _core.backward_tensors(saved, node_need, scales, grad_y, None, top_k or 0, threads)

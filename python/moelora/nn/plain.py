@@ -24,7 +24,7 @@ if HAS_EXT:
     # The same without a dispatch, which is what torch.compile's own code allocates with.
     empty_cpu = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", empty_cpu)
     empty_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", empty_cuda)
-    _dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    _dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
     if not _core.use_torch(Tensor, torch.nn.Parameter, empty_cpu, empty_cuda, torch.empty_like, F.linear, *_dtypes):
         warnings.warn(
             f"torch {torch.__version__} has no DLPack C exchange API that moelora knows; plain torch is used, which is "

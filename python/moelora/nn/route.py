@@ -139,7 +139,8 @@ def _plain_routing(
     if isinstance(logits, Tensor) and logits.is_cuda:
         if not cuda.available(logits.device):
             return None
-        routed = _core.cuda_route(logits, mask, top_k, temperature, renormalize)
+        with cuda.device_of(logits):
+            routed = _core.cuda_route(logits, mask, top_k, temperature, renormalize)
     else:
         routed = _core.route_tensors(logits, mask, top_k, temperature, renormalize, runtime.get_num_threads())
     if routed is None:
@@ -225,7 +226,8 @@ def _plain_gradient(
     call = (grad_weights, grad_prob_sums, kept, mask, indices, temperature, renormalize)
     grad: Tensor | None
     if kept.is_cuda:
-        grad = _core.cuda_route_backward(*call, dtype)
+        with cuda.device_of(kept):
+            grad = _core.cuda_route_backward(*call, dtype)
     else:
         grad = _core.route_backward_tensors(*call, runtime.get_num_threads())
     return grad

@@ -280,6 +280,21 @@ class Router(nn.Module):
         return None if columns == list(range(self.num_experts)) else columns
 
 
+class SharedByLayers:
+    """What the routings of one forward by a `LearnedRouter` have in common; the first of them fills it in."""
+
+    def __init__(self) -> None:
+        self.tokens: torch.Size | None = None  # [...] of the hidden states; None: nothing is filled in yet
+        self.mask: Tensor | None = None
+        self.n_tokens: int | Tensor = 0
+        self.kept: Tensor | None = None  # the columns that take part; None: all
+        self.activated: Tensor
+        self.maturity: Tensor
+        self.plain = False  # all experts are activated and mature, and it cost nothing to see that
+        self.capacity: int | Tensor | None = None  # picks that an expert takes; None: nobody has asked
+        self.bias: Tensor | None = None  # [N]: what is added to the logits of a gate; None where plain
+
+
 class FixedRouter(Router):
     """The same weights for every token.
 
@@ -444,7 +459,9 @@ class LearnedRouter(Router):
         *,
         layer: int | None = None,
         active: Sequence[int] | None = None,
+        shared: SharedByLayers | None = None,
     ) -> RoutingOutput:
+        """As `Router.route`; `shared`: by the layers of one forward, for which mask and columns are the same."""
         if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
             got = hidden_states.dtype if isinstance(hidden_states, Tensor) else type(hidden_states).__name__
             raise TypeError(f"hidden_states must be a floating-point tensor, got {got}")
@@ -453,18 +470,18 @@ class LearnedRouter(Router):
                 f"hidden_states must have shape [..., {self.input_size}], as the router's input_size is "
                 f"{self.input_size}, got {tuple(hidden_states.shape)}"
             )
-        mask = _as_mask(attention_mask, hidden_states)
-        columns = self._columns(active)
-
-        kept, activated, maturity = None, self.activated, self.maturity
-        if columns is not None:
-            kept = torch.tensor(columns, device=activated.device)
-            activated, maturity = activated[kept], maturity[kept]
-        logits = self._logits(hidden_states, layer, kept)
-        scores, allowed, plain = logits, activated, _are_ones(activated, maturity)
+        if shared is None:
+            shared = SharedByLayers()
+        if shared.tokens != hidden_states.shape[:-1]:
+            self._share(shared, hidden_states.shape[:-1], _as_mask(attention_mask, hidden_states), active)
+        mask, activated, plain, n_tokens = shared.mask, shared.activated, shared.plain, shared.n_tokens
+        logits = self._logits(hidden_states, layer, shared.kept)
+        scores, allowed = logits, activated
         if not plain:
-            bias = maturity.to(logits.dtype).log() * self.temperature
-            scores = logits + torch.where(activated, bias, _EXCLUDED)
+            if shared.bias is None or shared.bias.dtype is not logits.dtype:
+                bias = shared.maturity.to(logits.dtype).log() * self.temperature
+                shared.bias = torch.where(activated, bias, _EXCLUDED)
+            scores = logits + shared.bias
         if self.training and self.expert_dropout:
             allowed = self._draw(activated, hidden_states.shape[:-1])
             scores = scores.masked_fill(~allowed, _EXCLUDED)
@@ -472,28 +489,47 @@ class LearnedRouter(Router):
         top_k = self.top_k if self.training or self.eval_top_k is None else self.eval_top_k
         top_k = None if top_k is None else min(top_k, n)
         routing = route(scores, top_k=top_k, temperature=self.temperature, renormalize=self.renormalize, mask=mask)
-        n_tokens = math.prod(hidden_states.shape[:-1]) if mask is None else mask.sum()
         weights, counts = routing.weights, routing.counts
-        if not plain:
-            # An expert that is excluded can be among the k largest where fewer than k are left; it isn't picked.
-            counts = counts * (routing.prob_sums != 0)
         dropping = self.training and self.expert_dropout > 0
         limited = self.training and self.capacity_factor is not None
         every = plain and not dropping  # expert that is among the k largest is picked
-        if (limited or dropping) and not (every and routing.indices is None):
+        if (every and routing.indices is None) or not (limited or dropping):
+            if not plain:
+                # An expert that is excluded can be among the k largest where fewer than k are left; it isn't picked.
+                counts = counts * (routing.prob_sums != 0)
+        else:
             picks = allowed.expand(weights.shape)
-            if routing.indices is not None:
+            if routing.indices is not None and routing.indices.shape[-1] < n:
                 held = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, routing.indices, True)
                 picks = held if every else picks & held
             if mask is not None:
                 picks = picks & mask.unsqueeze(-1)
             if not every:
                 counts = picks.reshape(-1, n).sum(0)
-            if limited and self.top_k is not None:
-                capacity = self._capacity(n_tokens, n if plain else activated.sum().clamp(min=1))
+            if limited and self._limits(n):
+                if shared.capacity is None:
+                    shared.capacity = self._capacity(n_tokens, n if plain else activated.sum().clamp(min=1))
                 place = picks.reshape(-1, n).cumsum(0).reshape(picks.shape)
-                weights = weights.masked_fill(picks & (place > capacity), 0)
+                weights = weights.masked_fill(picks & (place > shared.capacity), 0)
         return RoutingOutput(weights, routing.indices, counts, routing.prob_sums, logits, n_tokens, mask, activated)
+
+    def _share(
+        self, shared: SharedByLayers, tokens: torch.Size, mask: Tensor | None, active: Sequence[int] | None
+    ) -> None:
+        columns = self._columns(active)
+        kept, activated, maturity = None, self.activated, self.maturity
+        if columns is not None:
+            kept = torch.tensor(columns, device=activated.device)
+            activated, maturity = activated[kept], maturity[kept]
+        shared.tokens, shared.mask, shared.bias, shared.capacity = tokens, mask, None, None
+        shared.kept, shared.activated, shared.maturity = kept, activated, maturity
+        shared.n_tokens = math.prod(tokens) if mask is None else mask.sum()
+        shared.plain = _are_ones(activated, maturity)
+
+    def _limits(self, n_experts: int) -> bool:
+        """Whether a capacity can be less than all tokens."""
+        assert self.capacity_factor is not None
+        return self.top_k is not None and (self.top_k < n_experts or self.capacity_factor < 1)
 
     def _capacity(self, n_tokens: int | Tensor, n_experts: int | Tensor) -> int | Tensor:
         """How many picks an expert takes; a number if n_experts is one, which says that reading numbers is free."""

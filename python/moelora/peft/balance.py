@@ -76,13 +76,17 @@ class Balance:
     def __init__(self, kind: str, coefficient: float, routings: int, share: float | Tensor = 1.0) -> None:
         self.kind, self.coefficient, self.routings, self.share = kind, coefficient, routings, share
         self._losses: list[Tensor] = []
+        self._outputs: list[RoutingOutput] = []
         self._half = False  # computed in float16, where losses are scaled
         self._observed: Tensor | None = None  # the trainer's own share, see `observe`
 
     def watch(self, output: RoutingOutput) -> Tensor:
         """The weights of `output`, whose backward brings the gradient of the loss along."""
+        if not self.coefficient:  # it is only looked at
+            self._outputs.append(output)
+            return output.weights
         weights, loss = output.weights, router_aux_loss([output], self.kind)
-        if self.coefficient and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             compiling = torch.compiler.is_compiling()
             if not compiling:
                 kind = weights.device.type
@@ -96,7 +100,7 @@ class Balance:
 
     def loss(self) -> Tensor:
         """The loss before its factor."""
-        return average(self._losses)
+        return average(self._losses) if self.coefficient else router_aux_loss(self._outputs, self.kind)
 
     def term(self, loss: Tensor) -> Tensor:
         """What is added to ``outputs.loss``."""

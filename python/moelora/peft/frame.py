@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelora.nn.routers import FixedRouter, LearnedRouter, Router, RoutingOutput
+from moelora.nn.routers import FixedRouter, LearnedRouter, Router, RoutingOutput, SharedByLayers
 from moelora.peft.balance import Balance
 from moelora.peft.call import Call
 
@@ -138,6 +138,7 @@ class Frame:
         self.reached: int | None = None  # decoder layer whose gate has been read
         self.balance: Balance | None = None
         self.outputs: list[RoutingOutput] = []
+        self.shared = SharedByLayers()
         self.caches: tuple[Any, Any] | None = None  # of a first pass, and the one that was passed to the forward
         self.loss: dict[str, Any] = {}  # mixture="logits": labels and what else the loss takes
         self.depth = int(off)  # forwards of the model under way
@@ -205,6 +206,7 @@ class Frame:
         # The model runs once for a forward, so a second time in one frame means that generate drives it.
         self.generating = self.generating or self.call is not None
         self.call, self.balance, self.outputs, self.reached = call, balance, [], None
+        self.shared = SharedByLayers()
         if self.given is not None:
             if self.stack is None:
                 self._fit(self.given, call)
@@ -330,7 +332,11 @@ class Frame:
         assert self.router is not None and self.call is not None
         if hidden_states is not None and self.gates is not None:
             hidden_states = hidden_states.to(self.gates.device)  # of a model that is spread over several
-        output = self.router.route(hidden_states, self.call.mask, layer=layer, active=self.active)
+        router, mask = self.router, self.call.mask
+        if isinstance(router, LearnedRouter) and not self.custom and "route" not in vars(router):
+            output = router.route(hidden_states, mask, layer=layer, active=self.active, shared=self.shared)
+        else:
+            output = router.route(hidden_states, mask, layer=layer, active=self.active)
         if self.custom:
             self._check_output(output, () if hidden_states is None else hidden_states.shape[:-1])
         # A router of one's own is not held to weights of 0 outside its picks.

@@ -338,12 +338,12 @@ class RoutedTuner(Experts, StaticMixtures):
         else:
             loss = balance.loss()
         if isinstance(output, tuple):  # return_dict=False: with labels the loss comes first
-            if balance is None or output[0].numel() != 1:
+            if balance is None or not balance.coefficient or output[0].numel() != 1:
                 return output
             return (output[0] + balance.term(loss), *output[1:])
         # An attribute, no key: Trainer takes every key of an evaluation's output for predictions.
         output.router_aux_loss = loss
-        if balance is not None and getattr(output, "loss", None) is not None:
+        if balance is not None and balance.coefficient and getattr(output, "loss", None) is not None:
             output.loss = output.loss + balance.term(loss).to(output.loss.device)
         counted = getattr(output, "label_mask", None)
         if balance is not None and counted is not None:  # trl's fused head
