@@ -87,10 +87,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
             if (!waited) wait_for_predecessor();
             waited = true;
 #if ML_COLS
-            u32 raised;
-            do {
-              asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flags + at.row / ROWS) : "memory");
-            } while (raised < 2);
+            wait_until(flags + at.row / ROWS, 2);
 #endif
             fence_all();
           }
@@ -112,7 +109,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
         fence_all();
         __threadfence();
         warpgroup_sync(1 + group);
-        if (t == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(flags + i) : "memory");
+        if (t == 0) raise(flags + i);
       }
     }
 #endif
@@ -120,8 +117,8 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
       place at = place_of(tile, row_tiles, col_tiles);
       float d[ML_WIDTH / 2];
       sum_tiles(d, none(), r, steps, group, true);
-      store_tile(d, base + STAGES * STAGE_BYTES + group * 2 * Y_BYTES, &y, at.row + group * 64, at.col, n, bias, group);
+      store_tile<2>(d, base + STAGES * STAGE_BYTES + group * 2 * Y_BYTES, Y_BYTES, &y, at.row + group * 64, at.col, n, bias, group);
     }
-    if (t == 0) stores_done();
+    if (t == 0) stores_read<0>();
   }
 }

@@ -33,7 +33,7 @@ typedef enum {
   ML_BY_DECODE, /* few.cu, then decode.cu: few tokens, forward */
   ML_BY_DUAL,   /* project.cu, or with dropout dropout.cu, then dual.cu */
   ML_BY_FUSED,  /* dual.cu with the shrink inside */
-  ML_BY_SHARED  /* shared.cu: a tile a multiprocessor, 64 columns */
+  ML_BY_SHARED  /* shared.cu: a tile a multiprocessor, 64 columns; dual.cu, where there are more tiles */
 } ml_way;
 
 /* ML_CUDA_UNSUPPORTED: too many experts or columns, widths that are not multiples of 8, pointers that are not of 16. */

@@ -17,7 +17,6 @@ VALUES = {
     "ML_LOGITS": (0, 1, 2),
     "ML_TOKENS": (8, 32, 64, 128),
     "ML_CHUNKS": (1, 2),
-    "ML_SHARE": (2,),
     "ML_TILES": (1, 2, 4),
     "ML_TOP": (0, 1),
     ("decode.cu", "ML_ROWS"): (16, 32, 64, 128),
