@@ -139,7 +139,7 @@ typedef struct {
 
 /* Dropout of x, of which every expert has its own: what its masks follow from. */
 typedef struct {
-  unsigned keys[7][2];            /* of the rounds of Philox (core/kernels/philox.h) */
+  unsigned keys[7][2];              /* of the rounds of Philox (core/kernels/philox.h) */
   unsigned drops[ML_TABLE_EXPERTS]; /* of the 2^16 numbers that an element may draw those for which it is dropped */
   float scale[ML_TABLE_EXPERTS];    /* of what is kept */
 } ml_dropout;

@@ -122,10 +122,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
             if (!waited) wait_for_predecessor();
             waited = true;
 #if ML_COLS
-            u32 raised;
-            do {
-              asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flags + at.row / ROWS) : "memory");
-            } while (raised < 2);
+            wait_until(flags + at.row / ROWS, 2);
 #endif
             fence_all();
           }
@@ -147,7 +144,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
         fence_all();
         __threadfence();
         warpgroup_sync(1 + group);
-        if (t == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(flags + i) : "memory");
+        if (t == 0) raise(flags + i);
       }
     }
 #endif
@@ -159,8 +156,8 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
       wait_for_predecessor();
       add_rows(d, added, adds, at.row + group * 64 + (t >> 5) * 16 + ((t & 31) >> 2), at.col, shrunk.tokens, n);
 #endif
-      store_tile(d, base + STAGES * STAGE_BYTES + group * 2 * Y_BYTES, &y, at.row + group * 64, at.col, n, bias, group);
+      store_tile<2>(d, base + STAGES * STAGE_BYTES + group * 2 * Y_BYTES, Y_BYTES, &y, at.row + group * 64, at.col, n, bias, group);
     }
-    if (t == 0) stores_done();
+    if (t == 0) stores_read<0>();
   }
 }

@@ -59,11 +59,28 @@ template <int N>
 DEVICE void stores_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
-DEVICE void stores_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 /* Between ordinary writes of shared memory, or of any memory, and the copy engine or wgmma that read them. */
 DEVICE void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void fence_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+/* Bytes as they lie in memory, a multiple of 16. */
+DEVICE void load_bytes(u32 to, const void *from, u32 barrier, u32 bytes) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+/* ---- flags in memory, which count how often they were raised ---- */
+
+/* Who sees it raised sees what this thread has written, and what others had when it met them at a barrier. */
+DEVICE void raise(u32 *flag) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(flag) : "memory"); }
+DEVICE void wait_until(const u32 *flag, u32 count) {
+  u32 raised;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
+  } while (raised < count);
+}
 
 /* ---- clusters ---- */
 

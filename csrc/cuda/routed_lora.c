@@ -113,20 +113,34 @@ static bool shrinks_are_free(const ml_layer *layer, int64_t n) {
   return idle > 0 && each * (layer->columns == 64 ? 36 : 50) <= 100;
 }
 
-/* Tiles of shared.cu: the widest with which every block has one, and more than half of the multiprocessors (for narrow ones: two in
- * five) have a block; 0: none. Its clusters are pairs: larger ones would save work, but were measured not to reach all multiprocessors at once. */
-enum { SHARE = 2 };
-static int64_t shared_blocks(const ml_layer *layer, int64_t n, int width) {
-  return ceil_div(layer->tokens, ROWS) * round_up(ceil_div(n, width), SHARE);
-}
-static int shared_width(const ml_layer *layer, int64_t n) {
+/* The columns of y that shared.cu computes, in tiles of one width, a block each; the others are dual.cu's. */
+typedef struct {
+  int width; /* 0: none */
+  int64_t columns;
+} wave;
+
+/* All of them, in the widest tiles of which every block has one, and more than half of the multiprocessors (of narrow ones: two in
+ * five) have a block; or a first wave, as many as nearly all multiprocessors have a tile of, where it makes no wave more and the sum is
+ * long: few blocks have the same rows then, so each finishes more of them. Measured: 8192 tokens and 1024 columns are slower so
+ * than by dual.cu with a sum of 1024, and faster with one of 2048. */
+static wave shared_wave(const ml_layer *layer, bool backward) {
+  int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
+  int64_t rows = ceil_div(layer->tokens, ROWS), blocks = layer->gpu->multiprocessors;
+  if (layer->drops || layer->columns != 64) {
+    return (wave){0, 0};
+  }
   for (int width = 256; width >= 128; width /= 2) {
-    int64_t blocks = shared_blocks(layer, n, width);
-    if (blocks <= layer->gpu->multiprocessors && blocks * (width == 256 ? 4 : 5) > layer->gpu->multiprocessors * 2) {
-      return width;
+    int64_t tiles = rows * ceil_div(n, width);
+    if (tiles <= blocks && tiles * (width == 256 ? 4 : 5) > blocks * 2) {
+      return (wave){width, n};
     }
   }
-  return 0;
+  int64_t across = blocks / rows, tiles = rows * ceil_div(n, 256);
+  if (depth >= 2048 && tile_width(n) == 256 && tiles > blocks && rows * across * 10 >= blocks * 9 &&
+      1 + ceil_div(tiles - rows * across, blocks) == ceil_div(tiles, blocks)) {
+    return (wave){256, across * 256};
+  }
+  return (wave){0, 0};
 }
 
 /* Whether that costs less than all experts do: a pair costs what its rows of x and y are to move, an expert its columns. Measured on an
@@ -148,7 +162,7 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
                 !backward && !layer->drops && layer->tokens <= DECODE_TOKENS && layer->columns <= DECODE_COLUMNS,
                 true,
                 !layer->drops && layer->columns <= 128 && idle_blocks(layer, n) > 0,
-                !layer->drops && layer->columns == 64 && shared_width(layer, n) > 0,
+                shared_wave(layer, backward).width > 0,
                 can_group(layer),
                 true};
   if (!layer->dense) {
@@ -232,14 +246,25 @@ static size_t parts_bytes(const ml_layer *layer, bool backward) {
 
 /* ---- the workspace ---- */
 
+enum { SLICES = 8, SLICE_BYTES = 4096 }; /* as in shared.cu */
+
+/* What the blocks of shared.cu leave for each other. */
+static size_t shared_parts_bytes(const ml_layer *layer, bool backward) {
+  wave first = shared_wave(layer, backward);
+  int64_t sharers = first.width == 0 ? 0 : min_(ceil_div(first.columns, first.width), SLICES);
+  return (size_t)(ceil_div(layer->tokens, ROWS) * sharers) * SLICES * SLICE_BYTES;
+}
+
 typedef struct {
   ml_prepared prepared;
   void *mixed, *weighted;
-  float *grad_w, *parts;
+  void *parts;
+  float *grad_w;
   size_t bytes;
 } places;
 
-static int n_flags(const ml_layer *layer) { return (int)ceil_div(layer->tokens, ROWS); }
+/* Of 128 rows shared.cu has two, dual.cu one. */
+static int n_flags(const ml_layer *layer) { return 2 * (int)ceil_div(layer->tokens, ROWS); }
 
 /* The next of some places in a workspace of which so many bytes are used. */
 #define PLACE(pointer, size)                                        \
@@ -262,9 +287,7 @@ static places places_in(const ml_layer *layer, char *workspace, bool backward) {
     PLACE(p.weighted, T * C * 2);
     PLACE(p.grad_w, T * N * 4);
   }
-  if (layer->drops) {
-    PLACE(p.parts, parts_bytes(layer, backward));
-  }
+  PLACE(p.parts, layer->drops ? parts_bytes(layer, backward) : shared_parts_bytes(layer, backward));
   p.prepared.tokens = (int)layer->tokens;
   p.prepared.columns = layer->columns;
   p.prepared.n_experts = layer->n_experts;
@@ -416,89 +439,122 @@ static ml_cuda_status project(const ml_layer *layer, const places *p, ml_narrow 
                       arguments);
 }
 
-/* The product of ml_dual: of maps x, w, mixed, b, y and the shrink's factor; `adds` rows of each token are added, or none. */
-static ml_cuda_status dual_tiles(const ml_layer *layer, ml_tensor_map *maps, ml_narrow narrow, bool backward,
-                                 bool fused, unsigned *flags, const void *added, int adds) {
+/* Some columns of y, or of grad_x, and the width of the tiles that they are computed in. */
+typedef struct {
+  int64_t first, n;
+  int width;
+} part;
+
+/* Those from `first` on. */
+static part columns_from(const ml_layer *layer, bool backward, int64_t first) {
+  int64_t n = (backward ? layer->d_in : layer->d_out) - first;
+  return (part){first, n, tile_width(n)};
+}
+
+/* Row or column `i` of 16-bit elements that lie so many apart. */
+static void *from(const void *data, int64_t i, int64_t apart) { return (char *)(uintptr_t)data + i * apart * 2; }
+
+/* What dual.cu and shared.cu read and write: x, W, `mixed` and its factor, y, and the factor of a shrink inside. */
+enum { OF_X, OF_W, OF_MIXED, OF_B, OF_Y, OF_SHRINK, N_MAPS };
+
+static ml_cuda_status wide_maps(const ml_layer *layer, ml_rows x, void *y, bool backward, part of,
+                                ml_tensor_map maps[N_MAPS]) {
+  int64_t T = layer->tokens, row = layer->weight_row;
   int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
-  int width = tile_width(n), stages = width == 256 ? 4 : 6;
-  const void *bias = backward ? NULL : layer->bias;
-  int n_ = (int)n, depth_ = (int)depth, shrinkers = fused ? (int)idle_blocks(layer, n) : 0;
-  void *arguments[] = {&maps[0], &maps[1], &maps[2], &maps[3],   &maps[4], &maps[5], &narrow,
-                       &bias,    &n_,      &depth_,  &shrinkers, &flags,   &added,   &adds};
+  const void *w = from(layer->weight, of.first, backward ? 1 : row);
+  ml_cuda_status status = map_of(layer, &maps[OF_X], x.data, T, depth, x.row, ROWS);
+  if (status == ML_CUDA_OK) {
+    status = factor_map(layer, backward, &maps[OF_W], w, of.n, depth, row, of.width);
+  }
+  return status == ML_CUDA_OK ? map_of(layer, &maps[OF_Y], from(y, of.first, 1), T, of.n, n, 64) : status;
+}
+
+static ml_cuda_status narrow_maps(const ml_layer *layer, const places *p, bool backward, part of,
+                                  ml_tensor_map maps[N_MAPS]) {
+  int64_t T = layer->tokens, C = layer->columns;
+  int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
+  const void *b = backward ? from(p->prepared.a, of.first, 1) : from(p->prepared.b, of.first, C);
+  const void *shrink = backward ? p->prepared.b : p->prepared.a;
+  ml_cuda_status status = map_of(layer, &maps[OF_MIXED], p->mixed, T, C, C, ROWS);
+  if (status == ML_CUDA_OK) {
+    status = factor_map(layer, backward, &maps[OF_B], b, of.n, C, backward ? n : C, of.width);
+  }
+  return status == ML_CUDA_OK ? factor_map(layer, backward, &maps[OF_SHRINK], shrink, C, depth, backward ? C : depth,
+                                           C == 128 ? 128 : 64)
+                              : status;
+}
+
+static const void *bias_of(const ml_layer *layer, bool backward, part of) {
+  return backward || layer->bias == NULL ? NULL : from(layer->bias, of.first, 1);
+}
+
+/* The product of ml_dual; `adds` rows of each token are added to it, or none. */
+static ml_cuda_status dual_tiles(const ml_layer *layer, ml_tensor_map maps[N_MAPS], ml_narrow narrow, bool backward,
+                                 bool fused, part of, unsigned *flags, const void *added, int adds) {
+  const void *bias = bias_of(layer, backward, of);
+  int n = (int)of.n, depth = (int)(backward ? layer->d_out : layer->d_in);
+  int shrinkers = fused ? (int)idle_blocks(layer, n) : 0, stages = of.width == 256 ? 4 : 6;
+  void *arguments[] = {&maps[OF_X], &maps[OF_W], &maps[OF_MIXED], &maps[OF_B], &maps[OF_Y], &maps[OF_SHRINK], &narrow,
+                       &bias,       &n,          &depth,          &shrinkers,  &flags,      &added,           &adds};
   int64_t blocks = min_(layer->gpu->multiprocessors, fused ? INT32_MAX : tiles_of(layer, n));
   ml_variant variant = {
-      ML_DUAL, {layer->f16, backward, (int16_t)width, (int16_t)(fused ? layer->columns : 0), bias != NULL, adds > 0}};
+      ML_DUAL,
+      {layer->f16, backward, (int16_t)of.width, (int16_t)(fused ? layer->columns : 0), bias != NULL, adds > 0}};
   return launch(layer, variant, "ml_dual",
                 (ml_launch){.grid = (unsigned)blocks,
                             .block = 384,
-                            .shared_bytes = (unsigned)(stages * (16384 + width * 128) + 4 * 8192 + 2048),
+                            .shared_bytes = (unsigned)(stages * (16384 + of.width * 128) + 4 * 8192 + 2048),
                             .early = true},
                 arguments);
 }
 
-/* x, w and y of that product. */
-static ml_cuda_status wide_maps(const ml_layer *layer, ml_tensor_map *maps, ml_rows x, void *y, bool backward) {
-  int64_t T = layer->tokens, depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
-  ml_cuda_status status = map_of(layer, &maps[0], x.data, T, depth, x.row, ROWS);
-  if (status == ML_CUDA_OK) {
-    status = factor_map(layer, backward, &maps[1], layer->weight, n, depth, layer->weight_row, tile_width(n));
-  }
-  return status == ML_CUDA_OK ? map_of(layer, &maps[4], y, T, n, n, 64) : status;
-}
-
-/* y = x W^T + mixed B^T (+ bias), or grad_x = g W + Q A. */
+/* y = x W^T + mixed B^T (+ bias), or grad_x = g W + Q A, from column `first` on. */
 static ml_cuda_status dual(const ml_layer *layer, const places *p, ml_narrow narrow, ml_rows x, void *y, bool backward,
-                           bool fused) {
-  int64_t T = layer->tokens, C = layer->columns;
-  int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
-  const void *b = backward ? p->prepared.a : p->prepared.b, *shrink = backward ? p->prepared.b : p->prepared.a;
-  ml_tensor_map maps[6];
-  ml_cuda_status status;
-  if ((status = wide_maps(layer, maps, x, y, backward)) != ML_CUDA_OK ||
-      (status = map_of(layer, &maps[2], p->mixed, T, C, C, ROWS)) != ML_CUDA_OK ||
-      (status = factor_map(layer, backward, &maps[3], b, n, C, backward ? n : C, tile_width(n))) != ML_CUDA_OK ||
-      (status = factor_map(layer, backward, &maps[5], shrink, C, depth, backward ? C : depth, fused ? (int)C : 64)) !=
-          ML_CUDA_OK) {
-    return status;
+                           bool fused, int64_t first) {
+  part of = columns_from(layer, backward, first);
+  ml_tensor_map maps[N_MAPS];
+  ml_cuda_status status = wide_maps(layer, x, y, backward, of, maps);
+  if (status == ML_CUDA_OK) {
+    status = narrow_maps(layer, p, backward, of, maps);
   }
-  return dual_tiles(layer, maps, narrow, backward, fused, p->prepared.flags, NULL, 0);
+  return status == ML_CUDA_OK ? dual_tiles(layer, maps, narrow, backward, fused, of, p->prepared.flags, NULL, 0)
+                              : status;
 }
 
-/* The same, with the shrink shared by the blocks of a cluster. */
+/* The same, a tile a block, with a shrink that these blocks share; and dual.cu for the columns that are left. */
 static ml_cuda_status shared(const ml_layer *layer, const places *p, ml_narrow narrow, ml_rows x, void *y,
                              bool backward) {
-  int64_t T = layer->tokens, C = layer->columns;
-  int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
-  int width = shared_width(layer, n), stages = width == 256 ? 3 : 4;
-  const void *b = backward ? p->prepared.a : p->prepared.b, *shrink = backward ? p->prepared.b : p->prepared.a;
-  ml_tensor_map maps[5];
-  ml_cuda_status status;
-  if ((status = map_of(layer, &maps[0], x.data, T, depth, x.row, ROWS)) != ML_CUDA_OK ||
-      (status = factor_map(layer, backward, &maps[1], layer->weight, n, depth, layer->weight_row, width)) !=
-          ML_CUDA_OK ||
-      (status = factor_map(layer, backward, &maps[2], b, n, C, backward ? n : C, width)) != ML_CUDA_OK ||
-      (status = map_of(layer, &maps[3], y, T, n, n, 64)) != ML_CUDA_OK ||
-      (status = factor_map(layer, backward, &maps[4], shrink, C, depth, backward ? C : depth, (int)C)) != ML_CUDA_OK) {
+  wave all = shared_wave(layer, backward);
+  part of = {0, all.columns, all.width};
+  ml_tensor_map maps[N_MAPS];
+  ml_cuda_status status = wide_maps(layer, x, y, backward, of, maps);
+  if (status == ML_CUDA_OK) {
+    status = narrow_maps(layer, p, backward, of, maps);
+  }
+  if (status != ML_CUDA_OK) {
     return status;
   }
-  const void *bias = backward ? NULL : layer->bias;
-  int n_ = (int)n, depth_ = (int)depth;
-  void *arguments[] = {&maps[0], &maps[1], &maps[2], &maps[3], &maps[4], &narrow, &bias, &n_, &depth_};
-  ml_variant variant = {ML_SHARED, {layer->f16, backward, (int16_t)width, SHARE, bias != NULL}};
-  return launch(layer, variant, "ml_shared",
-                (ml_launch){.grid = (unsigned)shared_blocks(layer, n, width),
-                            .block = 384,
-                            .shared_bytes = (unsigned)(stages * (16384 + width * 128 + 8192) + 32768 + 16384 + 4096),
-                            .cluster = SHARE,
-                            .early = true},
-                arguments);
+  const void *bias = bias_of(layer, backward, of);
+  int n = (int)of.n, depth = (int)(backward ? layer->d_out : layer->d_in), stages = of.width == 256 ? 4 : 6;
+  void *flags = p->prepared.flags, *parts = p->parts;
+  void *arguments[] = {&maps[OF_X], &maps[OF_W], &maps[OF_MIXED], &maps[OF_B], &maps[OF_Y], &maps[OF_SHRINK], &narrow,
+                       &bias,       &n,          &depth,          &parts,      &flags};
+  ml_variant variant = {ML_SHARED, {layer->f16, backward, (int16_t)of.width, bias != NULL}};
+  status = launch(layer, variant, "ml_shared",
+                  (ml_launch){.grid = (unsigned)(ceil_div(layer->tokens, ROWS) * ceil_div(of.n, of.width)),
+                              .block = 384,
+                              .shared_bytes = (unsigned)(stages * (16384 + of.width * 128) + 32768 + 2048),
+                              .early = true},
+                  arguments);
+  bool whole = of.n == (backward ? layer->d_in : layer->d_out);
+  return status != ML_CUDA_OK || whole ? status : dual(layer, p, narrow, x, y, backward, false, of.n);
 }
 
 /* y, or grad_x, by the layer's way; `mixed` has been made where that is ML_BY_DUAL. */
 static ml_cuda_status wide_side(const ml_layer *layer, ml_way way, const places *p, ml_narrow narrow, ml_rows x,
                                 void *y, bool backward) {
   return way == ML_BY_SHARED ? shared(layer, p, narrow, x, y, backward)
-                             : dual(layer, p, narrow, x, y, backward, way == ML_BY_FUSED);
+                             : dual(layer, p, narrow, x, y, backward, way == ML_BY_FUSED, 0);
 }
 
 /* H of a few tokens, and s w H. */
@@ -749,15 +805,16 @@ static ml_cuda_status pairs_spread(const ml_layer *layer, const pair_places *p, 
   int cols = (int)n, width = (int)round_up(n, 64);
   void *arguments[] = {(void *)(uintptr_t)&p->pairs, (void *)(uintptr_t)&p->mixed, (void *)(uintptr_t)&p->added, &cols,
                        &width};
-  ml_tensor_map maps[6];
-  ml_cuda_status status = wide_maps(layer, maps, x, y, backward);
+  part of = columns_from(layer, backward, 0);
+  ml_tensor_map maps[N_MAPS];
+  ml_cuda_status status = wide_maps(layer, x, y, backward, of, maps);
   if (status == ML_CUDA_OK) {
     status = launch_pairs(layer, "ml_pairs_spread", backward, false, p->pairs.tiles * ceil_div(n, 4 * 256), 256, 0,
                           arguments);
   }
-  maps[2] = maps[0], maps[3] = maps[5] = maps[1]; /* not used */
+  maps[OF_MIXED] = maps[OF_X], maps[OF_B] = maps[OF_SHRINK] = maps[OF_W]; /* not used */
   ml_narrow tokens = {.tokens = p->pairs.tokens};
-  return status == ML_CUDA_OK ? dual_tiles(layer, maps, tokens, backward, false, NULL, p->added, p->pairs.top_k)
+  return status == ML_CUDA_OK ? dual_tiles(layer, maps, tokens, backward, false, of, NULL, p->added, p->pairs.top_k)
                               : status;
 }
 

@@ -34,11 +34,11 @@ typedef struct {
 
 /* How a layer is computed: a pure function of shape, dtype and GPU. */
 typedef enum {
-  ML_BY_TORCH,  /* torch's products, with ml_layer_mix, or what dropout has instead, between them */
-  ML_BY_DECODE, /* few.cu, then decode.cu: few tokens, forward */
-  ML_BY_DUAL,   /* project.cu, or with dropout dropout.cu, then dual.cu */
-  ML_BY_FUSED,  /* dual.cu with the shrink inside */
-  ML_BY_SHARED, /* shared.cu: a tile a multiprocessor, 64 columns */
+  ML_BY_TORCH,   /* torch's products, with ml_layer_mix, or what dropout has instead, between them */
+  ML_BY_DECODE,  /* few.cu, then decode.cu: few tokens, forward */
+  ML_BY_DUAL,    /* project.cu, or with dropout dropout.cu, then dual.cu */
+  ML_BY_FUSED,   /* dual.cu with the shrink inside */
+  ML_BY_SHARED,  /* shared.cu: a tile a multiprocessor, 64 columns; dual.cu, where there are more tiles */
   ML_BY_GROUPED, /* choose.cu, pairs.cu, dual.cu: the top k experts of each token alone */
   ML_BY_ADDMM /* project.cu, and backward collect.cu; the base's product and what adds the mixture to it are torch's */
 } ml_way;

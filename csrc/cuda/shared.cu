@@ -1,176 +1,162 @@
-//options: ML_F16 ML_BACKWARD ML_WIDTH ML_SHARE ML_BIAS
+//options: ML_F16 ML_BACKWARD ML_WIDTH ML_BIAS
 /* A layer in one kernel, as dual.cu, for so few tiles that every block has one, and 64 columns: no block has time to spare for the
- * shrink then, but the ML_SHARE (2, 4, 8) blocks of a cluster, which have the same rows of x, share it.
+ * shrink then, but blocks with the same rows of x share it.
  *
- * Each multiplies one part of x, which it has in shared memory anyway, with the shrink's factor, too. It sends what comes of it, the
- * warps' 16 rows each, to the blocks that finish those rows; they add the parts in the order of the ranks, scale, and
- * send `mixed` to all. Meanwhile the long sum goes on, whose last step multiplies `mixed` from shared memory.
+ * Up to eight of them multiply one part of x each, which they have in shared memory anyway, with the shrink's factor, too, and
+ * leave what comes of it in memory, `parts`. When all parts of 16 rows are there, a warp of one of these blocks adds them in the
+ * order of the blocks, and makes `mixed` of them, while the long sum goes on, whose last step multiplies `mixed`.
  *
- * Blocks begin the long sum at different places, so that their part of the shrink comes early, but not before the kernel
- * before this one has made its factor.
+ * flags: for each 128 rows the parts that are there and, behind all of these, the slices that `mixed` has; zeros at the
+ * beginning. Blocks wait for the first eight with their rows, which stand side by side and start in the order of their indices. So of
+ * one launch at most seven blocks wait for one that has not started: launches would have to be many, and each begun with no more than
+ * that, to keep each other from a multiprocessor. A cooperative launch, which starts all blocks at once, takes 1.1 us longer.
  */
 #include "tile.cuh"
 
 enum {
   COLS = 64,
+  STAGE_BYTES = X_BYTES + W_BYTES,
+  STAGES = ML_WIDTH == 256 ? 4 : 6,
+  SCRATCH = STAGES * STAGE_BYTES, /* of the shrink's factor, then of parts */
+  SCRATCH_BYTES = 32 << 10,
+  BARRIERS = SCRATCH + SCRATCH_BYTES,
   PANEL_BYTES = COLS * 128,
-  STAGE_BYTES = X_BYTES + W_BYTES + PANEL_BYTES,
-  STAGES = ML_WIDTH == 256 ? 3 : 4,
-  SLICE = ROWS / ML_SHARE,    /* rows that a block finishes, */
-  WARPS = 8 / ML_SHARE,       /* and the warps of each block that have them */
-  PART_BYTES = 16 * COLS * 4, /* of one warp */
-  PARTS = STAGES * STAGE_BYTES,
-  MIXED = PARTS + ML_SHARE * WARPS * PART_BYTES, /* parts lie where y's boxes go in the end */
-  DOTS = MIXED + X_BYTES,
-  BARRIERS = DOTS + SLICE * 8 * 4
+  PANELS = SCRATCH_BYTES / PANEL_BYTES,
+  SLICES = ROWS / 16, /* of rows, a warp's, */
+  SLICE_BYTES = 16 * COLS * 4,
+  FINISHERS = 3 /* and warps that finish them */
 };
+static_assert(SLICES * SLICE_BYTES <= SCRATCH_BYTES, "all parts of a slice are added at once");
 
-/* Registers to another block's shared memory, where `barrier` counts the bytes. */
-DEVICE void send(u32 to, u32 barrier, float a, float b, float c, float d) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "f"(a),
-               "f"(b), "f"(c), "f"(d), "r"(barrier)
-               : "memory");
-}
-DEVICE void send(u32 to, u32 barrier, u32 word) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(to), "r"(word), "r"(barrier)
-               : "memory");
+/* One more step of the sum, and of the shrink with a second accumulator: what was multiplied before it is done then. */
+template <class OTHER, class RING>
+DEVICE void step(float (&d)[ML_WIDTH / 2], OTHER &&h, RING &r, u32 panel, int group, bool first, bool first_shrink, int &before) {
+  u32 x = r.data() + group * 8192;
+  barrier_wait(r.full(), r.phase);
+  products_begin();
+  multiply_tile(d, x, r.data() + X_BYTES, first);
+  multiply_more(h, x, panel, first_shrink);
+  products_commit();
+  products_wait<1>();
+  if (before >= 0 && (threadIdx.x & 127) == 0) barrier_arrive(r.empty(before));
+  before = r.stage;
+  r.next();
 }
 
-/* The rows that this block finishes: 16 rows of 8 columns a warp at a time. `first` is the first of them, of `slice` in the tile; one
- * cluster of those with the same rows writes what others will read. */
-DEVICE void finish_slice(const ml_narrow &n, u32 base, u32 mixed_barrier, int first, int slice, bool writes) {
-  int t = threadIdx.x - 128, lane = t & 31;
-  for (int task = t >> 5; task < WARPS * 8; task += 8) {
-    int group = task / 8, block = task % 8, column = block * 8 + 2 * (lane & 3), e = n.experts[block];
-    float v[4] = {0, 0, 0, 0};
-    for (int rank = 0; rank < ML_SHARE; rank++) {
-      float4 part;
-      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(part.x), "=f"(part.y), "=f"(part.z), "=f"(part.w)
-                   : "r"(base + PARTS + (rank * WARPS + group) * PART_BYTES + block * 512 + lane * 16)
-                   : "memory");
-      v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
-    }
+/* d = the sum of a slice's parts, `apart` bytes from each other in memory. */
+DEVICE void add_parts(float (&d)[COLS / 2], const char *parts, u64 apart, int count, u32 scratch, u32 barrier, u32 phase) {
+  int lane = threadIdx.x & 31;
+  __syncwarp();
+  if (lane == 0) {
+    fence_all();
+    barrier_expect(barrier, count * SLICE_BYTES);
+    for (int i = 0; i < count; i++) load_bytes(scratch + i * SLICE_BYTES, parts + i * apart, barrier, SLICE_BYTES);
+  }
+  barrier_wait(barrier, phase);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      int row = group * 16 + (lane >> 2) + 8 * half, token = first + row;
-      bool real = token < n.tokens;
-      float f = real ? n.factors[(u64)token * n.n_experts + e] : 0.f, v0 = v[2 * half], v1 = v[2 * half + 1];
-      u32 mixed = narrow(times(f, v0), times(f, v1));
-      u64 at = ((u64)token * COLS + column) / 2;
-#if ML_BACKWARD
-      u32 h = real && n.hidden ? ((const u32 *)n.hidden)[at] : 0u;
-      float dot = v0 * low_of(h) + v1 * high_of(h);
-      dot += __shfl_xor_sync(~0u, dot, 1);
-      dot += __shfl_xor_sync(~0u, dot, 2);
-      if ((lane & 3) == 0) asm volatile("st.shared.f32 [%0], %1;" ::"r"(base + DOTS + (row * 8 + block) * 4), "f"(dot) : "memory");
-      if (real && writes) {
-        ((u32 *)n.mixed)[at] = mixed;
-        if (n.weighted) ((u32 *)n.weighted)[at] = narrow(times(f, low_of(h)), times(f, high_of(h)));
-      }
-#else
-      if (real && writes && n.hidden) ((u32 *)n.hidden)[at] = narrow(v0, v1);
-#endif
-      int line = slice + row;
-      u32 to = base + MIXED + line * 128 + ((block ^ (line & 7)) << 4) + (lane & 3) * 4;
-      for (int rank = 0; rank < ML_SHARE; rank++) send(address_in(rank, to), address_in(rank, mixed_barrier), mixed);
-    }
+  for (int i = 0; i < COLS / 2; i++) d[i] = 0;
+#pragma unroll 1
+  for (int i = 0; i < count; i++) {
+    float4 v[COLS / 8];
+#pragma unroll
+    for (int j = 0; j < COLS / 8; j++)
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(v[j].x), "=f"(v[j].y), "=f"(v[j].z), "=f"(v[j].w)
+                   : "r"(scratch + i * SLICE_BYTES + j * 512 + lane * 16));
+#pragma unroll
+    for (int j = 0; j < COLS / 8; j++) d[4 * j] += v[j].x, d[4 * j + 1] += v[j].y, d[4 * j + 2] += v[j].z, d[4 * j + 3] += v[j].w;
   }
-#if ML_BACKWARD
-  if (!writes || !n.grad_w) return;
-  warpgroups_sync();
-  for (int i = t; i < SLICE * n.n_experts; i += 256) {
-    int row = i / n.n_experts, e = i % n.n_experts;
-    float sum = 0;
-    for (int block = 0; block < 8; block++) {
-      float dot;
-      asm volatile("ld.shared.f32 %0, [%1];" : "=f"(dot) : "r"(base + DOTS + (row * 8 + block) * 4) : "memory");
-      sum += n.experts[block] == e ? dot : 0.f;
-    }
-    if (first + row < n.tokens) n.grad_w[(u64)(first + row) * n.n_experts + e] = n.scalings[e] * sum;
-  }
-#endif
 }
 
 extern "C" __global__ __launch_bounds__(384, 1) void ml_shared(
-    const __grid_constant__ tensor_map x, const __grid_constant__ tensor_map w, const __grid_constant__ tensor_map b,
-    const __grid_constant__ tensor_map y, const __grid_constant__ tensor_map factor, const __grid_constant__ ml_narrow shrunk,
-    const u16 *bias, int n, int depth) {
+    const __grid_constant__ tensor_map x, const __grid_constant__ tensor_map w, const __grid_constant__ tensor_map mixed,
+    const __grid_constant__ tensor_map b, const __grid_constant__ tensor_map y, const __grid_constant__ tensor_map factor,
+    const __grid_constant__ ml_narrow shrunk, const u16 *bias, int n, int depth, char *parts, u32 *flags) {
   extern __shared__ char memory[];
   u32 base = (shared_address(memory) + 1023) & ~1023u;
   ring<STAGES, STAGE_BYTES> r = {base, base + BARRIERS, 0, 0};
-  u32 parts_barrier = base + BARRIERS + 16 * STAGES, mixed_barrier = parts_barrier + 8;
-  int rank = cluster_rank(), cluster = blockIdx.x / ML_SHARE, col_tiles = (n + ML_WIDTH - 1) / ML_WIDTH;
-  int across = (col_tiles + ML_SHARE - 1) / ML_SHARE; /* clusters with the same rows */
-  int row = cluster / across * ROWS, col = (cluster % across * ML_SHARE + rank) * ML_WIDTH;
-  int steps = (depth + 63) / 64, each = (steps + ML_SHARE - 1) / ML_SHARE;
-  int mine = max(min(steps - rank * each, each), 0); /* steps of the shrink, from rank * each on */
-  int early = min(steps / 4, steps - each), end = early + mine; /* they are the steps [early, end) here */
-  int begin = (rank * each - early + 2 * steps) % steps, finish = min(end + 2, steps);
+  u32 parts_barriers = base + BARRIERS + 16 * STAGES;
+  int col_tiles = (n + ML_WIDTH - 1) / ML_WIDTH, steps = (depth + 63) / 64;
+  int row_tile = blockIdx.x / col_tiles, own = blockIdx.x % col_tiles, row = row_tile * ROWS, col = own * ML_WIDTH;
+  int sharers = min(col_tiles, SLICES), each = (steps + sharers - 1) / sharers, shares = (steps + each - 1) / each;
+  int begin = own < shares ? own * each : 0, mine = own < shares ? min(steps - begin, each) : 0; /* the shrink's steps come first */
+  u32 *parts_there = flags + row_tile, *mixed_there = flags + gridDim.x / col_tiles + row_tile;
   if (threadIdx.x == 0) {
     r.begin();
-    barrier_init(parts_barrier, 1);
-    barrier_init(mixed_barrier, 1);
+    for (int i = 0; i < FINISHERS; i++) barrier_init(parts_barriers + 8 * i, 1);
     barrier_init_done();
-    barrier_expect(parts_barrier, ML_SHARE * WARPS * PART_BYTES);
-    barrier_expect(mixed_barrier, X_BYTES);
   }
   __syncthreads();
-  cluster_sync();
 
   if (threadIdx.x < 128) {
-    registers_give<40>();
+    registers_give<120>();
+    int finisher = (int)threadIdx.x / 32 - 1, finishers = min(FINISHERS, SLICES / shares), lane = threadIdx.x & 31;
     if (threadIdx.x == 0) {
       for (int i = 0, k = begin; i < steps; i++, k = k + 1 == steps ? 0 : k + 1, r.next()) {
-        bool shrinks = i >= early && i < end;
+        bool shrinks = i < mine;
         r.wait_empty();
-        barrier_expect(r.full(), X_BYTES + W_BYTES + (shrinks ? PANEL_BYTES : 0));
+        barrier_expect(r.full(), STAGE_BYTES + (shrinks ? PANEL_BYTES : 0));
         load_factor(r.data() + X_BYTES, &w, r.full(), k * 64, col, ML_WIDTH);
         load_box(r.data(), &x, r.full(), k * 64, row);
         if (shrinks) {
-          if (i == early) {
+          if (i == 0) {
             wait_for_predecessor();
             fence_all();
           }
-          load_factor(r.data() + X_BYTES + W_BYTES, &factor, r.full(), k * 64, 0, COLS);
+          if (i >= PANELS) barrier_wait(r.empty((i - PANELS) % STAGES), (i - PANELS) / STAGES & 1);
+          load_factor(base + SCRATCH + i % PANELS * PANEL_BYTES, &factor, r.full(), k * 64, 0, COLS);
         }
       }
       if (mine == 0) wait_for_predecessor();
       r.wait_empty();
-      barrier_expect(r.full(), W_BYTES);
+      barrier_expect(r.full(), STAGE_BYTES);
       load_factor(r.data() + X_BYTES, &b, r.full(), 0, col, ML_WIDTH);
+      wait_until(mixed_there, SLICES);
+      fence_all();
+      load_box(r.data(), &mixed, r.full(), 0, row);
+    } else if (finisher >= 0 && own < sharers) {
+      wait_for_predecessor();
+      if (mine > 0) asm volatile("bar.sync 4, 352;" ::: "memory");
+      if (mine > 0 && threadIdx.x == 32) raise(parts_there);
+      u32 phase = 0;
+      for (int slice = own + finisher * col_tiles; slice < SLICES && finisher < finishers; slice += finishers * col_tiles, phase ^= 1) {
+        float d[COLS / 2];
+        if (lane == 0) wait_until(parts_there, shares);
+        add_parts(d, parts + ((u64)row_tile * shares * SLICES + slice) * SLICE_BYTES, SLICES * SLICE_BYTES, shares,
+                  base + SCRATCH + finisher * shares * SLICE_BYTES, parts_barriers + 8 * finisher, phase);
+        finish_shrink(d, shrunk, row + slice * 16 + lane / 4, 0);
+        fence_all();
+        __syncwarp();
+        if (lane == 0) raise(mixed_there);
+      }
     }
   } else {
-    registers_stay<232>();
-    int group = (threadIdx.x >> 7) - 1, t = threadIdx.x & 127, lane = t & 31, warp = group * 4 + (t >> 5);
+    registers_stay<192>();
+    int group = (threadIdx.x >> 7) - 1, t = threadIdx.x & 127, lane = t & 31, warp = group * 4 + (t >> 5), before = -1;
     float d[ML_WIDTH / 2], h[COLS / 2];
-    sum_tiles(d, none(), r, early, group, true);
-    if (mine > 0) {
-      sum_tiles(d, h, r, mine, group, early == 0);
+    for (int i = 0; i < mine; i++) step(d, h, r, base + SCRATCH + i % PANELS * PANEL_BYTES, group, i == 0, i == 0, before);
+    /* The share is whole with the step after it, which runs on while it goes to memory. */
+    int done = mine;
+    if (done < steps) {
+      step(d, none(), r, 0, group, done == 0, false, before);
+      done++;
     } else {
-#pragma unroll
-      for (int i = 0; i < COLS / 2; i++) h[i] = 0;
+      products_wait<0>();
     }
-    /* The shrink's part is whole: to those who finish it. */
-    u32 owner = warp / WARPS, to = address_in(owner, base + PARTS + (rank * WARPS + warp % WARPS) * PART_BYTES + lane * 16);
-    u32 barrier = address_in(owner, parts_barrier);
+    settle(h);
+    if (mine > 0) {
+      wait_for_predecessor(); /* which may be using that memory */
+      float4 *to = (float4 *)(parts + (((u64)row_tile * shares + own) * SLICES + warp) * SLICE_BYTES) + lane;
 #pragma unroll
-    for (int j = 0; j < COLS / 8; j++) send(to + j * 512, barrier, h[4 * j], h[4 * j + 1], h[4 * j + 2], h[4 * j + 3]);
-    sum_tiles(d, none(), r, finish - end, group, end == 0);
-    wait_for_predecessor(); /* it has ended, and what it wrote is to be seen here, too */
-    barrier_wait(parts_barrier, 0);
-    finish_slice(shrunk, base, mixed_barrier, row + rank * SLICE, rank * SLICE, cluster % across == 0);
-    sum_tiles(d, none(), r, steps - finish, group, finish == 0);
-    barrier_wait(r.full(), r.phase);
-    barrier_wait(mixed_barrier, 0);
-    fence_shared();
-    products_begin();
-    multiply_tile(d, base + MIXED + group * 8192, r.data() + X_BYTES, false);
-    products_commit();
+      for (int j = 0; j < COLS / 8; j++) to[32 * j] = float4{h[4 * j], h[4 * j + 1], h[4 * j + 2], h[4 * j + 3]};
+      __syncwarp();
+      asm volatile("bar.arrive 4, 352;" ::: "memory");
+    }
+    for (int i = done; i <= steps; i++) step(d, none(), r, 0, group, false, false, before);
     products_wait<0>();
     settle(d);
-    warpgroups_sync(); /* nobody reads parts any more */
-    store_tile(d, base + PARTS + group * 2 * Y_BYTES, &y, row + group * 64, col, n, bias, group);
-    if (t == 0) stores_done();
+    /* Through what only this warpgroup has read: its rows of x in each stage. */
+    store_tile<4>(d, base + group * 8192, STAGE_BYTES, &y, row + group * 64, col, n, bias, group);
+    if (t == 0) stores_read<0>();
   }
 }

@@ -91,16 +91,19 @@ DEVICE void sum_tiles(float (&d)[SIZE], OTHER &&h, RING &r, int steps, int group
   settle(h);
 }
 
-/* One warpgroup's 64 rows of a tile, rounded, through shared memory. */
-DEVICE void store_tile(const float (&d)[ML_WIDTH / 2], u32 boxes, const tensor_map *y, int row, int col, int n, const u16 *bias,
-                       int group) {
+/* One warpgroup's 64 rows of a tile, rounded, through N boxes of shared memory that are `apart` bytes from each other. */
+template <int N>
+DEVICE void store_tile(const float (&d)[ML_WIDTH / 2], u32 boxes, u32 apart, const tensor_map *y, int row, int col, int n,
+                       const u16 *bias, int group) {
   int t = threadIdx.x & 127, lane = t & 31, quarter = lane >> 3;
   int line = (t >> 5) * 16 + (quarter & 1) * 8 + (lane & 7);
 #pragma unroll
   for (int chunk = 0; chunk < ML_WIDTH / 64; chunk++) {
-    u32 box = boxes + (chunk & 1) * Y_BYTES;
-    if (t == 0) stores_read<1>();
-    warpgroup_sync(1 + group);
+    u32 box = boxes + chunk % N * apart;
+    if (N < 4) { /* it may still be on its way */
+      if (t == 0) stores_read<N - 1>();
+      warpgroup_sync(1 + group);
+    }
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       int i = chunk * 32 + j * 8;

@@ -16,7 +16,6 @@ VALUES = {
     "ML_BIAS": (0, 1),
     "ML_LOGITS": (0, 1, 2),
     "ML_CHUNKS": (1, 2),
-    "ML_SHARE": (2,),
     "ML_TILES": (1, 2, 4),
     "ML_RANKS": (16, 32, 64),
     "ML_ADDS": (0, 1),

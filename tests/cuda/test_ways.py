@@ -46,6 +46,13 @@ def way(tokens, d_in, d_out, columns, backward=False, gpu=H200, n_experts=1, top
         (1024, 2048, 2048, 128, "addmm", "addmm"),  # 64 tiles
         (1152, 2048, 2048, 128, "dual", "dual"),  # 72
         (300, 1024, 768, 64, "addmm", "addmm"),
+        # a first wave of whole tiles that share the shrink, the rest after it
+        (8192, 2048, 16384, 64, "fused", "shared"),  # 512 tiles: 128, then 384 in 3 waves
+        (4096, 4096, 2048, 64, "shared", "fused"),
+        (8192, 2048, 1024, 64, "shared", "dual"),
+        (8192, 1984, 1024, 64, "dual", "dual"),  # a short sum
+        (8192, 4096, 8448, 64, "dual", "fused"),  # 16 full waves would become 17
+        (8192, 4096, 1024, 128, "dual", "fused"),
         # forward follows d_out, backward d_in
         (4096, 1024, 4096, 64, "fused", "shared"),
         (4096, 384, 392, 128, "addmm", "dual"),  # tiles of 256 columns, and of 128
@@ -75,7 +82,7 @@ def test_what_the_kernels_do_not_take_is_torchs(changes):
         (2048, 4096, 4096, 64, 64, "dual"),
         (2048, 4096, 4096, 8, 2, "fused"),
         (64, 4096, 4096, 16, 2, "decode"),
-        (64, 4096, 4096, 64, 2, "torch"),  # few tiles
+        (64, 4096, 4096, 64, 2, "addmm"),  # few tiles
         # more than all tokens can have: whichever the size
         (1, 64, 64, 97, 2, "grouped"),
         (2048, 4096, 4096, 256, 2, "grouped"),
@@ -95,7 +102,7 @@ def test_pairs_have_ranks_up_to_64(force):
 
 
 def test_the_gpu_decides():
-    assert [way(4096, 4096, 4096, 64, gpu=(9, n)) for n in (132, 114, 128)] == ["fused", "fused", "dual"]
+    assert [way(4096, 4096, 4096, 64, gpu=(9, n)) for n in (132, 114, 128)] == ["fused", "fused", "shared"]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +118,8 @@ def test_the_gpu_decides():
         ("decode", (129, 1024, 1024, 64), False, "addmm"),
         ("decode", (1, 4096, 4096, 64), True, "addmm"),
         ("addmm", (4096, 4096, 4096, 64), True, "addmm"),
-        ("shared", (4096, 4096, 4096, 64), False, "fused"),  # more tiles than blocks
+        ("shared", (4096, 4096, 4096, 64), False, "shared"),  # its first wave
+        ("shared", (8192, 4096, 8448, 64), False, "dual"),  # it would be a wave more
         ("dual", (300, 1024, 1020, 64), False, "torch"),
     ],
 )
