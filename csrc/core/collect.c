@@ -88,6 +88,33 @@ static void collect_in_place(void *context, int64_t task, int thread) {
   }
 }
 
+/* Gradients like those of B, of a few tokens: made where they belong, too. */
+static void collect_outer(void *context, int64_t task, int thread) {
+  (void)thread;
+  const collection *g = context;
+  const call *c = g->c;
+  int64_t d0 = task * g->width, cols = min_(g->width, g->grads.d - d0);
+  for (int64_t e = 0; e < g->grads.n_parts; e++) {
+    ml_matrix to = g->grads.parts[e];
+    if (!to.data) continue;
+    int64_t r0 = g->grads.offsets[e], rank = g->grads.offsets[e + 1] - r0;
+    c->products->outer(c->T, cols, rank, at(c, g->x.data, d0), g->x.row, at(c, g->h, r0), c->R,
+                       at(c, to.data, d0 * to.col), g->add);
+  }
+}
+
+/* Whether that can be: columns without gaps, of whole vectors or of a whole part of one. */
+static bool takes_outer(const call *c, factor grads) {
+  int64_t lanes = c->products->lanes;
+  if (c->T >= c->regime->outer) return false;
+  for (int64_t e = 0; e < grads.n_parts; e++) {
+    ml_matrix to = grads.parts[e];
+    int64_t rank = grads.offsets[e + 1] - grads.offsets[e];
+    if (to.data && (to.row != 1 || to.col != rank || (rank % lanes && (rank < 4 || lanes % rank)))) return false;
+  }
+  return true;
+}
+
 /* All others: the transpose x^T h, with h's own rows as panels, whose last vector may end beyond h. */
 static void collect_turned(void *context, int64_t task, int thread) {
   const collection *g = context;
@@ -138,7 +165,8 @@ void ml_collect(call *c, factor grads, const char *h, rows x, bool add) {
   g.width = in_place ? c->products->panel_width : turned_rows(grads.d);
   int64_t tasks = ceil_div(grads.d, g.width);
   g.scratch = ml_take(c, collect_scratch(c, g.width), ml_thread_bound(c->p->n_threads, tasks), c->size);
-  ml_parallel_for(ml_threads_for(c, c->T * c->R * grads.d), tasks, in_place ? collect_in_place : collect_turned, &g);
+  ml_task *collect = in_place ? collect_in_place : takes_outer(c, grads) ? collect_outer : collect_turned;
+  ml_parallel_for(ml_threads_for(c, c->T * c->R * grads.d), tasks, collect, &g);
   c->used = used;
 }
 
