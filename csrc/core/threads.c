@@ -244,3 +244,27 @@ void ml_parallel_for(int n_threads, int64_t n_tasks, ml_task *task, void *contex
   }
   run_loop(&l);
 }
+
+typedef struct {
+  int n_loops;
+  const ml_loop *loops;
+} several_loops;
+
+static void run_task_of_several(void *context, int64_t task, int thread) {
+  const several_loops *s = context;
+  int i = 0;
+  while (task >= s->loops[i].n_tasks) task -= s->loops[i++].n_tasks;
+  s->loops[i].task(s->loops[i].context, task, thread);
+}
+
+void ml_parallel_loops(int n_loops, const ml_loop *loops) {
+  several_loops s = {n_loops, loops};
+  int64_t n_tasks = 0;
+  int n_threads = 1;
+  for (int i = 0; i < n_loops; i++) {
+    n_tasks += loops[i].n_tasks;
+    int n = ml_thread_bound(loops[i].n_threads, INT64_MAX);
+    if (n > n_threads) n_threads = n;
+  }
+  ml_parallel_for(n_threads, n_tasks, run_task_of_several, &s);
+}
