@@ -27,7 +27,7 @@ enum {
   ROW_BLOCK = 48,       /* tokens that a group of panels is applied to at a time */
   ROW_PADDING = 16,     /* between rows of a masked block: a power of two apart, they would share few cache sets */
   SMALL_WORK = 1 << 18, /* multiply-adds below which starting threads costs more than it saves */
-  READING_WORK = 8      /* multiply-adds that take as long as reading, or writing, an element of A or B */
+  READING_WORK = 4      /* multiply-adds that take as long as reading, or writing, an element of A or B */
 };
 
 static inline int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }

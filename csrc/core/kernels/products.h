@@ -467,17 +467,14 @@ ML_INLINE void NAME(outer_vectors)(const int n, const bool whole, int64_t rows, 
   ML_UNROLL for (int i = 0; i < n; i++) sum[i] = (NAME(vector)){0};
   for (int64_t t = 0; t < tokens; t++, x += x_row, h += h_row) {
     NAME(vector) v = whole ? NAME(load)(x) : NAME(load_some)(x, rows), of_token;
+    of_token = NAME(load_some)(h, n);
 #if LANES == 8
-    NAME(lanes_4) part = *(const NAME(lanes_4) *)h;
-    of_token = __builtin_shufflevector(part, part, 0, 1, 2, 3, 0, 1, 2, 3);
+    of_token = __builtin_shufflevector(of_token, of_token, 0, 1, 2, 3, 0, 1, 2, 3);
 #else
-    if (n == 8) {
-      NAME(lanes_8) part = *(const NAME(lanes_8) *)h;
-      of_token = __builtin_shufflevector(part, part, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
-    } else {
-      NAME(lanes_4) part = *(const NAME(lanes_4) *)h;
-      of_token = __builtin_shufflevector(part, part, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
-    }
+    if (n == 8)
+      of_token = __builtin_shufflevector(of_token, of_token, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+    else
+      of_token = __builtin_shufflevector(of_token, of_token, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
 #endif
 #define ML_ADD_ROWS(n, i) sum[i] += __builtin_shufflevector(v, v, ML_ROWS(n, i)) * of_token
     if (n == 4) {
