@@ -464,10 +464,9 @@ static void NAME(short_sums)(int64_t tokens, int64_t n, int64_t depth, const voi
 ML_INLINE void NAME(outer_vectors)(const int n, const bool whole, int64_t rows, int64_t tokens, const REAL *x,
                                    int64_t x_row, const REAL *h, int64_t h_row, REAL *out, const bool add) {
   NAME(vector) sum[LANES / 2];
-  ML_UNROLL for (int i = 0; i < n; i++) sum[i] = (NAME(vector)){0};
+  ML_UNROLL for (int i = 0; i < LANES / 2; i++) sum[i] = (NAME(vector)){0};
   for (int64_t t = 0; t < tokens; t++, x += x_row, h += h_row) {
-    NAME(vector) v = whole ? NAME(load)(x) : NAME(load_some)(x, rows), of_token;
-    of_token = NAME(load_some)(h, n);
+    NAME(vector) v = whole ? NAME(load)(x) : NAME(load_some)(x, rows), of_token = NAME(load_some)(h, n);
 #if LANES == 8
     of_token = __builtin_shufflevector(of_token, of_token, 0, 1, 2, 3, 0, 1, 2, 3);
 #else
@@ -503,7 +502,7 @@ ML_INLINE void NAME(outer_vectors)(const int n, const bool whole, int64_t rows, 
     return;
   }
   REAL results[LANES / 2 * LANES];
-  ML_UNROLL for (int i = 0; i < n; i++) NAME(store)(results + i * LANES, sum[i]);
+  ML_UNROLL for (int i = 0; i < LANES / 2; i++) NAME(store)(results + i * LANES, sum[i]);
   for (int64_t i = 0; i < rows * n; i++) out[i] = add ? out[i] + results[i] : results[i];
 }
 
