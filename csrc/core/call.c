@@ -26,6 +26,11 @@ void ml_reserve_phase(budget *b, budget phase) {
   if (phase.bytes > b->phase) b->phase = phase.bytes;
 }
 
+void ml_reserve_apart(budget *b, budget phase) {
+  b->overflow |= phase.overflow || ML_ADD_OVERFLOWS(b->bytes, phase.bytes, &b->bytes) ||
+                 ML_ADD_OVERFLOWS(b->bytes, phase.phase, &b->bytes);
+}
+
 void *ml_take(call *c, int64_t rows_, int64_t cols, int64_t size) {
   void *taken = c->workspace + c->used;
   c->used += (size_t)round_up(rows_ * cols * size, ALIGNMENT);
@@ -33,6 +38,10 @@ void *ml_take(call *c, int64_t rows_, int64_t cols, int64_t size) {
 }
 
 int ml_threads_for(const call *c, int64_t multiply_adds) { return multiply_adds < SMALL_WORK ? 1 : c->p->n_threads; }
+
+int ml_threads_for_factors(const call *c, int64_t elements) {
+  return ml_threads_for(c, (c->T < READING_WORK ? READING_WORK : c->T) * elements);
+}
 
 ml_mask ml_mask_of(const ml_routed_lora *p, int64_t e) {
   uint32_t threshold = philox_threshold(p->experts[e].dropout);
@@ -98,6 +107,8 @@ void ml_reserve_common(const call *c, budget *b) {
   ml_reserve(b, N + 1, 1, sizeof *c->offsets);
   ml_reserve(b, N, 1, sizeof *c->a);
   ml_reserve(b, N, 1, sizeof *c->b);
+  ml_reserve(b, N, 1, sizeof *c->grad_a);
+  ml_reserve(b, N, 1, sizeof *c->grad_b);
   if (c->grouped) return;
   ml_reserve(b, c->T, N, c->size);
   if (c->p->top_k) ml_reserve(b, c->T, N, 1);
@@ -121,6 +132,8 @@ void ml_take_common(call *c) {
   c->offsets = ml_take(c, p->n_experts + 1, 1, sizeof *c->offsets);
   c->a = ml_take(c, p->n_experts, 1, sizeof *c->a);
   c->b = ml_take(c, p->n_experts, 1, sizeof *c->b);
+  c->grad_a = ml_take(c, p->n_experts, 1, sizeof *c->grad_a);
+  c->grad_b = ml_take(c, p->n_experts, 1, sizeof *c->grad_b);
   if (!c->grouped) {
     c->factors = ml_take(c, c->T, p->n_experts, c->size);
     if (p->top_k) c->keep = ml_take(c, c->T, p->n_experts, 1);
@@ -131,11 +144,15 @@ void ml_take_common(call *c) {
     c->offsets[e + 1] = c->offsets[e] + rank_of(c, e);
     c->a[e] = (ml_matrix){expert->a.data, row_stride(expert, expert->a.row), expert->a.col};
     c->b[e] = (ml_matrix){expert->b.data, row_stride(expert, expert->b.col), expert->b.row};
+    c->grad_a[e] = expert->grad_a;
+    c->grad_b[e] = (ml_matrix){expert->grad_b.data, expert->grad_b.col, expert->grad_b.row};
   }
 }
 
 factor ml_factor_a(const call *c) { return (factor){c->p->d_in, c->p->n_experts, c->offsets, c->a}; }
 factor ml_factor_b(const call *c) { return (factor){c->p->d_out, c->p->n_experts, c->offsets, c->b}; }
+factor ml_factor_grad_a(const call *c) { return (factor){c->p->d_in, c->p->n_experts, c->offsets, c->grad_a}; }
+factor ml_factor_grad_b(const call *c) { return (factor){c->p->d_out, c->p->n_experts, c->offsets, c->grad_b}; }
 
 /* ---- tokens with any strides ---- */
 

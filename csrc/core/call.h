@@ -23,10 +23,11 @@
 #include "threads.h"
 
 enum {
-  DEPTH_BLOCK = 256,   /* of a sum; each block starts from zero, which also keeps the rounding error small */
-  ROW_BLOCK = 48,      /* tokens that a group of panels is applied to at a time */
-  ROW_PADDING = 16,    /* between rows of a masked block: a power of two apart, they would share few cache sets */
-  SMALL_WORK = 1 << 18 /* multiply-adds below which starting threads costs more than it saves */
+  DEPTH_BLOCK = 256,    /* of a sum; each block starts from zero, which also keeps the rounding error small */
+  ROW_BLOCK = 48,       /* tokens that a group of panels is applied to at a time */
+  ROW_PADDING = 16,     /* between rows of a masked block: a power of two apart, they would share few cache sets */
+  SMALL_WORK = 1 << 18, /* multiply-adds below which starting threads costs more than it saves */
+  READING_WORK = 4      /* multiply-adds that take as long as reading, or writing, an element of A or B */
 };
 
 static inline int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -64,6 +65,8 @@ typedef struct {
   int64_t *offsets;    /* [N + 1] */
   ml_matrix *a;        /* [N] parts of M_A */
   ml_matrix *b;        /* [N] parts of M_B */
+  ml_matrix *grad_a;   /* [N] of their gradients, backward */
+  ml_matrix *grad_b;   /* [N] */
   char *factors;       /* [T, N], not where grouped */
   uint8_t *keep;       /* [T, N], with top_k, not where grouped */
   char *workspace;
@@ -100,10 +103,16 @@ void ml_reserve(budget *b, int64_t rows_, int64_t cols, int64_t size);
 /* Phases come one after the other and share their part of the workspace: less to touch, so fewer page faults. */
 void ml_reserve_phase(budget *b, budget phase);
 
+/* Phases that come together do not share. */
+void ml_reserve_apart(budget *b, budget phase);
+
 /* What was reserved, in the same order. */
 void *ml_take(call *c, int64_t rows_, int64_t cols, int64_t size);
 
 int ml_threads_for(const call *c, int64_t multiply_adds);
+
+/* The same for products of T rows and `elements` of the factors, which of a few tokens take their time by themselves. */
+int ml_threads_for_factors(const call *c, int64_t elements);
 ml_mask ml_mask_of(const ml_routed_lora *p, int64_t e);
 
 /* Whether p makes sense; then the number of tokens and the sum of the ranks. */
@@ -124,6 +133,8 @@ ml_status ml_allocate(call *c, budget b);
 
 factor ml_factor_a(const call *c);
 factor ml_factor_b(const call *c);
+factor ml_factor_grad_a(const call *c);
+factor ml_factor_grad_b(const call *c);
 
 /* Whether the tokens are rows of unit column stride; then *out says which. */
 bool ml_as_rows(const call *c, ml_tokens v, int64_t width, rows *out);
@@ -171,6 +182,9 @@ int64_t ml_spread_group(const call *c, int64_t d);
 void ml_reserve_spreading(const call *c, budget *b, int64_t d);
 void ml_spread(call *c, factor m, const char *h, rows out, rows init);
 
+/* The same as a loop that may run beside others, not for pairs; the caller gives the workspace back. */
+ml_loop ml_spread_loop(call *c, factor m, const char *h, rows out, rows init);
+
 /* With dropout: out [T, d_in] = init + sum_e D_e (h_e M_e). */
 void ml_reserve_masked_spreading(const call *c, budget *b, int64_t d);
 void ml_spread_masked(call *c, factor m, const char *h, rows out, rows init);
@@ -180,6 +194,7 @@ void ml_spread_masked(call *c, factor m, const char *h, rows out, rows init);
 
 void ml_reserve_collection(const call *c, budget *b, int64_t d);
 void ml_collect(call *c, factor grads, const char *h, rows x, bool add);
+ml_loop ml_collect_loop(call *c, factor grads, const char *h, rows x, bool add); /* as ml_spread_loop */
 
 /* Brings sums [rank, cols] of one expert home; data == NULL: zeros. */
 void ml_store_grads(const call *c, ml_matrix sums, int64_t rank, int64_t cols, ml_matrix to, bool add);

@@ -35,13 +35,11 @@ void ml_reserve_collection(const call *c, budget *b, int64_t d) {
     ml_reserve_pair_collection(c, b, d);
     return;
   }
-  const int64_t widths[] = {c->products->panel_width, turned_rows(d)};
-  for (int i = 0; i < 2; i++) {
-    budget phase = {0};
-    ml_reserve(&phase, collect_scratch(c, widths[i]), ml_thread_bound(c->p->n_threads, ceil_div(d, widths[i])),
-               c->size);
-    ml_reserve_phase(b, phase);
-  }
+  int64_t narrow = collect_scratch(c, c->products->panel_width), wide = collect_scratch(c, turned_rows(d));
+  budget phase = {0};
+  ml_reserve(&phase, 1, 1, sizeof(collection));
+  ml_reserve(&phase, narrow > wide ? narrow : wide, ml_thread_bound(c->p->n_threads, INT64_MAX), c->size);
+  ml_reserve_phase(b, phase);
 }
 
 void ml_store_grads(const call *c, ml_matrix sums, int64_t rank, int64_t cols, ml_matrix to, bool add) {
@@ -88,6 +86,33 @@ static void collect_in_place(void *context, int64_t task, int thread) {
   }
 }
 
+/* Gradients like those of B, of a few tokens: made where they belong, too. */
+static void collect_outer(void *context, int64_t task, int thread) {
+  (void)thread;
+  const collection *g = context;
+  const call *c = g->c;
+  int64_t d0 = task * g->width, cols = min_(g->width, g->grads.d - d0);
+  for (int64_t e = 0; e < g->grads.n_parts; e++) {
+    ml_matrix to = g->grads.parts[e];
+    if (!to.data) continue;
+    int64_t r0 = g->grads.offsets[e], rank = g->grads.offsets[e + 1] - r0;
+    c->products->outer(c->T, cols, rank, at(c, g->x.data, d0), g->x.row, at(c, g->h, r0), c->R,
+                       at(c, to.data, d0 * to.col), g->add);
+  }
+}
+
+/* Whether that can be: columns without gaps, of whole vectors or of a whole part of one. */
+static bool takes_outer(const call *c, factor grads) {
+  int64_t lanes = c->products->lanes;
+  if (c->T >= c->regime->outer) return false;
+  for (int64_t e = 0; e < grads.n_parts; e++) {
+    ml_matrix to = grads.parts[e];
+    int64_t rank = grads.offsets[e + 1] - grads.offsets[e];
+    if (to.data && (to.row != 1 || to.col != rank || (rank % lanes && (rank < 4 || lanes % rank)))) return false;
+  }
+  return true;
+}
+
 /* All others: the transpose x^T h, with h's own rows as panels, whose last vector may end beyond h. */
 static void collect_turned(void *context, int64_t task, int thread) {
   const collection *g = context;
@@ -123,22 +148,28 @@ static void collect_turned(void *context, int64_t task, int thread) {
   }
 }
 
+ml_loop ml_collect_loop(call *c, factor grads, const char *h, rows x, bool add) {
+  collection *g = ml_take(c, 1, 1, sizeof *g);
+  *g = (collection){.c = c, .grads = grads, .h = h, .x = x, .add = add};
+  if (c->T == 0) {
+    finish_collection(g, NULL, 0, 0, grads.d);
+    return (ml_loop){0};
+  }
+  bool in_place = c->T < c->regime->collect_in_place && ml_has_dense_rows(grads);
+  g->width = in_place ? c->products->panel_width : turned_rows(grads.d);
+  g->scratch = ml_take(c, collect_scratch(c, g->width), ml_thread_bound(c->p->n_threads, INT64_MAX), c->size);
+  ml_task *collect = in_place ? collect_in_place : takes_outer(c, grads) ? collect_outer : collect_turned;
+  return (ml_loop){collect, g, ceil_div(grads.d, g->width), ml_threads_for_factors(c, c->R * grads.d)};
+}
+
 void ml_collect(call *c, factor grads, const char *h, rows x, bool add) {
   if (c->pairs) {
     ml_pair_collect(c, grads, (const float *)h, x, add);
     return;
   }
   size_t used = c->used;
-  collection g = {.c = c, .grads = grads, .h = h, .x = x, .add = add};
-  if (c->T == 0) {
-    finish_collection(&g, NULL, 0, 0, grads.d);
-    return;
-  }
-  bool in_place = c->T < c->regime->collect_in_place && ml_has_dense_rows(grads);
-  g.width = in_place ? c->products->panel_width : turned_rows(grads.d);
-  int64_t tasks = ceil_div(grads.d, g.width);
-  g.scratch = ml_take(c, collect_scratch(c, g.width), ml_thread_bound(c->p->n_threads, tasks), c->size);
-  ml_parallel_for(ml_threads_for(c, c->T * c->R * grads.d), tasks, in_place ? collect_in_place : collect_turned, &g);
+  ml_loop loop = ml_collect_loop(c, grads, h, x, add);
+  ml_parallel_loops(1, &loop);
   c->used = used;
 }
 

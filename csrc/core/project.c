@@ -110,7 +110,8 @@ void ml_project(call *c, factor m, rows x, rows out, const ml_mask *mask, epilog
     ml_pair_project(c, m, x, out, then, context);
     return;
   }
-  int64_t R = m.offsets[m.n_parts], work = c->T * R * m.d;
+  int64_t R = m.offsets[m.n_parts];
+  int n_threads = ml_threads_for_factors(c, R * m.d);
   size_t used = c->used;
   projection j = {.c = c, .m = m, .R = R, .x = x, .out = out};
   j.mask = mask;
@@ -124,17 +125,17 @@ void ml_project(call *c, factor m, rows x, rows out, const ml_mask *mask, epilog
         j.factor_row[r] = at_factor(c, m.parts[e].data, (r - m.offsets[e]) * m.parts[e].row);
   }
   if (!mask && c->T < c->regime->short_sums && ml_has_dense_columns(m)) {
-    ml_parallel_for(ml_threads_for(c, work), m.n_parts, project_sums, &j);
+    ml_parallel_for(n_threads, m.n_parts, project_sums, &j);
     if (then) then(context, 0, c->T);
   } else if (!mask && c->T < c->regime->dots && j.factor_row) {
-    ml_parallel_for(ml_threads_for(c, work), ceil_div(R, DOT_ROWS), project_dots, &j);
+    ml_parallel_for(n_threads, ceil_div(R, DOT_ROWS), project_dots, &j);
     if (then) then(context, 0, c->T);
   } else {
     j.packed = ml_take(c, round_up(R, c->products->lanes), m.d, c->size);
     if (mask) j.masked = ml_take(c, masked_block(c), masked_blocks(c), c->size);
     int64_t panels = ceil_div(R, c->products->panel_width);
-    ml_parallel_for(ml_threads_for(c, work), panels * ceil_div(m.d, DEPTH_BLOCK), pack_projection, &j);
-    ml_parallel_for(ml_threads_for(c, work), ceil_div(c->T, j.block), project_packed, &j);
+    ml_parallel_for(n_threads, panels * ceil_div(m.d, DEPTH_BLOCK), pack_projection, &j);
+    ml_parallel_for(n_threads, ceil_div(c->T, j.block), project_packed, &j);
   }
   c->used = used;
 }

@@ -12,7 +12,8 @@ typedef struct {
   int64_t spread_lanes;     /* ... else lanes over the tokens */
   int64_t in_place;         /* dX = Q A, rows of A as panels */
   int64_t collect_in_place; /* dA = Q^T x, rows of x as panels, sums made in place */
-  int64_t turned_in_place;  /* dB = g^T Hs, columns of g in place */
+  int64_t outer;            /* dB = g^T Hs, sums made in place where ranks fit vectors ... */
+  int64_t turned_in_place;  /* ... else columns of g in place */
   int64_t base_dots;        /* x W^T, rows of W in place */
   int64_t base_in_place;    /* g W, rows of W as panels */
 } ml_regime;

@@ -126,13 +126,13 @@ static void weigh_gradients(const void *context, int64_t first, int64_t last) {
   if (w->weighted) f->weigh(first, last, N, c->offsets, c->factors, w->h, w->weighted);
 }
 
-/* Makes M_A the wanted gradients of A, of the experts with dropout or of those without; false: there are none. */
+/* Leaves the wanted gradients of A of the experts with dropout, or of those without; false: there are none. */
 static bool place_grads_a(call *c, bool with_dropout) {
   bool any = false;
   for (int64_t e = 0; e < c->p->n_experts; e++) {
     bool here = (ml_mask_of(c->p, e).threshold > 0) == with_dropout;
-    c->a[e] = here ? c->p->experts[e].grad_a : (ml_matrix){0};
-    any |= c->a[e].data != NULL;
+    c->grad_a[e] = here ? c->p->experts[e].grad_a : (ml_matrix){0};
+    any |= c->grad_a[e].data != NULL;
   }
   return any;
 }
@@ -170,13 +170,16 @@ ml_status ml_begin_backward(backward *b, const ml_routed_lora *p, ml_tokens grad
     ml_reserve(need, 1, c->products->lanes, c->size); /* where vectors end that begin in P or the weighted H */
     if (grad_w.data) ml_reserve(need, c->T, p->n_experts, c->size);
     if (b->need_p) ml_reserve_projection(c, need, c->R, p->d_out, false);
+    budget gradients[3] = {{0}}, together = {0}; /* but for dropout and pairs, these run at once */
     if (grad_x.data && c->drops)
       ml_reserve_masked_spreading(c, need, p->d_in);
     else if (grad_x.data)
-      ml_reserve_spreading(c, need, p->d_in);
-    if (b->any_a) ml_reserve_collection(c, need, p->d_in);
+      ml_reserve_spreading(c, &gradients[0], p->d_in);
+    if (b->any_a) ml_reserve_collection(c, &gradients[1], p->d_in);
     if (b->any_a && c->drops) ml_reserve_masked_collection(c, need, p->d_in);
-    if (b->any_b) ml_reserve_collection(c, need, p->d_out);
+    if (b->any_b) ml_reserve_collection(c, &gradients[2], p->d_out);
+    for (int i = 0; i < 3; i++) ml_reserve_apart(&together, gradients[i]);
+    ml_reserve_phase(need, together);
   }
   return ML_OK;
 }
@@ -213,42 +216,40 @@ void ml_run_backward(backward *b) {
                                        (b->accumulate & ML_ACCUMULATE_W) != 0);
   }
 
+  rows out = {NULL, 0}, init = {NULL, 0}, x = {NULL, 0};
+  bool add_a = (b->accumulate & ML_ACCUMULATE_A) != 0, add_b = (b->accumulate & ML_ACCUMULATE_B) != 0;
   if (b->grad_x.data && c->T) {
-    rows out = ml_output_rows(c, b->grad_x, p->d_in);
-    rows init = {NULL, 0};
+    out = ml_output_rows(c, b->grad_x, p->d_in);
     if (b->accumulate & ML_ACCUMULATE_X) {
       if (out.data != b->grad_x.data) ml_copy_tokens(c, b->grad_x, ml_dense(c, out.data, p->d_in), p->d_in);
       init = out;
     }
-    if (c->grouped)
-      ml_spread_grouped(c, &pairs, ml_factor_a(c), w.p, out, init);
-    else if (c->drops)
-      ml_spread_masked(c, ml_factor_a(c), w.p, out, init);
-    else
-      ml_spread(c, ml_factor_a(c), w.p, out, init);
+  }
+  if (b->any_a) x = ml_input_rows(c, p->x, p->d_in);
+  if (c->grouped) {
+    if (out.data) ml_spread_grouped(c, &pairs, ml_factor_a(c), w.p, out, init);
+    if (b->any_a && place_grads_a(c, false)) ml_collect_grouped(c, &pairs, ml_factor_grad_a(c), w.p, x, add_a);
+    if (b->any_b) ml_collect_grouped(c, &pairs, ml_factor_grad_b(c), w.weighted, g, add_b);
+  } else if (c->drops || c->pairs) {
+    if (out.data && c->drops) ml_spread_masked(c, ml_factor_a(c), w.p, out, init);
+    if (out.data && !c->drops) ml_spread(c, ml_factor_a(c), w.p, out, init);
+    if (b->any_a && place_grads_a(c, false)) ml_collect(c, ml_factor_grad_a(c), w.p, x, add_a);
+    if (b->any_a && place_grads_a(c, true)) ml_collect_masked(c, ml_factor_grad_a(c), w.p, x, add_a);
+    if (b->any_b) ml_collect(c, ml_factor_grad_b(c), w.weighted, g, add_b);
+  } else {
+    ml_loop loops[3];
+    int n = 0;
+    size_t used = c->used;
+    if (out.data) loops[n++] = ml_spread_loop(c, ml_factor_a(c), w.p, out, init);
+    if (b->any_a) loops[n++] = ml_collect_loop(c, ml_factor_grad_a(c), w.p, x, add_a);
+    if (b->any_b) loops[n++] = ml_collect_loop(c, ml_factor_grad_b(c), w.weighted, g, add_b);
+    ml_parallel_loops(n, loops);
+    c->used = used;
+  }
+  if (out.data) {
     if (p->weight.data) ml_add_base(c, g, p->d_out, p->weight, p->d_in, out);
     ml_finish_rows(c, out, b->grad_x, p->d_in);
   }
-  /* A and B have been read for the last time: their places in the factors now say where the gradients go. */
-  if (b->any_a) {
-    rows x = ml_input_rows(c, p->x, p->d_in);
-    bool add = (b->accumulate & ML_ACCUMULATE_A) != 0;
-    if (place_grads_a(c, false)) {
-      if (c->grouped)
-        ml_collect_grouped(c, &pairs, ml_factor_a(c), w.p, x, add);
-      else
-        ml_collect(c, ml_factor_a(c), w.p, x, add);
-    }
-    if (c->drops && place_grads_a(c, true)) ml_collect_masked(c, ml_factor_a(c), w.p, x, add);
-  }
-  for (int64_t e = 0; e < p->n_experts; e++) {
-    ml_matrix grad_b = p->experts[e].grad_b;
-    c->b[e] = (ml_matrix){grad_b.data, grad_b.col, grad_b.row};
-  }
-  if (b->any_b && c->grouped)
-    ml_collect_grouped(c, &pairs, ml_factor_b(c), w.weighted, g, (b->accumulate & ML_ACCUMULATE_B) != 0);
-  else if (b->any_b)
-    ml_collect(c, ml_factor_b(c), w.weighted, g, (b->accumulate & ML_ACCUMULATE_B) != 0);
 }
 
 ml_status ml_routed_lora_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_tokens hidden, ml_tokens grad_x,

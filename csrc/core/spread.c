@@ -44,10 +44,11 @@ void ml_reserve_spreading(const call *c, budget *b, int64_t d) {
     return;
   }
   budget phase = {0};
-  ml_reserve(&phase, c->R * c->products->panel_width * ml_spread_group(c, d),
-             ml_thread_bound(c->p->n_threads, spread_tasks(c, d)), c->size);
+  int n_threads = ml_thread_bound(c->p->n_threads, INT64_MAX);
+  ml_reserve(&phase, 1, 1, sizeof(spreading));
+  ml_reserve(&phase, c->R * c->products->panel_width * ml_spread_group(c, d), n_threads, c->size);
   if (takes_rows(c)) {
-    int n_scratch = widens(c) ? ml_thread_bound(c->p->n_threads, ceil_div(d, IN_PLACE_COLUMNS)) : 1;
+    int n_scratch = widens(c) ? n_threads : 1;
     ml_reserve(&phase, c->p->n_experts, n_scratch, sizeof(ml_block));
     if (widens(c)) ml_reserve(&phase, c->R * IN_PLACE_COLUMNS, n_scratch, c->size);
     ml_reserve(&phase, c->R, round_up(c->T, c->products->lanes), c->size);
@@ -151,39 +152,40 @@ static void spread_in_place(void *context, int64_t task, int thread) {
   }
 }
 
+ml_loop ml_spread_loop(call *c, factor m, const char *h, rows out, rows init) {
+  const ml_products *k = c->products;
+  spreading *s = ml_take(c, 1, 1, sizeof *s);
+  *s = (spreading){.c = c, .m = m, .h = h, .out = out, .init = init, .group = ml_spread_group(c, m.d)};
+  int64_t panels = ceil_div(m.d, k->panel_width), tasks = spread_tasks(c, m.d);
+  int n_threads = ml_threads_for_factors(c, c->R * m.d);
+  if (takes_rows(c) && ml_has_dense_columns(m)) {
+    int n_scratch = widens(c) ? ml_thread_bound(c->p->n_threads, INT64_MAX) : 1;
+    s->blocks = ml_take(c, m.n_parts, n_scratch, sizeof *s->blocks);
+    if (widens(c)) s->widened = ml_take(c, c->R * IN_PLACE_COLUMNS, n_scratch, c->size);
+    for (int64_t e = 0; e < m.n_parts && !widens(c); e++)
+      s->blocks[e] = (ml_block){m.parts[e].data, m.parts[e].col, m.offsets[e + 1] - m.offsets[e]};
+    if (c->T >= c->regime->spread_rows) {
+      int64_t width = round_up(c->T, k->lanes);
+      s->turned = ml_take(c, c->R, width, c->size);
+      if (width > c->T) memset(s->turned, 0, (size_t)(c->R * width * c->size));
+      k->pack(s->turned, width, c->R, c->T, h, 1, c->R);
+    }
+    return (ml_loop){spread_from_rows, s, ceil_div(m.d, IN_PLACE_COLUMNS), n_threads};
+  }
+  s->groups = ceil_div(panels, s->group);
+  s->packed = ml_take(c, c->R * k->panel_width * s->group, ml_thread_bound(c->p->n_threads, INT64_MAX), c->size);
+  if (c->T < c->regime->in_place && ml_has_dense_rows(m)) return (ml_loop){spread_in_place, s, panels, n_threads};
+  return (ml_loop){spread_task, s, tasks, n_threads};
+}
+
 void ml_spread(call *c, factor m, const char *h, rows out, rows init) {
   if (c->pairs) {
     ml_pair_spread(c, m, (const float *)h, out, init);
     return;
   }
   size_t used = c->used;
-  const ml_products *k = c->products;
-  spreading s = {.c = c, .m = m, .h = h, .out = out, .init = init, .group = ml_spread_group(c, m.d)};
-  int64_t panels = ceil_div(m.d, k->panel_width), tasks = spread_tasks(c, m.d);
-  int n_threads = ml_threads_for(c, c->T * c->R * m.d);
-  if (takes_rows(c) && ml_has_dense_columns(m)) {
-    int64_t tasks_in_place = ceil_div(m.d, IN_PLACE_COLUMNS);
-    int n_scratch = widens(c) ? ml_thread_bound(c->p->n_threads, tasks_in_place) : 1;
-    s.blocks = ml_take(c, m.n_parts, n_scratch, sizeof *s.blocks);
-    if (widens(c)) s.widened = ml_take(c, c->R * IN_PLACE_COLUMNS, n_scratch, c->size);
-    for (int64_t e = 0; e < m.n_parts && !widens(c); e++)
-      s.blocks[e] = (ml_block){m.parts[e].data, m.parts[e].col, m.offsets[e + 1] - m.offsets[e]};
-    if (c->T >= c->regime->spread_rows) {
-      int64_t width = round_up(c->T, k->lanes);
-      s.turned = ml_take(c, c->R, width, c->size);
-      if (width > c->T) memset(s.turned, 0, (size_t)(c->R * width * c->size));
-      k->pack(s.turned, width, c->R, c->T, h, 1, c->R);
-    }
-    ml_parallel_for(n_threads, tasks_in_place, spread_from_rows, &s);
-    c->used = used;
-    return;
-  }
-  s.groups = ceil_div(panels, s.group);
-  s.packed = ml_take(c, c->R * k->panel_width * s.group, ml_thread_bound(c->p->n_threads, tasks), c->size);
-  if (c->T < c->regime->in_place && ml_has_dense_rows(m))
-    ml_parallel_for(n_threads, panels, spread_in_place, &s);
-  else
-    ml_parallel_for(n_threads, tasks, spread_task, &s);
+  ml_loop loop = ml_spread_loop(c, m, h, out, init);
+  ml_parallel_loops(1, &loop);
   c->used = used;
 }
 

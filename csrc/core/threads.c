@@ -78,21 +78,30 @@ int ml_thread_bound(int n_threads, int64_t n_tasks) {
 
 /* ---- the loop that every thread runs ---- */
 
+/* Tasks of one thread, which it starts with: what it read and wrote in the last loop is in its own cache. */
+typedef struct {
+  _Alignas(64) _Atomic int64_t next;
+  int64_t end;
+} share;
+
 typedef struct {
   ml_task *task;
   void *context;
-  int64_t n_tasks;
-  _Atomic int64_t next_task;
+  share *shares; /* [n_threads] */
+  int n_threads;
   atomic_int next_thread;
 } loop;
 
 static void run_loop(void *argument) {
   loop *l = argument;
   int thread = atomic_fetch_add(&l->next_thread, 1);
-  for (;;) {
-    int64_t i = atomic_fetch_add(&l->next_task, 1);
-    if (i >= l->n_tasks) return;
-    l->task(l->context, i, thread);
+  for (int i = 0; i < l->n_threads; i++) { /* its own share, then what others have not come to */
+    share *s = &l->shares[(thread + i) % l->n_threads];
+    for (;;) {
+      int64_t task = atomic_fetch_add(&s->next, 1);
+      if (task >= s->end) break;
+      l->task(l->context, task, thread);
+    }
   }
 }
 
@@ -232,8 +241,13 @@ const char *ml_threading_layer(void) {
 }
 
 void ml_parallel_for(int n_threads, int64_t n_tasks, ml_task *task, void *context) {
-  loop l = {.task = task, .context = context, .n_tasks = n_tasks};
+  share shares[ML_MAX_THREADS];
   n_threads = ml_thread_bound(n_threads, n_tasks);
+  loop l = {.task = task, .context = context, .shares = shares, .n_threads = n_threads};
+  for (int i = 0; i < n_threads; i++) {
+    atomic_init(&shares[i].next, i * n_tasks / n_threads);
+    shares[i].end = (i + 1) * n_tasks / n_threads;
+  }
   if (n_threads > 1) {
     gomp_parallel *gomp = find_torch_gomp();
     if (gomp) {
@@ -243,4 +257,28 @@ void ml_parallel_for(int n_threads, int64_t n_tasks, ml_task *task, void *contex
     if (pool_run(&l, n_threads)) return;
   }
   run_loop(&l);
+}
+
+typedef struct {
+  int n_loops;
+  const ml_loop *loops;
+} several_loops;
+
+static void run_task_of_several(void *context, int64_t task, int thread) {
+  const several_loops *s = context;
+  int i = 0;
+  while (task >= s->loops[i].n_tasks) task -= s->loops[i++].n_tasks;
+  s->loops[i].task(s->loops[i].context, task, thread);
+}
+
+void ml_parallel_loops(int n_loops, const ml_loop *loops) {
+  several_loops s = {n_loops, loops};
+  int64_t n_tasks = 0;
+  int n_threads = 1;
+  for (int i = 0; i < n_loops; i++) {
+    n_tasks += loops[i].n_tasks;
+    int n = ml_thread_bound(loops[i].n_threads, INT64_MAX);
+    if (n > n_threads) n_threads = n;
+  }
+  ml_parallel_for(n_threads, n_tasks, run_task_of_several, &s);
 }

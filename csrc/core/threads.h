@@ -11,6 +11,18 @@ typedef void ml_task(void *context, int64_t task, int thread);
  * Returns when all are done. */
 void ml_parallel_for(int n_threads, int64_t n_tasks, ml_task *task, void *context);
 
+/* A loop yet to run. */
+typedef struct {
+  ml_task *task;
+  void *context;
+  int64_t n_tasks;
+  int n_threads;
+} ml_loop;
+
+/* Runs loops that don't depend on each other as one, on as many threads as the widest of them may have: threads meet once,
+ * at the end of all. */
+void ml_parallel_loops(int n_loops, const ml_loop *loops);
+
 /* How many threads ml_parallel_for uses at most for these arguments: the bound of `thread`, for workspaces. */
 int ml_thread_bound(int n_threads, int64_t n_tasks);
 

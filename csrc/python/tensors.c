@@ -464,26 +464,34 @@ done:
  * until anybody else runs. Then everything is read.
  */
 
-PyObject *new_dense(PyObject *empty, PyObject *dtype, int axes, const int64_t *sizes) {
+/* What a dense tensor is allocated by: (shape, strides, dtype). */
+static PyObject *dense_arguments(PyObject *dtype, int axes, const int64_t *sizes) {
   int64_t stride = 1;
-  PyObject *shape = PyTuple_New(axes), *strides = PyTuple_New(axes), *tensor = NULL;
+  PyObject *shape = PyTuple_New(axes), *strides = PyTuple_New(axes), *arguments = NULL;
   for (int i = axes - 1; shape != NULL && strides != NULL && i >= 0; i--) {
     PyTuple_SET_ITEM(shape, i, PyLong_FromLongLong(sizes[i]));
     PyTuple_SET_ITEM(strides, i, PyLong_FromLongLong(stride));
     stride = ML_MUL_OVERFLOWS(stride, sizes[i], &stride) ? INT64_MAX : stride; /* torch refuses that */
   }
   if (!PyErr_Occurred()) {
-    tensor = PyObject_CallFunctionObjArgs(empty, shape, strides, dtype, NULL);
+    arguments = PyTuple_Pack(3, shape, strides, dtype);
   }
   Py_XDECREF(strides);
   Py_XDECREF(shape);
+  return arguments;
+}
+
+PyObject *new_dense(PyObject *empty, PyObject *dtype, int axes, const int64_t *sizes) {
+  PyObject *arguments = dense_arguments(dtype, axes, sizes);
+  PyObject *tensor = arguments == NULL ? NULL : PyObject_CallObject(empty, arguments);
+  Py_XDECREF(arguments);
   return tensor;
 }
 
-static PyObject *new_on_cpu(const tensor_call *c, ml_dtype dtype, int axes, const int64_t *sizes) {
+static PyObject *torch_dtype(const tensor_call *c, ml_dtype dtype) {
   PyObject *const dtypes[] = {
       [ML_F32] = c->torch->float32, [ML_F64] = c->torch->float64, [ML_BF16] = c->torch->bfloat16};
-  return new_dense(c->torch->empty, dtypes[dtype], axes, sizes);
+  return dtypes[dtype];
 }
 
 /* A tensor with `width` numbers for each token; NULL with an exception. */
@@ -491,18 +499,30 @@ static PyObject *new_rows(const tensor_call *c, ml_dtype dtype, int64_t width) {
   int64_t sizes[3];
   memcpy(sizes, c->shape, sizeof sizes);
   sizes[c->axes - 1] = width;
-  return new_on_cpu(c, dtype, c->axes, sizes);
+  return new_dense(c->torch->empty, torch_dtype(c, dtype), c->axes, sizes);
 }
 
+/* What the gradient before was allocated by: experts are mostly of one shape. */
+typedef struct {
+  PyObject *arguments; /* NULL: there was none */
+  ml_dtype dtype;
+  int64_t sizes[2];
+} last_dense;
+
 /* A tensor for the gradient of another one, which autograd wants to have the same strides; NULL with an exception. */
-static PyObject *new_like(const tensor_call *c, PyObject *like) {
+static PyObject *new_like(const tensor_call *c, PyObject *like, last_dense *last) {
   dl_tensor view;
   ml_dtype dtype;
-  if (view_of(c->torch, like, &view) && read_dtype(&view, &dtype) && view.ndim == 2 && view.strides[1] == 1 &&
-      view.strides[0] == view.shape[1]) {
-    return new_on_cpu(c, dtype, 2, view.shape);
+  if (!view_of(c->torch, like, &view) || !read_dtype(&view, &dtype) || view.ndim != 2 || view.strides[1] != 1 ||
+      view.strides[0] != view.shape[1]) {
+    return PyObject_CallOneArg(c->torch->empty_like, like); /* takes longer */
   }
-  return PyObject_CallOneArg(c->torch->empty_like, like); /* takes longer */
+  if (last->arguments == NULL || last->dtype != dtype || memcmp(last->sizes, view.shape, sizeof last->sizes) != 0) {
+    last->dtype = dtype;
+    memcpy(last->sizes, view.shape, sizeof last->sizes);
+    Py_XSETREF(last->arguments, dense_arguments(torch_dtype(c, dtype), 2, last->sizes));
+  }
+  return last->arguments == NULL ? NULL : PyObject_CallObject(c->torch->empty, last->arguments);
 }
 
 /* The frozen weight [d_out, d_in]; None leaves the core without it. */
@@ -631,6 +651,7 @@ static PyObject *new_grads(const tensor_call *c, PyObject *const *saved, PyObjec
                            bool torch_base) {
   Py_ssize_t n = PyTuple_GET_SIZE(needed);
   PyObject *grads = PyTuple_New(n);
+  last_dense last = {0};
   for (Py_ssize_t i = 0; grads != NULL && i < n; i++) {
     PyObject *grad = NULL;
     if (PyTuple_GET_ITEM(needed, i) != Py_True || i == NODE_FROZEN || i == NODE_SETTINGS) {
@@ -642,7 +663,7 @@ static PyObject *new_grads(const tensor_call *c, PyObject *const *saved, PyObjec
       grad = Py_NewRef(grad_y);
     } else {
       PyObject *like = saved[i == NODE_ROUTING_WEIGHTS ? SAVED_ROUTING_WEIGHTS : i - N_NODE + N_SAVED];
-      grad = new_like(c, like);
+      grad = new_like(c, like, &last);
     }
     if (grad == NULL) {
       Py_CLEAR(grads);
@@ -650,6 +671,7 @@ static PyObject *new_grads(const tensor_call *c, PyObject *const *saved, PyObjec
       PyTuple_SET_ITEM(grads, i, grad);
     }
   }
+  Py_XDECREF(last.arguments);
   return grads;
 }
 

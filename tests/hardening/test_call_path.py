@@ -59,7 +59,7 @@ CALLS = {
     "backward": (
         difference("routed step", "routed forward"),
         difference("stacked step", "stacked forward"),
-        1.05,
+        1.00,
     ),
     "a routed PEFT layer": (lambda counts: counts["layer"], lambda counts: counts["stacked"], 1.64),
 }

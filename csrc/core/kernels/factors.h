@@ -54,6 +54,13 @@ static void READING(pack_rows)(void *panel_, int64_t width, int64_t depth, int64
 }
 #undef ML_PACK_SQUARE
 
+/* All of a few columns, as an expert's ranks are: a row is one vector. */
+#define ML_PACK_NARROW(w)                                                                 \
+  if (col_stride == 1 && cols == (w)) {                                                   \
+    for (int64_t k = 0; k < depth; k++)                                                   \
+      *(NAME(lanes_##w) *)(panel + k * width) = READ_LANES(w, source + k * depth_stride); \
+    return;                                                                               \
+  }
 #define ML_PACK_COLUMNS(w)          \
   for (; j + (w) <= cols; j += (w)) \
     *(NAME(lanes_##w) *)(panel + k * width + j) = READ_LANES(w, source + k * depth_stride + j);
@@ -71,6 +78,13 @@ static void READING(pack)(void *panel_, int64_t width, int64_t depth, int64_t co
     }
     return;
   }
+#if LANES > 8
+  ML_PACK_NARROW(16)
+#endif
+#if LANES > 4
+  ML_PACK_NARROW(8)
+#endif
+  ML_PACK_NARROW(4)
   for (int64_t k = 0; k < depth; k++) {
     int64_t j = 0;
     if (col_stride == 1) { /* all of a row, of which the next lines are on their way by then */
@@ -86,6 +100,7 @@ static void READING(pack)(void *panel_, int64_t width, int64_t depth, int64_t co
   }
 }
 #undef ML_PACK_COLUMNS
+#undef ML_PACK_NARROW
 
 /* ---- dots: lanes over depth ---- */
 

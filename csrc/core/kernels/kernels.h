@@ -64,6 +64,12 @@ typedef struct {
   void (*short_sums)(int64_t tokens, int64_t n, int64_t depth, const void *x, int64_t x_row, const void *rows,
                      int64_t row_stride, void *out, int64_t out_row);
 
+  /* out[i, j] = (add: +=) sum_t x[t, i] h[t, j]     i < rows, j < n, out without gaps: product for a few tokens, in place
+   *
+   * n is a multiple of the lanes, or 4 or more and a divisor of them. */
+  void (*outer)(int64_t tokens, int64_t rows, int64_t n, const void *x, int64_t x_row, const void *h, int64_t h_row,
+                void *out, bool add);
+
   /* out[t, j] = init[t, j] + (mask keeps element (token + t, column + j) ? scale * in[t, j] : 0)
    *
    *   t < rows, j < cols; column a multiple of ML_MASK_COLUMNS; init NULL: zeros; may be out itself, as may in */

@@ -418,9 +418,6 @@ ML_INLINE void NAME(sum_dense)(const int tokens, const int n, int64_t depth, con
   }
 }
 #undef ML_ADD_VECTOR
-#undef ML_ROWS
-#undef ML_ROWS_4
-#undef ML_ROW
 #endif
 
 ML_INLINE void NAME(sum_rows)(const int tokens, int64_t n, int64_t depth, const REAL *x, int64_t x_row,
@@ -460,6 +457,95 @@ static void NAME(short_sums)(int64_t tokens, int64_t n, int64_t depth, const voi
 #undef ML_TOKENS
 }
 
+/* ---- outer: lanes over the results, which stand one after the other ---- */
+
+#if LANES > 4
+/* Of LANES rows of x at most; several rows of n results in a vector. */
+ML_INLINE void NAME(outer_vectors)(const int n, const bool whole, int64_t rows, int64_t tokens, const REAL *x,
+                                   int64_t x_row, const REAL *h, int64_t h_row, REAL *out, const bool add) {
+  NAME(vector) sum[LANES / 2];
+  ML_UNROLL for (int i = 0; i < LANES / 2; i++) sum[i] = (NAME(vector)){0};
+  for (int64_t t = 0; t < tokens; t++, x += x_row, h += h_row) {
+    NAME(vector) v = whole ? NAME(load)(x) : NAME(load_some)(x, rows), of_token = NAME(load_some)(h, n);
+#if LANES == 8
+    of_token = __builtin_shufflevector(of_token, of_token, 0, 1, 2, 3, 0, 1, 2, 3);
+#else
+    if (n == 8)
+      of_token = __builtin_shufflevector(of_token, of_token, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+    else
+      of_token = __builtin_shufflevector(of_token, of_token, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+#endif
+#define ML_ADD_ROWS(n, i) sum[i] += __builtin_shufflevector(v, v, ML_ROWS(n, i)) * of_token
+    if (n == 4) {
+      ML_ADD_ROWS(4, 0);
+      ML_ADD_ROWS(4, 1);
+      ML_ADD_ROWS(4, 2);
+      ML_ADD_ROWS(4, 3);
+    }
+#if LANES == 16
+    if (n == 8) {
+      ML_ADD_ROWS(8, 0);
+      ML_ADD_ROWS(8, 1);
+      ML_ADD_ROWS(8, 2);
+      ML_ADD_ROWS(8, 3);
+      ML_ADD_ROWS(8, 4);
+      ML_ADD_ROWS(8, 5);
+      ML_ADD_ROWS(8, 6);
+      ML_ADD_ROWS(8, 7);
+    }
+#endif
+#undef ML_ADD_ROWS
+  }
+  if (whole) {
+    ML_UNROLL for (int i = 0; i < n; i++)
+        NAME(store)(out + i * LANES, add ? NAME(load)(out + i * LANES) + sum[i] : sum[i]);
+    return;
+  }
+  REAL results[LANES / 2 * LANES];
+  ML_UNROLL for (int i = 0; i < LANES / 2; i++) NAME(store)(results + i * LANES, sum[i]);
+  for (int64_t i = 0; i < rows * n; i++) out[i] = add ? out[i] + results[i] : results[i];
+}
+
+#define ML_OUTER(n, add)                                                                                           \
+  ML_NOINLINE void NAME(outer_##n##_##add)(int64_t tokens, int64_t rows, const REAL *x, int64_t x_row,             \
+                                           const REAL *h, int64_t h_row, REAL *out) {                              \
+    int64_t i = 0;                                                                                                 \
+    for (; i + LANES <= rows; i += LANES)                                                                          \
+      NAME(outer_vectors)((n), true, LANES, tokens, x + i, x_row, h, h_row, out + i * (n), (add));                 \
+    if (i < rows) NAME(outer_vectors)((n), false, rows - i, tokens, x + i, x_row, h, h_row, out + i * (n), (add)); \
+  }
+ML_OUTER(4, false)
+ML_OUTER(4, true)
+#if LANES > 8
+ML_OUTER(8, false)
+ML_OUTER(8, true)
+#endif
+#undef ML_OUTER
+#undef ML_ROWS
+#undef ML_ROWS_4
+#undef ML_ROW
+#endif
+
+static void NAME(outer)(int64_t tokens, int64_t rows, int64_t n, const void *x, int64_t x_row, const void *h,
+                        int64_t h_row, void *out_, bool add) {
+  REAL *out = out_;
+#if LANES > 4
+  if (n == 4) {
+    (add ? NAME(outer_4_true) : NAME(outer_4_false))(tokens, rows, x, x_row, h, h_row, out);
+    return;
+  }
+#endif
+#if LANES > 8
+  if (n == 8) {
+    (add ? NAME(outer_8_true) : NAME(outer_8_false))(tokens, rows, x, x_row, h, h_row, out);
+    return;
+  }
+#endif
+  for (int64_t j = 0; j < n; j += TILE_VECTORS * LANES, out += TILE_VECTORS * LANES)
+    NAME(product)(rows, n - j < TILE_VECTORS * LANES ? n - j : TILE_VECTORS * LANES, tokens, x, 1, x_row,
+                  (const REAL *)h + j, h_row, out, n, add ? out : NULL, n);
+}
+
 #include "dropout.h"
 #include "grouped.h"
 
@@ -473,6 +559,7 @@ const ml_products NAME(table) = {
     .spread_rows = NAME(spread_rows),
     .spread_lanes = NAME(spread_lanes),
     .short_sums = NAME(short_sums),
+    .outer = NAME(outer),
     .keep = NAME(keep),
     .grouped_dots = NAME(grouped_dots),
     .grouped_sums = NAME(grouped_sums),
