@@ -411,7 +411,8 @@ def test_a_weight_that_is_transposed(make_layer, random_like, assert_as_exact, t
     taken.clear()
     for what, *results in zip(names_of(layer), layer.gradients(routed_lora, grad_y), exact, stacked, strict=True):
         assert_as_exact(*results, what)
-    assert taken["cuda_call"] == 1 and not taken["cuda_forward"] and not taken["cuda_backward"]
+    assert taken["cuda_call"] == 1
+    assert taken["cuda_forward"] == taken["cuda_backward"] == (way != "torch")
 
 
 @pytest.mark.parametrize("tokens", [(0,), (0, 4), (3, 0)], ids=str)
@@ -619,7 +620,7 @@ def test_the_mix_takes_only_what_was_prepared(make_layer, random_like):
     workspace = _core.cuda_prepare(*call, 0, True, None)[0]
     for grad_w in (call[2][:-1].clone(), call[2].half(), call[2].t().contiguous().t(), 1):
         with pytest.raises(ValueError, match="expected the tensors that cuda_prepare took and made"):
-            _core.cuda_mix_backward(*call, 0, hidden, grad_w, workspace)
+            _core.cuda_mix_backward(*call, 0, hidden, grad_w, None, workspace)
 
 
 def test_memory_does_not_grow(make_layer, random_like):

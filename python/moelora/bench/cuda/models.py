@@ -99,11 +99,15 @@ def build(name: str, *, smoke: bool, device: str = "cuda", **size: int) -> PreTr
 
 
 def whole_rows() -> AbstractContextManager[object]:
-    """Context in which transformers takes each row of ids for one sequence, without asking the GPU.
+    """Context in which transformers takes each row of ids for one sequence without padding, without asking the GPU.
 
     In a capture it can't ask, and would mask the attention, which then takes another kernel.
     """
-    return patch.object(masking_utils, "find_packed_sequence_indices", return_value=None)
+    return patch.multiple(
+        masking_utils,
+        find_packed_sequence_indices=lambda *_, **__: None,
+        _ignore_causal_mask_sdpa=lambda *_, **__: True,
+    )
 
 
 def compile_layers(model: nn.Module) -> nn.Module:
