@@ -254,10 +254,7 @@ static PyObject *factors_in(const cuda_call_ *c, PyObject *workspace, bool backw
   return result;
 }
 
-/* ---- forward ----
- *
- * New tensors come first: making them may run other code, and pointers are good only until anybody else runs.
- */
+/* ---- forward ---- */
 
 /* (y, hidden or None, None) of a layer that has been read, or (None, hidden or None, (mixed, stacked B)) where
  * y = base + mixed B^T is left to torch; None: all of it is. */
@@ -344,7 +341,10 @@ PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
   plain = frozen < 0 || required < 0 ? ERROR : frozen > 0 ? NO : YES;
   if (plain == YES) {
     done = args[10] == Py_True ? forward(&c, x, needs_hidden > 0) : Py_NewRef(Py_None);
-    result = done == NULL ? NULL : PyTuple_Pack(4, adapters, scaling, required ? Py_True : Py_False, done);
+    plain = done == NULL ? ERROR : done == Py_None && !c.layer.dense ? NO : YES;
+  }
+  if (plain == YES) {
+    result = PyTuple_Pack(4, adapters, scaling, required ? Py_True : Py_False, done);
   }
 done:
   if (plain == NO) {
@@ -376,10 +376,6 @@ PyObject *cuda_forward(PyObject *module, PyObject *const *args, Py_ssize_t n_arg
 }
 
 /* ---- backward ---- */
-
-/* As in tensors.c: the tensors that a forward saved, then its adapters; the arguments of its node, then the adapters. */
-enum { SAVED_X, SAVED_HIDDEN, SAVED_ROUTING_WEIGHTS, SAVED_WEIGHT, N_SAVED };
-enum { NODE_X, NODE_ROUTING_WEIGHTS, NODE_BASE_OUTPUT, NODE_FROZEN, NODE_SETTINGS, N_NODE };
 
 /* A tensor in the shape of another one, without gaps, in its dtype. */
 static PyObject *new_like(const cuda_call_ *c, PyObject *like) {

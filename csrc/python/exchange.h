@@ -69,6 +69,10 @@ PyObject *spread_scaling(PyObject *scaling, Py_ssize_t n);
 bool read_scalings(PyObject *scaling, Py_ssize_t n, double *to, size_t step);
 bool read_dropout(PyObject *dropout, Py_ssize_t n, uint64_t *seed, double *to, size_t step);
 
+/* The tensors that a forward saved, then its adapters; the arguments of its autograd node, then the adapters. */
+enum { SAVED_X, SAVED_HIDDEN, SAVED_ROUTING_WEIGHTS, SAVED_WEIGHT, N_SAVED };
+enum { NODE_X, NODE_ROUTING_WEIGHTS, NODE_BASE_OUTPUT, NODE_FROZEN, NODE_SETTINGS, N_NODE };
+
 /* Whether something is the plain case; ERROR: an exception is set. */
 typedef enum { NO = 0, YES = 1, ERROR = -1 } answer;
 

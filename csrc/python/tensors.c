@@ -623,10 +623,6 @@ done:
   return result;
 }
 
-/* The tensors that a forward saved, then its adapters; the arguments of its node, then the adapters. */
-enum { SAVED_X, SAVED_HIDDEN, SAVED_ROUTING_WEIGHTS, SAVED_WEIGHT, N_SAVED };
-enum { NODE_X, NODE_ROUTING_WEIGHTS, NODE_BASE_OUTPUT, NODE_FROZEN, NODE_SETTINGS, N_NODE };
-
 static bool read_grad(const tensor_call *c, PyObject *obj, int64_t rows, int64_t cols, ml_matrix *grad) {
   int64_t got_rows, got_cols;
   return obj == Py_None ||

@@ -119,7 +119,8 @@ def routed_lora(
         tensors += call.lora_A
         tensors += call.lora_B
         if not call.x.numel() or not uses_core(*tensors):
-            y = call_on_gpu(*call) if ROUND_ADAPTERS and is_unwatched() and on_gpu(call.x) else None
+            drops = call.dropout_p if any(call.dropout_p) else 0.0
+            y = call_on_gpu(*call[:-1], drops) if ROUND_ADAPTERS and is_unwatched() and on_gpu(call.x) else None
             return formula(call, ROUND_ADAPTERS) if y is None else y
         x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, dropout_p = call
         if x.dim() > 3:

@@ -146,7 +146,7 @@ def gpu_backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> Sequence[T
     base = None
     if dropout is not None and need[0] and weight is not None:
         with torch.no_grad():
-            base = grad_y @ weight
+            base = (grad_y @ weight).to(grad_y.dtype)  # under autocast the product may come in another
     done = _core.cuda_backward(saved, need, scaling, grad_y, base, dropout, top_k or 0)
     if done is None:
         return _products_backward(ctx, saved, grad_y, base) if on_gpu(grad_y) else None
