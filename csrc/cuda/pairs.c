@@ -43,7 +43,7 @@ ml_cuda_status ml_pairs_arrange(const ml_layer *layer, const pair_places *p, voi
   unsigned chunks = (unsigned)ml_pair_chunks(layer, &chunk);
   void *choose[] = {&table, (void *)(uintptr_t)&p->pairs, (void *)(uintptr_t)&layer->weights, &grad_w};
   void *order[] = {(void *)(uintptr_t)&p->pairs};
-  if (status == ML_CUDA_OK) {
+  if (status == ML_CUDA_OK) { /* not early: dual.cu, the last of this chain, reads x before it waits for anything */
     status = ml_layer_launch(layer, variant, "ml_choose", (ml_launch){.grid = chunks, .block = 1024}, choose);
   }
   ml_launch how = {.grid = chunks, .block = 256, .early = true};

@@ -82,7 +82,8 @@ ml_cuda_status ml_layer_backward(const ml_layer *layer, ml_rows x, ml_rows grad_
   ml_way way = ml_layer_way(layer, true);
   places p = ml_places_in(layer, workspace, true);
   ml_narrow narrow = narrow_of(&p);
-  if (!ml_layer_has_kernels(layer) || (grad_x != NULL && way == ML_BY_ADDMM && !layer->drops) ||
+  bool has_product = layer->drops || (way != ML_BY_TORCH && way != ML_BY_ADDMM);
+  if (!ml_layer_has_kernels(layer) || (grad_x != NULL && !has_product) ||
       !are_rows(grad_y.data, grad_y.row, layer->d_out) || (x.data != NULL && !are_rows(x.data, x.row, layer->d_in))) {
     return ML_CUDA_UNSUPPORTED;
   }

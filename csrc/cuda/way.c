@@ -19,6 +19,11 @@ static bool can_group(const ml_layer *layer) {
          layer->most_rank <= ML_MAX_PAIR_RANK && layer->tokens * layer->weights.top_k <= INT32_MAX / 2;
 }
 
+/* Whether that costs less than all experts do: a pair costs what its rows of x and y are to move, an expert its columns. Measured on an
+ * H200 with k = 2, d = 4096 and 8 or 64 experts of rank 16, linear in between: as much as 470 to 560 columns of 2048 tokens, and 690 to
+ * 870 of 8192; but before ml_choose had a warp for each token. */
+static bool grouping_pays(const ml_layer *layer) { return layer->columns > 128 + 256 * layer->weights.top_k; }
+
 ml_cuda_status ml_layer_begin(ml_layer *layer) {
   int64_t column = 0;
   if (layer->n_experts > ML_MAX_EXPERTS || layer->d_in % 8 != 0 || layer->d_out % 8 != 0 || layer->tokens < 1 ||
@@ -39,7 +44,7 @@ ml_cuda_status ml_layer_begin(ml_layer *layer) {
   layer->columns = (int)round_up(column, 64);
   layer->dense = layer->n_experts <= ML_TABLE_EXPERTS && column <= ML_MAX_COLUMNS;
   if (!layer->dense) {
-    return can_group(layer) ? ML_CUDA_OK : ML_CUDA_UNSUPPORTED;
+    return can_group(layer) && grouping_pays(layer) ? ML_CUDA_OK : ML_CUDA_UNSUPPORTED;
   }
   memcpy(layer->adapters.of, layer->experts, (size_t)layer->n_experts * sizeof *layer->experts);
   for (int e = 0; e < layer->n_experts; e++) {
@@ -109,18 +114,16 @@ wave ml_shared_wave(const ml_layer *layer, bool backward) {
   return (wave){0, 0};
 }
 
-/* Whether that costs less than all experts do: a pair costs what its rows of x and y are to move, an expert its columns. Measured on an
- * H200 with k = 2, d = 4096 and 8 or 64 experts of rank 16, linear in between: as much as 470 to 560 columns of 2048 tokens, and 690 to
- * 870 of 8192; but before ml_choose had a warp for each token. */
-static bool grouping_pays(const ml_layer *layer, int64_t n) {
-  return layer->columns > 128 + 256 * layer->weights.top_k && ml_tiles_of(layer, n) * 2 >= layer->gpu->multiprocessors;
-}
-
 ml_way ml_layer_way(const ml_layer *layer, bool backward) {
   if (!ml_layer_has_kernels(layer)) {
     return ML_BY_TORCH;
   }
-  if (layer->weight == NULL || !is_aligned(layer->bias) || !are_rows(layer->weight, layer->weight_row, layer->d_in)) {
+  bool reads_weight =
+      layer->weight != NULL && is_aligned(layer->bias) && are_rows(layer->weight, layer->weight_row, layer->d_in);
+  if (!layer->dense) {
+    return reads_weight && can_group(layer) ? ML_BY_GROUPED : ML_BY_TORCH;
+  }
+  if (!reads_weight) {
     return ML_BY_ADDMM;
   }
   int64_t n = backward ? layer->d_in : layer->d_out;
@@ -131,19 +134,16 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
                 ml_shared_wave(layer, backward).width > 0,
                 can_group(layer),
                 true};
-  if (!layer->dense) {
-    return can[ML_BY_GROUPED] ? ML_BY_GROUPED : ML_BY_TORCH;
-  }
   if (layer->forced >= 0 && can[layer->forced]) {
     return (ml_way)layer->forced;
   }
   if (can[ML_BY_DECODE]) {
     return ML_BY_DECODE;
   }
-  if (can[ML_BY_GROUPED] && grouping_pays(layer, n)) {
+  int64_t tiles = ml_tiles_of(layer, n), blocks = layer->gpu->multiprocessors;
+  if (can[ML_BY_GROUPED] && grouping_pays(layer) && tiles * 2 >= blocks) {
     return ML_BY_GROUPED;
   }
-  int64_t tiles = ml_tiles_of(layer, n), blocks = layer->gpu->multiprocessors;
   if (can[ML_BY_FUSED] && shrinks_are_free(layer, n) && tiles * 10 >= blocks * 9) {
     return ML_BY_FUSED;
   }
@@ -155,5 +155,5 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
 
 /* Without a weight no gradient of x is wanted, or torch's products are between what is made here. */
 bool ml_backward_groups(const ml_layer *layer) {
-  return layer->weight != NULL ? ml_layer_way(layer, true) == ML_BY_GROUPED : !layer->dense;
+  return !layer->dense || (layer->weight != NULL && ml_layer_way(layer, true) == ML_BY_GROUPED);
 }

@@ -86,6 +86,8 @@ def test_what_the_kernels_do_not_take_is_torchs(changes):
         # more than all tokens can have: whichever the size
         (1, 64, 64, 97, 2, "grouped"),
         (2048, 4096, 4096, 256, 2, "grouped"),
+        (2048, 4096, 4096, 128, 7, "grouped"),
+        (2048, 4096, 4096, 130, 8, "torch"),  # as many rows to move as columns: the formula
         (2048, 4096, 4096, 257, 2, "torch"),
         (2048, 4096, 4096, 256, 0, "torch"),
     ],

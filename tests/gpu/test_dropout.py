@@ -242,6 +242,19 @@ def test_frozen_experts_get_no_gradient():
         assert error(ours, theirs.double()) < 1e-6
 
 
+def test_backward_inside_autocast():
+    x, lora_A, lora_B, w, weight, bias = layer(200, 264, 136, [16, 4])
+    leaves = [x, w, *lora_A, *lora_B]
+    with_seed()
+    y = routed_lora(x, lora_A, lora_B, w, 1.5, weight=weight, bias=bias, dropout_p=0.25)
+    expected = torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True)
+    with torch.autocast("cuda", dtype=torch.float16):
+        got = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype is b.dtype
+        assert error(a, b.double()) < 2**-7
+
+
 def test_same_seed_same_bits_other_seed_others():
     x, lora_A, lora_B, w, weight, bias = layer(1000, 1032, 520, [16] * 4)
 

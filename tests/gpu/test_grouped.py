@@ -178,3 +178,13 @@ def test_what_only_pairs_can_be_computed_of(make_layer, random_like, assert_as_e
         assert_as_exact(grad, exact[i], stacked[i], str(i))
     layer.base.clear()
     assert_as_exact(layer.by(routed_lora), layer.in_double().loop(), layer.by(routed_lora_formula), "without a base")
+
+
+@pytest.mark.parametrize("unusual", ["expanded", "not aligned"])
+def test_rows_that_only_pairs_could_take_but_not_read(make_layer, unusual):
+    layer = make_layer(200, 264, 520, (8,) * 97, top_k=2)
+    x = layer.x.detach()
+    x = x[:1].expand(200, 264) if unusual == "expanded" else F.pad(x, (4, 0))[:, 4:]
+    got = layer._replace(x=x).by(routed_lora)
+    expected = layer._replace(x=x.contiguous()).by(routed_lora_formula)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-2 * expected.abs().max().item())
