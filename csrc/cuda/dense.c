@@ -64,13 +64,17 @@ ml_cuda_status ml_wide_maps(const ml_layer *layer, ml_rows x, void *y, bool back
   return status == ML_CUDA_OK ? ml_map_of(layer, &maps[OF_Y], from(y, of.first, 1), T, of.n, n, 64) : status;
 }
 
-static ml_cuda_status narrow_maps(const ml_layer *layer, const places *p, bool backward, part of,
-                                  ml_tensor_map maps[N_MAPS]) {
+/* Those, and of the narrow side: `mixed`, its factor, and the factor of a shrink inside. */
+static ml_cuda_status all_maps(const ml_layer *layer, const places *p, ml_rows x, void *y, bool backward, part of,
+                               ml_tensor_map maps[N_MAPS]) {
   int64_t T = layer->tokens, C = layer->columns;
   int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
   const void *b = backward ? from(p->prepared.a, of.first, 1) : from(p->prepared.b, of.first, C);
   const void *shrink = backward ? p->prepared.b : p->prepared.a;
-  ml_cuda_status status = ml_map_of(layer, &maps[OF_MIXED], p->mixed, T, C, C, ROWS);
+  ml_cuda_status status = ml_wide_maps(layer, x, y, backward, of, maps);
+  if (status == ML_CUDA_OK) {
+    status = ml_map_of(layer, &maps[OF_MIXED], p->mixed, T, C, C, ROWS);
+  }
   if (status == ML_CUDA_OK) {
     status = factor_map(layer, backward, &maps[OF_B], b, of.n, C, backward ? n : C, of.width);
   }
@@ -107,10 +111,7 @@ static ml_cuda_status dual(const ml_layer *layer, const places *p, ml_narrow nar
                            bool fused, int64_t first) {
   part of = ml_columns_from(layer, backward, first);
   ml_tensor_map maps[N_MAPS];
-  ml_cuda_status status = ml_wide_maps(layer, x, y, backward, of, maps);
-  if (status == ML_CUDA_OK) {
-    status = narrow_maps(layer, p, backward, of, maps);
-  }
+  ml_cuda_status status = all_maps(layer, p, x, y, backward, of, maps);
   return status == ML_CUDA_OK ? ml_dual_tiles(layer, maps, narrow, backward, fused, of, p->prepared.flags, NULL, 0)
                               : status;
 }
@@ -121,10 +122,7 @@ static ml_cuda_status shared(const ml_layer *layer, const places *p, ml_narrow n
   wave all = ml_shared_wave(layer, backward);
   part of = {0, all.columns, all.width};
   ml_tensor_map maps[N_MAPS];
-  ml_cuda_status status = ml_wide_maps(layer, x, y, backward, of, maps);
-  if (status == ML_CUDA_OK) {
-    status = narrow_maps(layer, p, backward, of, maps);
-  }
+  ml_cuda_status status = all_maps(layer, p, x, y, backward, of, maps);
   if (status != ML_CUDA_OK) {
     return status;
   }

@@ -139,7 +139,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
       wait_for_predecessor();
       for (int i = block; i < row_tiles; i += shrinkers) {
         float d[ML_COLS / 2];
-        sum_tiles(d, none(), shrink, depth_x, group, true);
+        sum_tiles(d, shrink, depth_x, group);
         finish_shrink(d, shrunk, i * ROWS + group * 64 + (t >> 5) * 16 + ((t & 31) >> 2), 0);
         fence_all();
         __threadfence();
@@ -151,7 +151,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_dual(
     for (int tile = begin; tile < tiles; tile += blocks) {
       place at = place_of(tile, row_tiles, col_tiles);
       float d[ML_WIDTH / 2];
-      sum_tiles(d, none(), r, steps, group, true);
+      sum_tiles(d, r, steps, group);
 #if ML_ADDS
       wait_for_predecessor();
       add_rows(d, added, adds, at.row + group * 64 + (t >> 5) * 16 + ((t & 31) >> 2), at.col, shrunk.tokens, n);

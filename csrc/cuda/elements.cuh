@@ -1,4 +1,7 @@
 /* 16-bit elements, bfloat16 or float16 (ML_F16), and what every kernel uses. */
+#ifndef MOELORA_ELEMENTS
+#define MOELORA_ELEMENTS
+
 #include "arguments.h"
 
 typedef unsigned int u32;
@@ -91,3 +94,5 @@ DEVICE bool is_kept(const ml_weights &w, int token, int e) {
   }
   return before < w.top_k;
 }
+
+#endif

@@ -6,16 +6,9 @@
  * that those of decode.cu find room beside them; and since W keeps the memory busy from then on, all is asked for before.
  */
 #include "hopper.cuh"
+#include "warp.cuh"
 
 enum { THREADS = 256, WARPS = THREADS / 32, TILES = ML_TOKENS / 16, SUMS = ML_TOKENS * 8 };
-
-/* d [16, 8] += a [16, 16] b [16, 8] */
-DEVICE void multiply_fragments(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 /* Eight elements of A's row, rounded, as everywhere. */
 DEVICE uint4 eight_of_a(const void *row, int k) {
@@ -62,8 +55,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 4) void ml_few(const __grid_con
       }
 #pragma unroll
       for (int i = 0; i < TILES; i++) {
-        multiply_fragments(d[i], rows[i][0].x, rows[i][1].x, rows[i][0].y, rows[i][1].y, a.x, a.y);
-        multiply_fragments(d[i], rows[i][0].z, rows[i][1].z, rows[i][0].w, rows[i][1].w, a.z, a.w);
+        multiply(d[i], rows[i][0].x, rows[i][1].x, rows[i][0].y, rows[i][1].y, a.x, a.y);
+        multiply(d[i], rows[i][0].z, rows[i][1].z, rows[i][0].w, rows[i][1].w, a.z, a.w);
       }
     }
 #pragma unroll

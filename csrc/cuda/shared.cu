@@ -28,7 +28,14 @@ enum {
 };
 static_assert(SLICES * SLICE_BYTES <= SCRATCH_BYTES, "all parts of a slice are added at once");
 
-/* One more step of the sum, and of the shrink with a second accumulator: what was multiplied before it is done then. */
+struct none {};
+DEVICE void multiply_more(none, u32, u32, bool) {}
+template <int SIZE>
+DEVICE void multiply_more(float (&h)[SIZE], u32 x, u32 factor, bool first) {
+  multiply_tile(h, x, factor, first);
+}
+
+/* One more step of the sum, and of the shrink with a second accumulator, or none: what was multiplied before it is done then. */
 template <class OTHER, class RING>
 DEVICE void step(float (&d)[ML_WIDTH / 2], OTHER &&h, RING &r, u32 panel, int group, bool first, bool first_shrink, int &before) {
   u32 x = r.data() + group * 8192;

@@ -60,25 +60,16 @@ DEVICE void multiply_tile(float (&d)[SIZE], u32 x, u32 factor, bool first) {
   for (int k = 0; k < 4; k++) multiply<0, ML_BACKWARD>(d, a + DEPTH_STEP_K * k, b + step * k, !(first && k == 0));
 }
 
-/* d (+)= what the ring brings in so many steps: the warpgroup's 64 rows of x, each time, times a factor's tile; and h = x times the tile
- * of a second factor behind it, where there is one. first: there is nothing yet that d is added to. */
-struct none {};
-DEVICE void multiply_more(none, u32, u32, bool) {}
-DEVICE void settle(none) {}
-template <int SIZE>
-DEVICE void multiply_more(float (&h)[SIZE], u32 x, u32 factor, bool first) {
-  multiply_tile(h, x, factor, first);
-}
-template <int SIZE, class OTHER, class RING>
-DEVICE void sum_tiles(float (&d)[SIZE], OTHER &&h, RING &r, int steps, int group, bool first) {
+/* d = what the ring brings in so many steps: the warpgroup's 64 rows of x, each time, times a factor's tile. */
+template <int SIZE, class RING>
+DEVICE void sum_tiles(float (&d)[SIZE], RING &r, int steps, int group) {
   bool tells = (threadIdx.x & 127) == 0;
   int before = 0;
   for (int k = 0; k < steps; k++) {
     u32 x = r.data() + group * 8192;
     barrier_wait(r.full(), r.phase);
     products_begin();
-    multiply_tile(d, x, r.data() + X_BYTES, first && k == 0);
-    multiply_more(h, x, r.data() + X_BYTES + W_BYTES, k == 0);
+    multiply_tile(d, x, r.data() + X_BYTES, k == 0);
     products_commit();
     products_wait<1>();
     if (k > 0 && tells) barrier_arrive(r.empty(before));
@@ -88,7 +79,6 @@ DEVICE void sum_tiles(float (&d)[SIZE], OTHER &&h, RING &r, int steps, int group
   products_wait<0>();
   if (steps > 0 && tells) barrier_arrive(r.empty(before));
   settle(d);
-  settle(h);
 }
 
 /* One warpgroup's 64 rows of a tile, rounded, through N boxes of shared memory that are `apart` bytes from each other. */
