@@ -310,7 +310,7 @@ def test_models_have_every_way_with_memory_and_dropout_rows(results):
 def test_dropout_and_compiled_rows_are_there_for_the_first_mixture():
     rows = list(models.measure(models.Grid(["gpt2"], [(3, 2), (2, 2)], (1, 4), True), 1))
     assert {row["N"] for row in rows} == {2, 3}
-    assert {row["N"] for row in rows if row["p"] or row["peer"] == "stacked_compiled"} == {3}
+    assert {row["N"] for row in rows if row["p"] or row["peer"] in models.COMPILED} == {3}
 
 
 def test_a_chosen_grid_is_what_is_measured(tmp_path):
@@ -344,10 +344,8 @@ def test_compiled_peers_run_through_inductor(tmp_path):
         text=True,
     )
     assert ended.returncode == 0, ended.stderr
-    assert {row["what"] for row in load(tmp_path)["models"] if row["peer"] == "stacked_compiled"} == {
-        "forward",
-        "train step",
-    }
+    compiled = {(row["peer"], row["what"]) for row in load(tmp_path)["models"] if "compiled" in row["peer"]}
+    assert compiled == {(peer, what) for peer in models.COMPILED for what in ("forward", "train step")}
 
 
 # Goals

@@ -162,7 +162,8 @@ extern "C" __global__ __launch_bounds__(384, 1) void ml_shared(
     for (int i = done; i <= steps; i++) step(d, none(), r, 0, group, false, false, before);
     products_wait<0>();
     settle(d);
-    /* Through what only this warpgroup has read: its rows of x in each stage. */
+    /* Through what only this warpgroup has read, once all of it has: its rows of x in each stage. */
+    warpgroup_sync(1 + group);
     store_tile<4>(d, base + group * 8192, STAGE_BYTES, &y, row + group * 64, col, n, bias, group);
     if (t == 0) stores_read<0>();
   }

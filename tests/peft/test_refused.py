@@ -398,7 +398,8 @@ def logits(message: str, w: torch.Tensor, **arguments: Any) -> None:
         fits = lambda: model(tools.ids, routing_weights=torch.ones(3), mixture="logits")  # noqa: E731
         return tools.of(model, message, refused=call, routed=fits)
 
-    refuses('`mixture="logits"` with caches, generate, hidden states or weights per layer')(make)
+    row = '`mixture="logits"` with caches, generate, hidden states, weights per layer or stack, or a router that reads decoder layers'
+    refuses(row)(make)
 
 
 logits("has no cache: pass use_cache=False", torch.ones(3), use_cache=True)

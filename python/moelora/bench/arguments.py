@@ -47,7 +47,7 @@ _WAYS = [f"moelora_{way}" for way in ("torch", "addmm", "decode", "dual", "fused
 _PEERS = ["base", "moelora", "stacked", "stacked_compiled", "one_lora", "loop", "two_pass", "n_passes", *_WAYS]
 _TIMED = ["graph", "calls"]
 _MODEL_PEERS = ["moelora", "one_lora", "stacked", "base", "moelora_router", "loop", "two_pass", "n_passes"]
-_MODEL_PEERS += ["stacked_compiled"]
+_MODEL_PEERS += ["base_compiled", "stacked_compiled", "moelora_compiled"]
 _CUDA: dict[str, dict[str, Any]] = {
     "layers": {
         "shapes": [

@@ -6,12 +6,13 @@ tokens, the same given weights [B, S, N] wherever nothing else is said:
     base               the model without adapters; its step has gradients of activations alone, and nothing to update
     one_lora           stock PEFT, one adapter of rank r
     stacked            each LoRA layer in torch operations: A and B concatenated beforehand, one pass
-    stacked_compiled   the same through `torch.compile`, for the first model and mixture, where there is a C++ compiler
     loop               one pass, a Python loop over the adapters in each layer, as a fork of PEFT has it
     two_pass           a first pass for a router with a gate in each layer, then that loop
     n_passes           the whole model once for each expert, logits mixed
     moelora            one pass
     moelora_router     one pass with the default router, one gate in each layer
+    base_compiled, stacked_compiled, moelora_compiled
+                       the same through `torch.compile`, for the first model and mixture, where there is a C++ compiler
 
 The experts of all of them are the same parameters, but for `stacked`, which has copies, and no B is zero.
 
@@ -47,6 +48,7 @@ from moelora.validate.reference import AdapterLoop, twin
 SELDOM = {"n_passes": 4, "two_pass": 4}  # far slower than the rest
 DROPOUT = 0.1
 HALF = ("moelora", "stacked", "one_lora")  # with a bfloat16 base
+COMPILED = ("base_compiled", "stacked_compiled", "moelora_compiled")
 
 
 class Peer:
@@ -147,7 +149,7 @@ def peers(
     Parameters
     ----------
     compiled : callable, optional
-        What compiles a model, for `stacked_compiled`.
+        What compiles a model, for `COMPILED`.
     only : container of str, optional
         Names of those that are made.
     """
@@ -185,17 +187,17 @@ def peers(
         model.base_model.attach_router(model.base_model.make_router(config), config)
         return model
 
-    def plainly(model: Any) -> Peer:
-        return Peer(model, partial(result, model))
+    def plainly(model: Any, prepare: Callable[[nn.Module], Any] = lambda model: model) -> Peer:
+        return Peer(model, partial(result, prepare(model)))
 
-    def given() -> Peer:
+    def given(prepare: Callable[[nn.Module], Any] = lambda model: model) -> Peer:
         model = moelora.adopt(stock())
-        return Peer(model, partial(result, model, routing_weights=weights))
+        return Peer(model, partial(result, prepare(model), routing_weights=weights))
 
-    def frozen() -> Peer:
+    def frozen() -> PreTrainedModel:
         model = twin(base).requires_grad_(False)
         model.enable_input_require_grads()  # type: ignore[no-untyped-call]
-        return plainly(model)
+        return model
 
     def passes() -> Peer:
         model = stock()
@@ -219,17 +221,16 @@ def peers(
         makers |= {
             "moelora_router": lambda: plainly(routed()),
             "stacked": lambda: plainly(stack(stock(), weights)),
-            "base": frozen,
+            "base": lambda: plainly(frozen()),
             "two_pass": lambda: looped(None),
             "n_passes": passes,
         }
     if compiled is not None:
-
-        def stacked_compiled() -> Peer:
-            model = stack(stock(), weights)
-            return Peer(model, partial(result, compiled(model)))
-
-        makers["stacked_compiled"] = stacked_compiled
+        makers |= {
+            "base_compiled": lambda: plainly(frozen(), compiled),
+            "stacked_compiled": lambda: plainly(stack(stock(), weights), compiled),
+            "moelora_compiled": lambda: given(compiled),
+        }
     return {name: make() for name, make in makers.items() if only is None or name in only}
 
 

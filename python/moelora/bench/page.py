@@ -340,6 +340,10 @@ def _by_shape(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
     return shapes
 
 
+def _gpu_topk(results: Results, stem: str) -> str:
+    return _median_table(results["topk"], {"what": "mixture"}, ["timed", "dtype", "T", "d", "N", "r", "k", "pass"])
+
+
 def _gpu_route(results: Results, stem: str) -> str:
     return _median_table(results["topk"], {"what": "route"}, ["timed", "T", "N", "k", "pass"])
 
@@ -395,7 +399,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Results, str], str]]] = {
     "cuda-calls": ("layers", _gpu_calls),
     "cuda-agreement": ("layers", _gpu_agreement),
     "cuda-siblings": ("neighbours", _gpu_siblings),
-    "cuda-topk": ("topk", _topk),
+    "cuda-topk": ("topk", _gpu_topk),
     "cuda-route": ("topk", _gpu_route),
     "cuda-models": ("models", _models),
     "cuda-host": ("host", _host),

@@ -14,6 +14,7 @@ from moelora.bench.record import Row
 COLOURS = {
     "moelora": "#2ca02c",
     "moelora_weight": "#98df8a",
+    "moelora_compiled": "#006d2c",
     "stacked": "#1f77b4",
     "stacked_medium": "#17becf",
     "stacked_compiled": "#9467bd",
@@ -22,6 +23,7 @@ COLOURS = {
     "one_lora": "#ff7f0e",
     "base": "#555555",
     "base_medium": "#aaaaaa",
+    "base_compiled": "#222222",
     "torch": "#1f77b4",
     "moelora_router": "#98df8a",
     "two_pass": "#e377c2",

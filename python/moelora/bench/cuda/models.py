@@ -1,8 +1,8 @@
 """Whole language models on a GPU, with random weights in the shapes of Gemma 2B, Llama 3 8B and Qwen3 4B.
 
 The base is bfloat16, adapters float32 as PEFT makes them, of rank 16. The peers are those of `moelora.bench.models`:
-stacked computes in bfloat16, stock PEFT's layers and the loop compute in float32, as they do without autocast, and
-`stacked_compiled` has each decoder layer through `torch.compile`.
+stacked computes in bfloat16, stock PEFT's layers and the loop compute in float32, as they do without autocast, and the
+compiled ones have each decoder layer through `torch.compile`.
 
 A forward is without gradients, in evaluation mode, and besides called ("calls") also replayed as a CUDA graph
 ("graph"), which leaves the host's time out; a train step is forward, loss, backward and AdamW, fused. Peak memory is
@@ -38,16 +38,16 @@ from transformers import (
 from moelora.bench.arguments import RANK
 from moelora.bench.cuda import clock
 from moelora.bench.cuda.layers import SELDOM
-from moelora.bench.models import DROPOUT, Peer, peers
+from moelora.bench.models import COMPILED, DROPOUT, Peer, peers
 from moelora.bench.record import columns
 from moelora.bench.work import CAN_COMPILE
 from moelora.peft.anatomy import decoder
 from moelora.report.timing import interleave, quartiles
 
 DROPPED = ("gemma-2b", 4)  # where moelora and one_lora have dropout, too
-SAME = ("loop", "stacked", "stacked_compiled")  # the same function as moelora
+SAME = ("loop", "stacked", "stacked_compiled", "moelora_compiled")  # the same function as moelora
 OFF = 0.1  # at most; bfloat16 has 8 bits
-GRAPHS = ("moelora", "base", "one_lora", "stacked", "stacked_compiled", "moelora_router", "loop")
+GRAPHS = ("moelora", "base", "one_lora", "stacked", "moelora_router", "loop", *COMPILED)
 
 
 class Shape(NamedTuple):
