@@ -155,8 +155,6 @@ struct ml_kernel {
   ml_variant variant;
   int major, minor;
   const char *entry;
-  ml_cuda_status status; /* why there is no such kernel */
-  char *message;
   CUkernel kernel;
   struct {
     _Atomic(CUfunction) function; /* NULL: not made ready there */
@@ -204,44 +202,55 @@ static ml_cuda_status load(program *p) {
   return result == ML_CU_SUCCESS ? ML_CUDA_OK : refused(result, ml_source_name(p->variant.source));
 }
 
-/* The program of a variant, which may be a failed one; NULL: no memory. The caller holds the lock. */
-static program *program_of(const ml_gpu *gpu, const ml_variant *variant) {
+/* Whether the next try may do better: a GPU that was full or busy. */
+static bool passes(ml_cuda_status status) { return status == ML_CUDA_NO_MEMORY || status == ML_CUDA_DRIVER; }
+
+static ml_cuda_status no_memory(void) { return ml_cuda_fail(ML_CUDA_NO_MEMORY, "there is no memory for a kernel"); }
+
+/* The program of a variant; one that can't be is kept, too, for its compiler would be asked in vain each time. The caller
+ * holds the lock. */
+static ml_cuda_status program_of(const ml_gpu *gpu, const ml_variant *variant, program **found) {
   for (program *p = programs; p; p = p->next)
-    if (same_variant(&p->variant, variant) && p->major == gpu->major && p->minor == gpu->minor) return p;
-  program *p = calloc(1, sizeof *p);
-  if (!p) return NULL;
+    if (same_variant(&p->variant, variant) && p->major == gpu->major && p->minor == gpu->minor) {
+      *found = p;
+      return p->status == ML_CUDA_OK ? ML_CUDA_OK : again(p->status, p->message);
+    }
+  program *p = *found = calloc(1, sizeof *p);
+  if (!p) return no_memory();
   *p = (program){.next = programs, .variant = *variant, .major = gpu->major, .minor = gpu->minor};
-  p->status = load(p);
-  if (p->status != ML_CUDA_OK) p->message = strdup(ml_cuda_message());
-  return programs = p;
+  ml_cuda_status status = p->status = load(p);
+  if (passes(status)) {
+    free(p);
+    return status;
+  }
+  if (status != ML_CUDA_OK) p->message = strdup(ml_cuda_message());
+  programs = p;
+  return status;
 }
 
-/* Adds a kernel, which may be a failed one; NULL: no memory. The caller holds the lock. */
-static ml_kernel *add(const ml_gpu *gpu, const ml_variant *variant, const char *entry) {
-  program *p = program_of(gpu, variant);
-  ml_kernel *kernel = p ? calloc(1, sizeof *kernel) : NULL;
+/* Adds a kernel. The caller holds the lock. */
+static ml_cuda_status add(const ml_gpu *gpu, const ml_variant *variant, const char *entry, ml_kernel **added) {
+  program *p;
+  ml_cuda_status status = program_of(gpu, variant, &p);
+  if (status != ML_CUDA_OK) return status;
+  CUkernel loaded;
+  unsigned result = cu.cuLibraryGetKernel(&loaded, p->library, entry);
+  if (result != ML_CU_SUCCESS) return refused(result, entry);
+  ml_kernel *kernel = *added = calloc(1, sizeof *kernel);
   char *name = kernel ? strdup(entry) : NULL;
   if (!name) {
     free(kernel);
-    return NULL;
+    return no_memory();
   }
   kernel->variant = *variant;
   kernel->major = gpu->major;
   kernel->minor = gpu->minor;
   kernel->entry = name;
-  kernel->status = p->status;
-  kernel->message = p->message;
-  if (p->status == ML_CUDA_OK) {
-    unsigned result = cu.cuLibraryGetKernel(&kernel->kernel, p->library, entry);
-    if (result != ML_CU_SUCCESS) {
-      kernel->status = refused(result, entry);
-      kernel->message = strdup(ml_cuda_message());
-    }
-  }
+  kernel->kernel = loaded;
   _Atomic(ml_kernel *) *bucket = bucket_of(gpu, variant);
   kernel->next = atomic_load_explicit(bucket, memory_order_relaxed);
   atomic_store_explicit(bucket, kernel, memory_order_release);
-  return kernel;
+  return ML_CUDA_OK;
 }
 
 /* Readies a kernel for a GPU: what is loaded lazily is loaded now. The caller holds the lock. */
@@ -280,13 +289,8 @@ ml_cuda_status ml_kernel_of(const ml_gpu *gpu, const ml_variant *variant, const 
   ml_cuda_status status = ML_CUDA_OK;
   pthread_mutex_lock(&lock);
   found = find(atomic_load_explicit(bucket, memory_order_relaxed), gpu, variant, entry);
-  if (!found) found = add(gpu, variant, entry);
-  if (!found)
-    status = ml_cuda_fail(ML_CUDA_NO_MEMORY, "there is no memory for a kernel");
-  else if (found->status != ML_CUDA_OK)
-    status = again(found->status, found->message);
-  else if (!is_ready(gpu, found, shared_bytes))
-    status = ready(gpu, found, shared_bytes);
+  if (!found) status = add(gpu, variant, entry, &found);
+  if (status == ML_CUDA_OK && !is_ready(gpu, found, shared_bytes)) status = ready(gpu, found, shared_bytes);
   pthread_mutex_unlock(&lock);
   *kernel = found;
   return status;

@@ -84,6 +84,7 @@ unsigned cuLibraryLoadData(CUlibrary *library, const void *data, unsigned *jit_o
              4) != 0 ||
       n_jit_options + n_options > 0)
     return INVALID_VALUE;
+  if (fake.answer_to_load) return fake.answer_to_load;
   memcpy(code, data, 4096); /* binaries of tests are larger, and name their kernels at the beginning */
   *library = (CUlibrary)(intptr_t)++fake.loads;
   return ML_CU_SUCCESS;

@@ -8,5 +8,6 @@ typedef struct {
   CUcontext context; /* the current one */
   int argument;      /* the first one, an int */
   int launches, loads, retains, shared_bytes;
-  unsigned answer; /* of the launches to come */
+  unsigned answer;         /* of the launches to come */
+  unsigned answer_to_load; /* of the binaries to come */
 } fake_state;

@@ -153,6 +153,20 @@ static void test_what_fails_once_fails_at_once(void) {
   CHECK(strcmp(first, ml_cuda_message()) == 0);
 }
 
+static void test_what_passes_is_tried_again(void) {
+  ml_kernel *kernel = NULL;
+  int loads = fake->loads;
+  for (int i = 0; i < 2; i++) {
+    fake->answer_to_load = i == 0 ? ML_CU_OUT_OF_MEMORY : 999;
+    CHECK(ml_kernel_of(gpu(0), &(ml_variant){ML_MIX, {8}}, "fill", 0, &kernel) ==
+          (i == 0 ? ML_CUDA_NO_MEMORY : ML_CUDA_DRIVER));
+    SAYS("the NVIDIA driver refused mix.cu");
+  }
+  fake->answer_to_load = 0;
+  OK(ml_kernel_of(gpu(0), &(ml_variant){ML_MIX, {8}}, "fill", 0, &kernel));
+  CHECK(fake->loads == loads + 1);
+}
+
 static void *ask(void *failed) {
   char before[2048];
   snprintf(before, sizeof before, "%s", ml_cuda_message());
@@ -211,6 +225,7 @@ int main(int n_args, char **args) {
   test_a_launch();
   test_kernels();
   test_what_fails_once_fails_at_once();
+  test_what_passes_is_tried_again();
   test_threads();
   test_a_tensor_map_that_is_refused();
   measure();
