@@ -100,6 +100,16 @@ def test_of_two_forwards_in_flight(build, ids, reentrant):
     assert_equal(results(build(reentrant), step, [w, v]), results(build(None), step, [w, v]))
 
 
+def test_of_a_plain_and_a_routed_forward_in_flight(build, ids, reentrant):
+    w = given((2, 7, 3))
+
+    def step(model):
+        plain = model(ids, labels=ids).loss
+        return plain + 2 * model(ids.flip(1), labels=ids, routing_weights=w).loss
+
+    assert_equal(results(build(reentrant), step, [w]), results(build(None), step, [w]))
+
+
 def test_of_two_models_in_flight(build, ids, reentrant):
     w, v = given((2, 7, 3)), given((2, 7, 3), seed=1)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import moelora
 from moelora import adopt
@@ -391,6 +392,55 @@ def data_parallel(tools: Tools) -> Case:
     return tools.of(model, message, refused=call, error=RuntimeError, advised=torch.ones(3))
 
 
+def checkpointed(reentrant: bool) -> None:
+    @refuses("`torch.utils.checkpoint` around parts of a model that runs routed, as FSDP and DeepSpeed put it there")
+    def make(tools: Tools) -> Case:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(8, 8)
+                self.inside = True
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return checkpoint(self.linear, x, use_reentrant=reentrant) if self.inside else self.linear(x)
+
+        model, x, w = (
+            tools.peft(Net(), peft.LoraConfig(r=2, target_modules=["linear"])),
+            torch.randn(3, 8, requires_grad=True),
+            torch.rand(1),
+        )
+        net, layer = model.base_model.model, model.base_model.model.linear
+        nn.init.normal_(layer.lora_B["e"].weight)
+
+        @torch.enable_grad()
+        def gradient(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+            x.grad = None
+            call().sum().backward()
+            model.zero_grad()
+            assert x.grad is not None
+            return x.grad
+
+        def around() -> None:
+            net.inside = False
+            call = lambda x: model(x, routing_weights=w)  # noqa: E731
+            expected = gradient(lambda: call(x))
+            assert torch.equal(gradient(lambda: checkpoint(call, x, use_reentrant=False)), expected)
+            net.inside = True
+            merged = (
+                layer.base_layer.weight + w * layer.scaling["e"] * layer.lora_B["e"].weight @ layer.lora_A["e"].weight
+            )
+            torch.testing.assert_close(expected, merged.sum(0).expand(3, -1))
+
+        message = "linear is computed again in a backward, by a checkpoint that does not carry the routing weights"
+        plain = lambda: torch.cat([model(x).detach(), gradient(lambda: model(x))])  # noqa: E731
+        refused = lambda: gradient(lambda: model(x, routing_weights=w))  # noqa: E731
+        return Case(model, refused, message, plain, RuntimeError, around)
+
+
+for reentrant in (True, False):
+    checkpointed(reentrant)
+
+
 def logits(message: str, w: torch.Tensor, **arguments: Any) -> None:
     def make(tools: Tools) -> Case:
         model = tools.model()
@@ -398,8 +448,9 @@ def logits(message: str, w: torch.Tensor, **arguments: Any) -> None:
         fits = lambda: model(tools.ids, routing_weights=torch.ones(3), mixture="logits")  # noqa: E731
         return tools.of(model, message, refused=call, routed=fits)
 
-    row = '`mixture="logits"` with caches, generate, hidden states, weights per layer or stack, or a router that reads decoder layers'
-    refuses(row)(make)
+    refuses('`mixture="logits"` with caches, generate, hidden states, weights per layer or stack, a router of layers')(
+        make
+    )
 
 
 logits("has no cache: pass use_cache=False", torch.ones(3), use_cache=True)

@@ -55,6 +55,9 @@ class Host:
     base_parameters: tuple[str, ...] = ()  # of that of the model without its head
     recorders: tuple[Any, ...] = ()  # `RoutingStats` that watch it now
 
+    def __init__(self) -> None:
+        self.uncarried: set[str] = set()  # layers that were last routed where `Recompute` carries no weights along
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "recorders"}  # of this model alone
 
