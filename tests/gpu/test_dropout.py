@@ -323,6 +323,35 @@ def test_batched_gradients_meet_the_same_masks():
         assert error(ours, torch.stack(theirs).double()) < 2**-6
 
 
+@pytest.mark.parametrize("way", [None], indirect=True)
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-4), (torch.bfloat16, 2**-5)], ids=str)
+def test_transforms_differentiate_the_masks_of_the_forward(dtype, limit):
+    """Without a base y is linear in x: its derivative along x is y, that of its squares' sum is twice that sum."""
+    x, lora_A, lora_B, w, *_ = layer(12, 136, 72, [8, 4], dtype)
+    x = x.detach()
+
+    def y_of(x):
+        return routed_lora(x, lora_A, lora_B, w, 1.5, dropout_p=0.5)
+
+    slope, squares = torch.func.grad_and_value(lambda x: y_of(x).float().square().sum())(x)
+    assert error((slope.double() * x.double()).sum(), 2 * squares.double()) < limit
+    y, along_x = torch.func.jvp(y_of, (x,), (x,))
+    assert error(along_x, y.double()) < limit
+    jacobian, y = torch.func.jacrev(lambda x: (y_of(x),) * 2, has_aux=True)(x)
+    assert error((jacobian.double() * x.double()).sum((-2, -1)), y.double()) < limit
+
+
+@pytest.mark.parametrize("way", [None], indirect=True)
+def test_vmap_over_a_backward_meets_the_masks_of_the_forward():
+    x, lora_A, lora_B, w, *_ = layer(40, 136, 72, [8, 4], torch.float32)
+    y = routed_lora(x, lora_A, lora_B, w, 1.5, dropout_p=0.5)
+    leaves, grads_y = [x, w, *lora_A, *lora_B], torch.randn(3, *y.shape, device="cuda")
+    batched = torch.vmap(lambda g: torch.autograd.grad(y, leaves, g, retain_graph=True))(grads_y)
+    each = [torch.autograd.grad(y, leaves, g, retain_graph=True) for g in grads_y]
+    for ours, theirs in zip(batched, zip(*each, strict=True), strict=True):
+        assert error(ours, torch.stack(theirs).double()) < 1e-5
+
+
 def test_a_captured_graph_takes_other_masks_each_time(kernels):
     x, lora_A, lora_B, w, weight, bias = layer(64, 136, 72, [8, 4])
     with torch.no_grad():

@@ -281,6 +281,23 @@ def test_double_backward_is_an_error(make_layer, tokens):
             torch.autograd.grad(grad.sum(), layer.x)
 
 
+@pytest.mark.parametrize("tokens", [20, 600])
+def test_the_gradient_of_a_sum_is_expanded_but_no_other(make_layer, taken, way, tokens):
+    """The kernels get a copy, whether or not create_graph is given; only the second differentiation is refused."""
+    layer = make_layer(tokens, 256, 1024).requiring()
+    y = layer.by(routed_lora)
+    taken.clear()
+    wanted = torch.autograd.grad(y, layer.leaves, torch.ones_like(y), retain_graph=True)
+    once = torch.autograd.grad(y.sum(), layer.leaves, create_graph=True)
+    assert all(map(torch.equal, once, wanted))
+    for grad in once:
+        with pytest.raises(RuntimeError, match="differentiated once only"):
+            torch.autograd.grad(grad.sum(), layer.x, retain_graph=True)
+    y.sum().backward()
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(layer.leaves, wanted, strict=True))
+    assert taken["cuda_backward"] + taken["cuda_mix_backward"] == 3
+
+
 def test_batched_gradients(make_layer):
     layer = make_layer(40).requiring()
     y = layer.by(routed_lora)

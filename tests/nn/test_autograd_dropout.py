@@ -24,6 +24,14 @@ def function(request):
     return request.param
 
 
+@pytest.fixture(params=[False, True], ids=["core's masks", "masks of a generator"])
+def masks(request, monkeypatch):
+    """Of the formula: also those that it draws on a GPU, here by the generator of the CPU."""
+    if request.param:
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
 def with_masks(m, seed, dropout_p, top_k=None):
     """The loop over the experts, each with its own x."""
     kept = torch.ones_like(m.routing_weights)
@@ -387,6 +395,38 @@ def test_torch_func(make_mixture):
     assert not torch.equal(different[0], different[1])
     value, slope = seeded(lambda: torch.func.jvp(loss, (x,), (x,)))
     torch.testing.assert_close(slope, 2 * value)
+
+
+@pytest.mark.usefixtures("masks")
+def test_transforms_differentiate_the_masks_of_the_forward(make_mixture):
+    """y is linear in x, so that its derivative along x is y itself."""
+    m = make_mixture()
+    x = m.x.detach()
+
+    def y_of(x):
+        return routed_lora_formula(x, *m[1:], dropout_p=P)
+
+    slope, total = torch.func.grad_and_value(lambda x: y_of(x).sum())(x)
+    torch.testing.assert_close((slope * x).sum(), total)
+    y, along_x = torch.func.jvp(y_of, (x,), (x,))
+    torch.testing.assert_close(along_x, y)
+    jacobian, y = torch.func.jacrev(lambda x: (y_of(x),) * 2, has_aux=True)(x)
+    torch.testing.assert_close((jacobian * x).sum((-3, -2, -1)), y)
+
+
+@pytest.mark.usefixtures("masks")
+def test_vmap_over_a_backward_meets_the_masks_of_the_forward(make_mixture):
+    m = make_mixture()
+    y = routed_lora_formula(*m, dropout_p=P)
+    rows = torch.randn(2, 3, *y.shape, dtype=y.dtype)
+
+    def gradients(row):
+        return torch.autograd.grad(y, m.leaves, row, retain_graph=True)
+
+    batched = torch.vmap(torch.vmap(gradients))(rows)
+    for i, j in np.ndindex(2, 3):
+        for got, wanted in zip(batched, gradients(rows[i, j]), strict=True):
+            torch.testing.assert_close(got[i, j], wanted)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")

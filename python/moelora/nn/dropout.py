@@ -2,8 +2,9 @@
 
 A mask is a pure function of a seed and of expert, token and column: the one that the C core and the CUDA kernels
 compute (csrc/core/kernels/philox.h), here in torch operations. Where a GPU takes the formula it is another one, which
-torch's own generator draws there in one kernel, when it is given that seed. The seed comes from torch's generator on
-the CPU: what reproduces or restores that, as `torch.manual_seed` and checkpointing do, reproduces the masks.
+torch's own generator draws there in one kernel, when it is given that seed; not inside torch.func's transforms, of
+which vmap may batch the seed. The seed comes from torch's generator on the CPU: what reproduces or restores that, as
+`torch.manual_seed` and checkpointing do, reproduces the masks.
 """
 
 import math
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 __all__ = ["draw_seed", "dropped", "dropped_grads", "dropped_linear"]
 
@@ -44,7 +46,11 @@ def dropped_linear(x: Tensor, lora_A: Tensor, ranks: Sequence[int], dropout_p: S
     if recorded or type(x).__name__ == "DTensor" or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         parts = zip(lora_A.split(list(ranks)), dropout_p, strict=True)
         return torch.cat([F.linear(F.dropout(x, p), a) for a, p in parts], -1)
-    hidden: Tensor = _Linear.apply(x, lora_A, draw_seed(), tuple(ranks), tuple(dropout_p))  # type: ignore[no-untyped-call]
+    # Once for all uses: a transform's own forward runs below its level, the backward in it or in one that began later.
+    as_kernels = torch._C._are_functorch_transforms_active()
+    hidden: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+        x, lora_A, draw_seed(), tuple(ranks), tuple(dropout_p), as_kernels
+    )
     return hidden
 
 
@@ -74,9 +80,11 @@ def dropped_grads(
     return grad_x, grads_A
 
 
-def _linear(x: Tensor, lora_A: Tensor, ranks: Sequence[int], seed: Tensor, dropout_p: Sequence[float]) -> Tensor:
-    parts = [F.linear(dropped(x, seed, e, dropout_p[e]), a) for e, a in enumerate(lora_A.split(list(ranks)))]
-    return torch.cat(parts, -1)
+def _linear(
+    x: Tensor, lora_A: Tensor, seed: Tensor, ranks: Sequence[int], dropout_p: Sequence[float], as_kernels: bool
+) -> Tensor:
+    seen = [dropped(x, seed, e, p, as_kernels=as_kernels) for e, p in enumerate(dropout_p)]
+    return torch.cat([F.linear(x_e, a) for x_e, a in zip(seen, lora_A.split(list(ranks)), strict=True)], -1)
 
 
 class _Linear(torch.autograd.Function):
@@ -86,33 +94,38 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, lora_A: Tensor, seed: Tensor, ranks: tuple[int, ...], dropout_p: tuple[float, ...]
+        x: Tensor,
+        lora_A: Tensor,
+        seed: Tensor,
+        ranks: tuple[int, ...],
+        dropout_p: tuple[float, ...],
+        as_kernels: bool,
     ) -> Tensor:
-        return _linear(x, lora_A, ranks, seed, dropout_p)
+        return _linear(x, lora_A, seed, ranks, dropout_p, as_kernels)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, lora_A, seed, ctx.ranks, ctx.dropout_p = inputs
+        x, lora_A, seed, *ctx.settings = inputs
         ctx.save_for_backward(x, lora_A, seed)
         ctx.save_for_forward(x, lora_A, seed)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         x, lora_A, seed = ctx.saved_tensors
+        ranks, dropout_p, as_kernels = ctx.settings
         need_x, need_A, *_ = ctx.needs_input_grad
-        grad_x, grads_A = dropped_grads(
-            grad, x if need_A else None, lora_A.split(list(ctx.ranks)), seed, ctx.dropout_p, need_x=need_x
-        )
-        return grad_x, None if grads_A is None else torch.cat(grads_A), None, None, None
+        kept_x, parts = x if need_A else None, lora_A.split(list(ranks))
+        grad_x, grads_A = dropped_grads(grad, kept_x, parts, seed, dropout_p, need_x=need_x, as_kernels=as_kernels)
+        return grad_x, None if grads_A is None else torch.cat(grads_A), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent_x: Any, tangent_A: Any, *_: Any) -> Any:
         x, lora_A, seed = ctx.saved_tensors
         terms = []
         if tangent_x is not None:
-            terms.append(_linear(tangent_x, lora_A, ctx.ranks, seed, ctx.dropout_p))
+            terms.append(_linear(tangent_x, lora_A, seed, *ctx.settings))
         if tangent_A is not None:
-            terms.append(_linear(x, tangent_A, ctx.ranks, seed, ctx.dropout_p))
+            terms.append(_linear(x, tangent_A, seed, *ctx.settings))
         return sum(terms)
 
 
@@ -136,7 +149,7 @@ def _mask(
         return None, 1.0
     if drops == numbers:
         return torch.zeros_like(like, dtype=torch.bool), 0.0
-    kept = _drawn if like.is_cuda and not as_kernels and not torch._C._are_functorch_transforms_active() else _kept
+    kept = _drawn if like.is_cuda and not as_kernels else _kept
     return kept(like, seed, expert, drops), numbers / (numbers - drops)
 
 
@@ -160,8 +173,10 @@ def _kept(x: Tensor, seed: Tensor | int, expert: int, drops: int) -> Tensor:
 def _drawn(x: Tensor, seed: Tensor | int, expert: int, drops: int) -> Tensor:
     """The same by the generator of x's device."""
     generator = torch.Generator(x.device).manual_seed((int(seed) + expert * 0x9E3779B97F4A7C15) % 2**63)
-    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)  # in the order of its elements whatever x's strides
-    return kept.bernoulli_(1 - drops / 2**16, generator=generator)
+    # A backward inside a vmap needs what its forward drew outside: the same mask for every gradient.
+    with temporarily_clear_interpreter_stack():
+        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)  # by its elements' order, whatever x's strides
+        return kept.bernoulli_(1 - drops / 2**16, generator=generator)
 
 
 def _philox(lanes: Tensor, tokens: Tensor, expert: int, seed: Tensor | int) -> tuple[Any, Any, Any, Any]:

@@ -126,8 +126,8 @@ class _RoutedLoRAOnGPU(torch.autograd.Function):
         grads: Sequence[Tensor | None] | None = None
         if is_unwatched():
             grads = gpu_backward(ctx, saved, grad_y)
-            if grads is None and ctx.settings[2] is not None and on_gpu(grad_y):
-                # What may be unusual is where its rows lie.
+            if grads is None and on_gpu(grad_y) and not torch._C._functorch.is_legacy_batchedtensor(grad_y):
+                # What may be unusual is where its rows lie: the gradient of a sum has no memory of its own.
                 grads = gpu_backward(ctx, saved, grad_y.clone(memory_format=torch.contiguous_format))
         if grads is not None:
             return tuple(refuse_twice(grads, [grad_y, *saved]) if twice else grads)
