@@ -1,4 +1,4 @@
-"""Where a routed layer may sit: beside what PEFT trains as a whole, under a tied head, on flattened tokens."""
+"""Where a routed layer may sit: beside what PEFT trains as a whole, under a tied head, on flattened tokens; experts it lacks."""
 
 import copy
 
@@ -79,3 +79,35 @@ def test_a_tied_head_is_routed_though_its_weight_is_the_embeddings(loop, same_st
     for keep, part in ((3, out.logits[:, -3:]), (torch.tensor([6, 0]), out.logits[:, [6, 0]])):
         kept = model(ids, routing_weights=weights, logits_to_keep=keep).logits
         torch.testing.assert_close(kept, part, **CLOSE)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 7, 3)], ids=str)
+@pytest.mark.parametrize("lacks", NAMES)
+def test_a_layer_that_lacks_an_expert_mixes_the_others(
+    make_base, loop, same_step, operations, ids, weights, lacks, shape
+):
+    """No tensor is made on the host for that: copied to a GPU, it would wait for all work before it."""
+
+    def build():
+        model = None
+        for name in NAMES:
+            targets = ["v_proj"] if name == lacks else ["q_proj", "v_proj"]
+            config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=targets, init_lora_weights=False)
+            if model is None:
+                model = peft.get_peft_model(make_base("llama"), config, name)
+            else:
+                model.add_adapter(name, config)
+        model.base_model.set_adapter(NAMES)
+        return model
+
+    w = {1: weights[0, 0], 2: weights[:, 0], 3: weights}[len(shape)].clone().requires_grad_()
+    v = w.detach().clone().requires_grad_()
+    torch.manual_seed(3)
+    stock = build()
+    model, reference = adopt(copy.deepcopy(stock)).train(), loop(stock.train(), v)
+    same_step(model, reference, ids, w, **CLOSE)
+    torch.testing.assert_close(w.grad, v.grad, **CLOSE)
+
+    layer, x = model.base_model.model.model.layers[0].self_attn.q_proj, torch.randn(2, 7, 32)
+    names = operations(lambda: layer(x, routing_weights=w).sum().backward())
+    assert names and not names & {"lift_fresh", "index", "index_select", "_to_copy"}

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moelora.nn import routed_lora
 from moelora.nn.cuda import on_gpu
+from moelora.nn.routers import select_columns
 from moelora.peft.routed import Routed
 
 __all__ = ["Linear", "LoraLayer", "RoutedLora"]
@@ -44,7 +45,7 @@ class RoutedLora(Routed, LoraLayer):
             if not present:
                 return self._base_output(x, *args, **kwargs)
             if len(present) < len(experts):
-                weights = weights[..., [i for i, name in enumerate(experts) if name in all_A]]
+                weights = select_columns(weights, [i for i, name in enumerate(experts) if name in all_A])
             lora_A = [all_A[name].weight for name in present]
             lora_B = [all_B[name].weight for name in present]
         scalings = self.scaling
