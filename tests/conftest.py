@@ -2,7 +2,8 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from moelora import runtime  # noqa: E402
+
+
+@pytest.fixture
+def operations() -> Callable[[Callable[[], Any]], set[str]]:
+    """A function that calls another one and returns the names of torch's operations in there, forward and backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode  # the core's tests run without torch
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.add(operation.overloadpacket.__name__)
+            return operation(*args, **(kwargs or {}))
+
+    names: set[str] = set()
+
+    def operations(function: Callable[[], Any]) -> set[str]:
+        names.clear()
+        with Recorded():
+            function()
+        return set(names)
+
+    return operations
 
 
 @pytest.fixture(params=runtime._core.isa_available())

@@ -84,11 +84,13 @@ def test_every_instruction_set_gives_what_the_loop_gives(make_mixture, tokens, d
         assert_close(got, wanted, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_float32_adapters_over_another_dtype_lose_nothing_to_it(make_mixture, dtype, top_k):
-    m = make_mixture(dtype=dtype, adapters=torch.float32)
+@pytest.mark.parametrize("function", [routed_lora, routed_lora_formula])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_adapters_over_another_dtype_lose_nothing_to_it(make_mixture, adapters, dtype, top_k, function):
+    m = make_mixture(dtype=dtype, adapters=adapters)
     exact = in_double(m)
-    y, expected = routed_lora(*m, top_k=top_k), exact.loop(top_k=top_k)
+    y, expected = function(*m, top_k=top_k), exact.loop(top_k=top_k)
     assert y.dtype == dtype
     torch.testing.assert_close(y, expected.to(dtype))  # one rounding, at the end
     for got, leaf, wanted in zip(

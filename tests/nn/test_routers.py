@@ -199,6 +199,23 @@ def test_one_active_expert_has_weight_one(router, column):
         assert (router(hidden(), active=[column]) == 1).all()
 
 
+@pytest.mark.parametrize("active", [[0, 2], [1, 2], [3, 0, 1]])
+@pytest.mark.parametrize("mlp_dim", [None, 5])
+@pytest.mark.parametrize("cls", [*LEARNED, FixedRouter])
+def test_columns_are_dropped_without_a_tensor_from_the_host(operations, cls, mlp_dim, active):
+    """On a GPU that would be a copy that waits for all work before it, and not to be captured in a CUDA graph."""
+    router = FixedRouter(NAMES, [1, 2, 3, 4]) if cls is FixedRouter else make(cls, mlp_dim=mlp_dim, top_k=1)
+    x = hidden().requires_grad_()
+
+    def step():
+        weights = router(x, active=active)
+        if weights.requires_grad:
+            weights.square().sum().backward()
+
+    names = operations(step)
+    assert names and not names & {"lift_fresh", "index", "index_select", "_to_copy"}
+
+
 def test_an_expert_that_is_not_activated_weighs_nothing_until_it_is():
     small, x = make(names=NAMES[:3], top_k=2, temperature=0.5), hidden()
     grown = make(top_k=2, temperature=0.5)

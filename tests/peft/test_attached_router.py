@@ -128,6 +128,17 @@ def test_layers_before_the_decoder_are_uniform_and_the_head_takes_the_last_layer
     torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:], **CLOSE)
 
 
+@pytest.mark.parametrize("active", [NAMES, NAMES[::2]], ids=len)
+@pytest.mark.parametrize("reads", ["embeddings", "layer", "layers"])
+def test_no_column_is_chosen_by_numbers_from_the_host(make_lora, ids, operations, reads, active):
+    """Those would be copied to a GPU, which waits for all work before that."""
+    model = adopt(make_lora("llama", target_modules=["q_proj", "lm_head"]))
+    model.base_model.attach_router(router_for("llama", reads, top_k=1))
+    model.base_model.set_adapter(active)
+    names = operations(lambda: model(ids))
+    assert names and not names & {"index", "index_select"}
+
+
 def test_explicit_weights_win_over_the_router(make_lora, ids, weights):
     model = adopt(make_lora("llama"))
     expected = model(ids, routing_weights=weights).logits

@@ -161,3 +161,39 @@ def test_loha_and_lokr_on_a_gpu(kind, shape, model):
     cpu, gpu = on_both(mixture.eval())
     got = gpu(input_ids=ids.cuda(), routing_weights=weights.cuda()).logits
     torch.testing.assert_close(got.cpu(), cpu(input_ids=ids, routing_weights=weights).logits, atol=1e-4, rtol=1e-4)
+
+
+def replayed(call, x):
+    """What a CUDA graph of a call gives for other values of x, after one call to warm up; and what eager gives."""
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        call(x)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = call(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        stream.synchronize()
+        expected = call(x)
+        stream.synchronize()
+    return captured, expected
+
+
+@pytest.mark.parametrize("active", [[0, 2], [1, 2], [2, 0]])
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_a_cuda_graph_of_a_router_with_some_of_its_columns(kind, active):
+    router = ROUTERS[kind]().cuda().eval()
+    torch.testing.assert_close(*replayed(lambda x: router(x, active=active), torch.randn(2, 7, 32, device="cuda")))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 7, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cuda_graph_of_a_layer_that_lacks_an_expert(model, dtype, shape):
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    for factors in (layer.lora_A, layer.lora_B):
+        del factors["expert_1"]
+    layer.cuda().base_layer.to(dtype)
+    weights, x = torch.rand(shape, device="cuda"), torch.randn(2, 7, 32, device="cuda", dtype=dtype)
+    torch.testing.assert_close(*replayed(lambda x: layer(x, routing_weights=weights), x))

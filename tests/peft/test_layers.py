@@ -1,4 +1,4 @@
-"""Where a routed layer may sit: beside what PEFT trains as a whole, under a tied head, on flattened tokens."""
+"""Where a routed layer may sit, of which dtypes it may be, and layers that lack an expert."""
 
 import copy
 
@@ -79,3 +79,103 @@ def test_a_tied_head_is_routed_though_its_weight_is_the_embeddings(loop, same_st
     for keep, part in ((3, out.logits[:, -3:]), (torch.tensor([6, 0]), out.logits[:, [6, 0]])):
         kept = model(ids, routing_weights=weights, logits_to_keep=keep).logits
         torch.testing.assert_close(kept, part, **CLOSE)
+
+
+# Dtypes of base and x, of two experts' adapters, and of autocast.
+DTYPES = {
+    "bfloat16 over float32": (torch.float32, [torch.bfloat16, torch.bfloat16], None),
+    "float16 over float32": (torch.float32, [torch.float16, torch.float16], None),
+    "float32 and bfloat16 over float32": (torch.float32, [torch.float32, torch.bfloat16], None),
+    "bfloat16 and float32 over float32": (torch.float32, [torch.bfloat16, torch.float32], None),
+    "float16 over bfloat16": (torch.bfloat16, [torch.float16, torch.float16], None),
+    "bfloat16 and float16 over bfloat16": (torch.bfloat16, [torch.bfloat16, torch.float16], None),
+    "bfloat16 and float64 over float64": (torch.float64, [torch.bfloat16, torch.float64], None),
+    "bfloat16 over float32, autocast to float16": (torch.float32, [torch.bfloat16, torch.bfloat16], torch.float16),
+    "bfloat16 over bfloat16, autocast to float16": (torch.bfloat16, [torch.bfloat16, torch.bfloat16], torch.float16),
+}
+
+
+def error(got, expected):
+    """The norm of the difference beside that of what is expected."""
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+@pytest.mark.parametrize(("dtype", "adapters", "autocast"), DTYPES.values(), ids=DTYPES)
+def test_adapters_of_other_dtypes_than_the_base(make_lora, dtype, adapters, autocast, hooked):
+    model = make_lora("llama", n=2, target_modules=["q_proj"]).train()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.base_layer.to(dtype)
+    for name, adapter in zip(NAMES, adapters, strict=False):
+        layer.lora_A[name].to(adapter)
+        layer.lora_B[name].to(adapter)
+    stock, exact = copy.deepcopy(layer), copy.deepcopy(layer).double()
+    adopt(model)
+    if hooked:
+        layer.base_layer.register_forward_hook(lambda *args: None)
+    values, g = torch.randn(2, 7, 32).to(dtype), torch.randn(2, 7, 32)
+
+    def step(layer, as_x=dtype, **options):
+        x = values.to(as_x, copy=True).requires_grad_()
+        y = layer(x, **options)
+        y.backward(g.to(y.dtype))
+        return {"y": y.detach(), "x": x.grad} | {
+            name: p.grad for name, p in layer.named_parameters() if "lora_" in name
+        }
+
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        got, peer = step(layer, routing_weights=torch.ones(2)), step(stock)
+    right = step(exact, torch.float64)
+    assert got.keys() == peer.keys() == right.keys()
+    eps = torch.finfo(dtype).eps if autocast is None else max(torch.finfo(t).eps for t in (dtype, autocast))
+    for name, value in got.items():
+        assert value.dtype is peer[name].dtype, name
+        assert error(value, right[name]) < 4 * max(eps, torch.finfo(value.dtype).eps), name
+        assert error(value, peer[name]) < 4 * torch.finfo(torch.bfloat16).eps, name
+
+
+@pytest.mark.parametrize("narrow", NAMES[:2])
+def test_biases_of_adapters_in_several_dtypes(make_lora, narrow):
+    model = make_lora("llama", n=2, target_modules=["q_proj"], lora_bias=True)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    for name in NAMES[:2]:
+        nn.init.normal_(layer.lora_B[name].bias)
+    layer.lora_A[narrow].bfloat16()
+    layer.lora_B[narrow].bfloat16()
+    x = torch.randn(2, 7, 32)
+    expected = copy.deepcopy(layer)(x)
+    adopt(model)
+    assert error(layer(x, routing_weights=torch.ones(2)), expected) < torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 7, 3)], ids=str)
+@pytest.mark.parametrize("lacks", NAMES)
+def test_a_layer_that_lacks_an_expert_mixes_the_others(
+    make_base, loop, same_step, operations, ids, weights, lacks, shape
+):
+    """No tensor is made on the host for that: copied to a GPU, it would wait for all work before it."""
+
+    def build():
+        model = None
+        for name in NAMES:
+            targets = ["v_proj"] if name == lacks else ["q_proj", "v_proj"]
+            config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=targets, init_lora_weights=False)
+            if model is None:
+                model = peft.get_peft_model(make_base("llama"), config, name)
+            else:
+                model.add_adapter(name, config)
+        model.base_model.set_adapter(NAMES)
+        return model
+
+    w = {1: weights[0, 0], 2: weights[:, 0], 3: weights}[len(shape)].clone().requires_grad_()
+    v = w.detach().clone().requires_grad_()
+    torch.manual_seed(3)
+    stock = build()
+    model, reference = adopt(copy.deepcopy(stock)).train(), loop(stock.train(), v)
+    same_step(model, reference, ids, w, **CLOSE)
+    torch.testing.assert_close(w.grad, v.grad, **CLOSE)
+
+    layer, x = model.base_model.model.model.layers[0].self_attn.q_proj, torch.randn(2, 7, 32)
+    names = operations(lambda: layer(x, routing_weights=w).sum().backward())
+    assert names and not names & {"lift_fresh", "index", "index_select", "_to_copy"}

@@ -61,16 +61,16 @@ def check_call(
     for name, adapters in (("lora_A", lora_A), ("lora_B", lora_B)):
         if isinstance(adapters, Tensor) or not hasattr(adapters, "__iter__"):
             raise TypeError(f"{name} must be a sequence of tensors, one per expert, got {type(adapters).__name__}")
-    lora_A, lora_B = tuple(lora_A), tuple(lora_B)
-    n = len(lora_A)
-    if not n or len(lora_B) != n:
-        raise ValueError(f"lora_A and lora_B must hold one tensor per expert, got {n} and {len(lora_B)}")
+    factors_A, factors_B = list(lora_A), list(lora_B)
+    n = len(factors_A)
+    if not n or len(factors_B) != n:
+        raise ValueError(f"lora_A and lora_B must hold one tensor per expert, got {n} and {len(factors_B)}")
     dtypes, d_out = (dtype, torch.float32), 0
-    for e, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
+    for e, (a, b) in enumerate(zip(factors_A, factors_B, strict=True)):
         if not isinstance(a, Tensor) or a.dtype not in dtypes:
-            raise _wrong(f"lora_A[{e}]", a, dtypes)
+            a = factors_A[e] = _in_float32(f"lora_A[{e}]", a)
         if not isinstance(b, Tensor) or b.dtype not in dtypes:
-            raise _wrong(f"lora_B[{e}]", b, dtypes)
+            b = factors_B[e] = _in_float32(f"lora_B[{e}]", b)
         a_shape, b_shape = a.shape, b.shape
         if len(a_shape) != 2 or a_shape[1] != d_in or not a_shape[0]:
             raise ValueError(f"lora_A[{e}] must have shape [rank, {d_in}] with rank > 0, got {tuple(a_shape)}")
@@ -119,7 +119,8 @@ def check_call(
         top_k = int(top_k) if top_k < n else None
     scales = _numbers("scaling", scaling, n)
     drops = read_probabilities(dropout_p, n)
-    return Call(x, lora_A, lora_B, routing_weights, scales, base_output, weight, bias, top_k, drops)
+    factors = tuple(factors_A), tuple(factors_B)
+    return Call(x, *factors, routing_weights, scales, base_output, weight, bias, top_k, drops)
 
 
 def read_probabilities(dropout_p: Any, n: int) -> tuple[float, ...]:
@@ -153,6 +154,13 @@ def _numbers(name: str, value: Any, n: int) -> tuple[float, ...]:
     if len(numbers) != n:
         raise ValueError(f"{name} must be a real number or a sequence of {n} of them, got {len(numbers)}")
     return numbers
+
+
+def _in_float32(name: str, adapter: Any) -> Tensor:
+    """An adapter whose dtype is neither x's nor float32, in float32, where 16 bits keep their values."""
+    if not isinstance(adapter, Tensor) or adapter.dtype not in _FLOATS:
+        raise _wrong(name, adapter, _FLOATS)
+    return adapter.float()
 
 
 def _wrong(name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> TypeError:

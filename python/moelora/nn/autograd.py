@@ -54,7 +54,7 @@ def routed_lora(
     x : Tensor [..., d_in]
         Two or more axes; float32, float64, bfloat16 or float16.
     lora_A, lora_B : sequences of N Tensors [r_e, d_in], [d_out, r_e]
-        In x's dtype or float32; ranks may differ.
+        Of any of x's dtypes; what is neither of x's nor float32 is taken in float32. Ranks may differ.
     routing_weights : Tensor
         [N]: one mixture for all tokens. [B, N], with x [B, S, d_in]: one per sequence. x.shape[:-1] + (N,): one per
         token. The number of axes decides, never the sizes. Any of x's dtypes, whichever x has; integers and bool are

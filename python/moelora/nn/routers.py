@@ -287,7 +287,7 @@ class SharedByLayers:
         self.tokens: torch.Size | None = None  # [...] of the hidden states; None: nothing is filled in yet
         self.mask: Tensor | None = None
         self.n_tokens: int | Tensor = 0
-        self.kept: Tensor | None = None  # the columns that take part; None: all
+        self.kept: list[int] | None = None  # the columns that take part; None: all
         self.activated: Tensor
         self.maturity: Tensor
         self.plain = False  # all experts are activated and mature, and it cost nothing to see that
@@ -344,8 +344,7 @@ class FixedRouter(Router):
         weights = self.weights.to(torch.promote_types(self.weights.dtype, torch.float32))
         activated = self.activated
         if columns is not None:
-            kept = torch.tensor(columns, device=weights.device)
-            weights, activated = weights[kept], activated[kept]
+            weights, activated = select_columns(weights, columns), select_columns(activated, columns)
         weights = torch.where(activated, weights, 0)
         total = weights.sum()
         weights = torch.where(total > 0, weights / total, 1 / len(weights))
@@ -517,12 +516,11 @@ class LearnedRouter(Router):
         self, shared: SharedByLayers, tokens: torch.Size, mask: Tensor | None, active: Sequence[int] | None
     ) -> None:
         columns = self._columns(active)
-        kept, activated, maturity = None, self.activated, self.maturity
+        activated, maturity = self.activated, self.maturity
         if columns is not None:
-            kept = torch.tensor(columns, device=activated.device)
-            activated, maturity = activated[kept], maturity[kept]
+            activated, maturity = select_columns(activated, columns), select_columns(maturity, columns)
         shared.tokens, shared.mask, shared.bias, shared.capacity = tokens, mask, None, None
-        shared.kept, shared.activated, shared.maturity = kept, activated, maturity
+        shared.kept, shared.activated, shared.maturity = columns, activated, maturity
         shared.n_tokens = math.prod(tokens) if mask is None else mask.sum()
         shared.plain = _are_ones(activated, maturity)
 
@@ -543,7 +541,7 @@ class LearnedRouter(Router):
         factor = torch.full_like(experts, self.capacity_factor)
         return (factor * n_tokens * experts.clamp(max=self.top_k) / experts).ceil()
 
-    def _logits(self, hidden_states: Tensor, layer: int | None, columns: Tensor | None) -> Tensor:
+    def _logits(self, hidden_states: Tensor, layer: int | None, columns: Sequence[int] | None) -> Tensor:
         gate = self.gate_for(layer)
         *body, head = gate if isinstance(gate, nn.Sequential) else (gate,)
         for module in body:
@@ -647,7 +645,7 @@ class GateLinear(nn.Linear):
         super().reset_parameters()
         nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor, rows: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         if (
             rows is None
             and input.dtype is self.weight.dtype is torch.float32
@@ -655,7 +653,7 @@ class GateLinear(nn.Linear):
         ):
             return F.linear(input, self.weight, self.bias)
         dtype = torch.promote_types(torch.promote_types(input.dtype, self.weight.dtype), torch.float32)
-        weight, bias = (t.to(dtype) if rows is None else t[rows].to(dtype) for t in (self.weight, self.bias))
+        weight, bias = ((t if rows is None else select_columns(t, rows, 0)).to(dtype) for t in (self.weight, self.bias))
         kind = input.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
@@ -727,6 +725,16 @@ def build_router(config: RouterConfig, *, hidden_size: int, num_layers: int, exp
         capacity_factor=config.expert_capacity_factor,
         expert_dropout=config.expert_dropout,
     )
+
+
+def select_columns(values: Tensor, columns: Sequence[int], dim: int = -1) -> Tensor:
+    """Return ``values[..., columns]``, or the same along another axis, without an index on the device.
+
+    Numbers of the host as an index would be copied to a GPU, which waits for all work before that, and can't be
+    captured in a CUDA graph.
+    """
+    parts = values.split(1, dim)
+    return torch.cat([parts[column] for column in columns], dim)
 
 
 def _check_kind(kind: type, *, optional: bool = False, **arguments: Any) -> None:

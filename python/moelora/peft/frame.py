@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelora.nn.routers import FixedRouter, LearnedRouter, Router, RoutingOutput, SharedByLayers
+from moelora.nn.routers import FixedRouter, LearnedRouter, Router, RoutingOutput, SharedByLayers, select_columns
 from moelora.peft.balance import Balance
 from moelora.peft.call import Call
 
@@ -415,7 +415,8 @@ class Frame:
     def _before_gate(self) -> Tensor | None:
         """The uniform mixture, which layers take that run before the router has read anything."""
         if self.router is not None and self.call is not None:
-            activated = self.router.activated[self.active].to(self.call.device)
+            assert self.active is not None
+            activated = select_columns(self.router.activated, self.active).to(self.call.device)
             self.now = torch.where(activated.any(), activated / activated.sum(), 1 / len(activated))
         return self.now
 

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moelora.nn import routed_lora
 from moelora.nn.cuda import on_gpu
+from moelora.nn.routers import select_columns
 from moelora.peft.routed import Routed
 
 __all__ = ["Linear", "LoraLayer", "RoutedLora"]
@@ -44,7 +45,7 @@ class RoutedLora(Routed, LoraLayer):
             if not present:
                 return self._base_output(x, *args, **kwargs)
             if len(present) < len(experts):
-                weights = weights[..., [i for i, name in enumerate(experts) if name in all_A]]
+                weights = select_columns(weights, [i for i, name in enumerate(experts) if name in all_A])
             lora_A = [all_A[name].weight for name in present]
             lora_B = [all_B[name].weight for name in present]
         scalings = self.scaling
@@ -74,11 +75,8 @@ class RoutedLora(Routed, LoraLayer):
         else:
             y = self._base_output(x, *args, **kwargs)
             dtype = y.dtype
-            inner = lora_A[0].dtype
-            if inner is not torch.float32:
-                x = self._cast_input_dtype(x, inner)
             # Under autocast a base that stays in float32 would be rounded on its way through routed_lora.
-            if x.dtype is dtype and not (dtype is torch.float32 and _is_autocast(x)):
+            if dtype is _dtype_of_call(x):
                 y = routed_lora(x, lora_A, lora_B, weights, scaling, base_output=y, top_k=top_k, dropout_p=dropout_p)
             else:
                 y = y + routed_lora(x, lora_A, lora_B, weights, scaling, top_k=top_k, dropout_p=dropout_p)
@@ -90,11 +88,13 @@ class RoutedLora(Routed, LoraLayer):
         """sum_e s_e w_e bias_e for lora_bias=True: [d_out], or broadcasting over x's rows."""
         lora_B: list[Any] = [self.lora_B[name] for name in present]
         zero = torch.zeros_like(lora_B[0].weight[:, 0])
-        biases = [
-            b.bias * self.scaling[name] if self.lora_bias[name] else zero
-            for name, b in zip(present, lora_B, strict=True)
-        ]
-        mixed = weights.to(zero.dtype) @ torch.stack(biases)
+        biases = torch.stack(
+            [
+                b.bias * self.scaling[name] if self.lora_bias[name] else zero
+                for name, b in zip(present, lora_B, strict=True)
+            ]
+        )
+        mixed = weights.to(biases.dtype) @ biases
         return mixed.unsqueeze(1) if 1 < mixed.dim() < x.dim() else mixed
 
     def _drop_probability(self, dropout: nn.Module) -> float:
@@ -139,8 +139,7 @@ def _plain_base(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | N
     if torch._C._is_any_autocast_enabled():
         if not x.is_cuda:
             return None
-        if torch.is_autocast_enabled("cuda") and dtype is not torch.float64:
-            dtype = torch.get_autocast_dtype("cuda")  # to which routed_lora casts x, as F.linear would
+        dtype = _dtype_of_call(x)
     if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype is not dtype:
         return None
     if bias is not None and (bias.requires_grad or bias.dtype is not dtype):
@@ -156,6 +155,13 @@ def _leaves_experts_out(x: Tensor, weights: Tensor, drops: bool) -> bool:
         return not (drops and torch.compiler.is_compiling())
     narrow = x.dtype in (torch.bfloat16, torch.float16) or _is_autocast(x)
     return narrow and not drops and weights.dim() == x.dim() and on_gpu(x)
+
+
+def _dtype_of_call(x: Tensor) -> torch.dtype:
+    """The dtype to which routed_lora casts x, as F.linear would: under autocast another than its own."""
+    if not _is_autocast(x) or x.dtype is torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def _is_autocast(x: Tensor) -> bool:
