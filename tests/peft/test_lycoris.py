@@ -146,6 +146,31 @@ def test_a_layer_alone_takes_what_a_layer_of_lora_takes(make, name):
         layer(x, routing_weights=torch.rand(5, 2))
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 7, 3)], ids=str)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("name", ["loha", "lokr"])
+def test_experts_of_different_dtypes(make, name, dtypes, shape):
+    layer = adopt(make(name)).base_model.model.model.layers[0].self_attn.q_proj
+    for parameter, dtype in ((p, dtypes[NAMES[1] in key]) for key, p in layer.named_parameters() if "base" not in key):
+        parameter.data = parameter.data.to(dtype)
+    x, w = torch.randn(2, 7, 32, requires_grad=True), torch.rand(shape, requires_grad=True)
+    y = layer(x, routing_weights=w)
+    spread = w.unsqueeze(1) if w.dim() == 2 else w
+    expected = layer.base_layer(x)
+    for e, expert in enumerate(NAMES):
+        delta = layer.get_delta_weight(expert)
+        assert delta.dtype is dtypes[e == 1]
+        expected = expected + spread[..., e, None] * nn.functional.linear(x, delta.float())
+    torch.testing.assert_close(y, expected, **CLOSE)
+    leaves = [x, w, *(p for key, p in layer.named_parameters() if "base" not in key)]
+    g = torch.randn_like(y)
+    got, wanted = (torch.autograd.grad(result, leaves, g) for result in (y, expected))
+    for leaf, ours, theirs in zip(leaves, got, wanted, strict=True):
+        assert ours.dtype is leaf.dtype
+        close = CLOSE if leaf.dtype is torch.float32 else {"rtol": 0.02, "atol": 0.02 * theirs.abs().max().item()}
+        torch.testing.assert_close(ours, theirs, **close)
+
+
 @pytest.mark.parametrize("options", [{"module_dropout": 0.4}, {"module_dropout": 0.4, "rank_dropout": 0.3}])
 @pytest.mark.parametrize("name", ["loha", "lokr"])
 def test_dropout_of_rows_and_of_experts_is_that_of_peft(make, name, options, ids):

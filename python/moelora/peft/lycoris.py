@@ -7,6 +7,7 @@ An expert's delta weight D_e is a dense [d_out, d_in] matrix that PEFT's own cod
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -55,7 +56,9 @@ class RoutedLycoris(Routed, LycorisLayer):
             deltas.append(self._delta(name, self.training and bool(self.rank_dropout[name]) and not left_out))
             # A factor, so that the gradients of an expert that is left out are zero and not None.
             columns.append(weights[..., i] * (not left_out))
-        inner = deltas[0].dtype
+        # In which none of them loses digits, where their dtypes differ.
+        inner = functools.reduce(torch.promote_types, [delta.dtype for delta in deltas])
+        deltas = [delta.to(inner) for delta in deltas]
         x = self._cast_input_dtype(x, inner)
         if weights.dim() == 1:
             combined = columns[0] * deltas[0]
