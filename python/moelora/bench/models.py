@@ -187,12 +187,8 @@ def peers(
         model.base_model.attach_router(model.base_model.make_router(config), config)
         return model
 
-    def plainly(model: Any, prepare: Callable[[nn.Module], Any] = lambda model: model) -> Peer:
-        return Peer(model, partial(result, prepare(model)))
-
-    def given(prepare: Callable[[nn.Module], Any] = lambda model: model) -> Peer:
-        model = moelora.adopt(stock())
-        return Peer(model, partial(result, prepare(model), routing_weights=weights))
+    def called(model: Any, prepare: Callable[[nn.Module], Any] = lambda model: model, **given: Any) -> Peer:
+        return Peer(model, partial(result, prepare(model), **given))
 
     def frozen() -> PreTrainedModel:
         model = twin(base).requires_grad_(False)
@@ -208,28 +204,28 @@ def peers(
         loop = AdapterLoop(model)
         loop.weights = weights
         if weights is not None:
-            return Peer(model, partial(result, model))
+            return called(model)
         router = routed().base_model.router
         return Peer(model, lambda labels: two_passes(loop, model, router, ids, labels), router)
 
     makers: dict[str, Callable[[], Peer]] = {
-        "moelora": given,
-        "one_lora": lambda: plainly(filled(1)),
+        "moelora": lambda: called(moelora.adopt(stock()), routing_weights=weights),
+        "one_lora": lambda: called(filled(1)),
         "loop": lambda: looped(weights),
     }
     if not p:
         makers |= {
-            "moelora_router": lambda: plainly(routed()),
-            "stacked": lambda: plainly(stack(stock(), weights)),
-            "base": lambda: plainly(frozen()),
+            "moelora_router": lambda: called(routed()),
+            "stacked": lambda: called(stack(stock(), weights)),
+            "base": lambda: called(frozen()),
             "two_pass": lambda: looped(None),
             "n_passes": passes,
         }
     if compiled is not None:
         makers |= {
-            "base_compiled": lambda: plainly(frozen(), compiled),
-            "stacked_compiled": lambda: plainly(stack(stock(), weights), compiled),
-            "moelora_compiled": lambda: given(compiled),
+            "base_compiled": lambda: called(frozen(), compiled),
+            "stacked_compiled": lambda: called(stack(stock(), weights), compiled),
+            "moelora_compiled": lambda: called(moelora.adopt(stock()), compiled, routing_weights=weights),
         }
     return {name: make() for name, make in makers.items() if only is None or name in only}
 
