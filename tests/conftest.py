@@ -2,6 +2,8 @@
 
 import gc
 import os
+import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,6 +39,34 @@ def operations() -> Callable[[Callable[[], Any]], set[str]]:
         return set(names)
 
     return operations
+
+
+@pytest.fixture
+def leaks_nothing() -> Callable[[Callable[[], Any], list[Any]], None]:
+    """A function that calls another one often, and asserts that neither references to ``watched`` nor memory grow."""
+
+    def leaks_nothing(function: Callable[[], Any], watched: list[Any]) -> None:
+        for _ in range(3):
+            function()
+        gc.collect()
+        references = [sys.getrefcount(o) for o in watched]
+        grown = []
+        tracemalloc.start()
+        try:
+            for _ in range(3):
+                gc.collect()
+                before = tracemalloc.get_traced_memory()[0]
+                for _ in range(100):
+                    function()
+                gc.collect()
+                grown.append(tracemalloc.get_traced_memory()[0] - before)
+        finally:
+            tracemalloc.stop()
+        assert [sys.getrefcount(o) for o in watched] == references
+        # One object lost in each call would be more, each time; free lists and caches of others come and go.
+        assert min(grown) < 100 * 16, grown
+
+    return leaks_nothing
 
 
 @pytest.fixture(params=runtime._core.isa_available())

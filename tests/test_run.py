@@ -162,15 +162,9 @@ class TestPatched:
         assert python("-m", "moelora", "run", path).stdout.split() == ["True", "True"]
 
     def test_workers_of_torchrun_are_routed(self, script):
-        lines = [
-            "import sys, torch, torch.distributed as dist",
-            "dist.init_process_group('gloo')",
-            "count = torch.tensor([int(routed())])",
-            "dist.all_reduce(count)",
-            "if dist.get_rank() == 0:",
-            "    print(int(count), sys.argv[1:])",
-            "dist.destroy_process_group()",
-        ]
-        path = script(ROUTED + "\n".join(lines))
+        # No collective: gloo's threads may abort a process that ends right after one (pytorch/pytorch#179291).
+        line = "f'{os.environ[\"RANK\"]} {routed()} {sys.argv[1:]}\\n'"  # in one piece: torchrun's workers don't buffer
+        path = script(ROUTED + f"import os, sys; sys.stdout.write({line})")
         options = ["--standalone", "--nproc_per_node=2", "-m", "moelora", "run", path, "-h"]
-        assert python("-m", "torch.distributed.run", *options).stdout.split("\n")[-2] == "2 ['-h']"
+        lines = python("-m", "torch.distributed.run", *options).stdout.splitlines()
+        assert sorted(lines) == ["0 True ['-h']", "1 True ['-h']"]

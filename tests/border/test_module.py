@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -101,30 +100,12 @@ def run_everything(call):
                 continue
 
 
-def test_nothing_leaks_whether_a_call_succeeds_or_fails(call):
+def test_nothing_leaks_whether_a_call_succeeds_or_fails(call, leaks_nothing):
     call.lora_A[1] = np.asfortranarray(call.lora_A[1])
     call.out = np.zeros((2, 3, 5))
     watched = [call.x, call.routing_weights, call.weight, call.bias, call.out, call.grad_y, call.hidden]
     watched += [*call.lora_A, *call.lora_B, call.lora_A, call.lora_B, call.scaling, call.need]
-    for _ in range(3):
-        run_everything(call)
-    gc.collect()
-    references = [sys.getrefcount(a) for a in watched]
-    grown = []
-    tracemalloc.start()
-    try:
-        for _ in range(3):
-            gc.collect()
-            before = tracemalloc.get_traced_memory()[0]
-            for _ in range(100):
-                run_everything(call)
-            gc.collect()
-            grown.append(tracemalloc.get_traced_memory()[0] - before)
-    finally:
-        tracemalloc.stop()
-    assert [sys.getrefcount(a) for a in watched] == references
-    # One object lost in each round would be more, each time; free lists and caches of others come and go.
-    assert min(grown) < 100 * 16, grown
+    leaks_nothing(lambda: run_everything(call), watched)
 
 
 def test_results_own_their_memory(call):
