@@ -5,6 +5,8 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 
 from moelora import MoELoraConfig, adopt
 from moelora.nn.routers import EmbeddingRouter, FixedRouter, HiddenStateRouter, PerLayerRouter
@@ -15,6 +17,7 @@ TARGETS = {"gpt2": ["wte", "c_attn", "c_proj"], "llama": ["embed_tokens", "q_pro
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 pytestmark = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+UNKNOWN = "runs inside a checkpoint, which would compute it again without its routing weights"
 
 
 @pytest.fixture
@@ -169,3 +172,73 @@ def test_switched_off_again_leaves_nothing(build, ids, reentrant):
     results(model, step, [w])
     model.gradient_checkpointing_disable()
     assert_equal(results(model, step, [w]), results(build(None), step, [w]))
+
+
+class Recomputed(torch.autograd.Function):
+    """A reentrant checkpoint as libraries write their own."""
+
+    @staticmethod
+    def forward(ctx, function, x):
+        ctx.function = function
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return function(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.function(x).backward(grad)
+        return None, x.grad
+
+
+def in_a_checkpoint_of_others(layer, reentrant):
+    if not reentrant:
+        return checkpoint_wrapper(layer)
+    inner = layer.forward
+    layer.forward = lambda x, **kwargs: Recomputed.apply(lambda x: inner(x, **kwargs), x)
+    return layer
+
+
+def test_of_others_is_refused_where_it_runs_and_not_in_plain_forwards(make_lora, ids, reentrant):
+    model, plain = (adopt(make_lora("llama", target_modules=TARGETS["llama"][1:3]).train()) for _ in range(2))
+    for of in (model, plain):
+        of.enable_input_require_grads()
+    layers = model.get_base_model().model.layers
+    layers[1] = in_a_checkpoint_of_others(layers[1], reentrant)
+    named = lambda got: {name.replace("_checkpoint_wrapped_module.", ""): g for name, g in got.items()}  # noqa: E731
+    step = lambda model: model(ids, labels=ids, use_cache=False).loss  # noqa: E731
+    expected = results(plain, step)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=rf"layers\.1\..*q_proj {UNKNOWN}"):
+            model(ids, labels=ids, routing_weights=given((2, 3)))
+        assert_equal(named(results(model, step)), expected)
+    with torch.no_grad():  # nothing will be computed again
+        model(ids, routing_weights=given((2, 3)))
+
+
+def test_of_others_within_a_layer_that_carries_its_weights_is_refused(build, ids, reentrant):
+    model = build(reentrant, embeddings=False)
+    model.enable_input_require_grads()
+    blocks = getattr(model.get_base_model(), "model", None) or model.get_base_model().transformer
+    mlp = next(module for name, module in blocks.named_modules() if name.endswith("1.mlp"))
+    inner = mlp.forward
+    mlp.forward = lambda x: checkpoint(inner, x, use_reentrant=reentrant)
+    step = lambda model: model(ids, labels=ids, routing_weights=given((2, 3))).loss  # noqa: E731
+    with pytest.raises(RuntimeError, match=UNKNOWN):
+        results(model, step)
+
+
+def test_of_others_around_a_call_with_parts_that_train_and_parts_that_do_not(make_lora, ids, reentrant):
+    model = adopt(make_lora("llama", target_modules=TARGETS["llama"][1:3]).train())
+    layers, w = model.get_base_model().model.layers, given((2, 3))
+    layers[0].forward = torch.no_grad()(layers[0].forward)
+    step = lambda model: model(ids, labels=ids, routing_weights=w).loss  # noqa: E731
+
+    def around(model):
+        return checkpoint(lambda w: model(ids, labels=ids, routing_weights=w).loss, w, use_reentrant=reentrant)
+
+    names = lambda got: {name: g for name, g in got.items() if "layers.0" not in name}  # noqa: E731
+    for parameter in layers[0].parameters():
+        parameter.requires_grad = False
+    assert_equal(names(results(model, around, [w])), names(results(model, step, [w])))

@@ -431,7 +431,7 @@ def checkpointed(reentrant: bool) -> None:
             )
             torch.testing.assert_close(expected, merged.sum(0).expand(3, -1))
 
-        message = "linear is computed again in a backward, by a checkpoint that does not carry the routing weights"
+        message = "linear runs inside a checkpoint, which would compute it again without its routing weights"
         plain = lambda: torch.cat([model(x).detach(), gradient(lambda: model(x))])  # noqa: E731
         refused = lambda: gradient(lambda: model(x, routing_weights=w))  # noqa: E731
         return Case(model, refused, message, plain, RuntimeError, around)

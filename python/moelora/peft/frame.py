@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from moelora.nn.routers import FixedRouter, LearnedRouter, Router, RoutingOutput, SharedByLayers, select_columns
 from moelora.peft.balance import Balance
@@ -54,9 +55,6 @@ class Host:
     parameters: tuple[str, ...] = ()  # of the model's forward
     base_parameters: tuple[str, ...] = ()  # of that of the model without its head
     recorders: tuple[Any, ...] = ()  # `RoutingStats` that watch it now
-
-    def __init__(self) -> None:
-        self.uncarried: set[str] = set()  # layers that were last routed where `Recompute` carries no weights along
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "recorders"}  # of this model alone
@@ -133,6 +131,7 @@ class Frame:
         self.continues = False  # a text that is in the cache already
         self.generating = False
         self.frozen = False  # inside a checkpointed region: the weights came in as its arguments
+        self.autograd: tuple[bool, Any] | None = None  # gradient mode and hooks of saved tensors where it was entered
         self.call: Call | None = None
         self.now: Tensor | None = None  # weights of the layers that run now
         self.top_k: int | None = None  # at most so many of each row of them are not 0; None: nobody says so
@@ -210,6 +209,7 @@ class Frame:
         self.generating = self.generating or self.call is not None
         self.call, self.balance, self.outputs, self.reached = call, balance, [], None
         self.shared = SharedByLayers()
+        self.autograd = _autograd()
         if self.given is not None:
             if self.stack is None:
                 self._fit(self.given, call)
@@ -296,7 +296,7 @@ class Frame:
 
     def enter_by_hook(self, module: nn.Module) -> None:
         """Put this frame into the slot from a hook of `module`, which no call of ours is around."""
-        self.entered_by, self.around = module, put(self)
+        self.entered_by, self.around, self.autograd = module, put(self), _autograd()
         if not torch.compiler.is_compiling():
             self.caller = sys._getframe(2)
 
@@ -308,6 +308,28 @@ class Frame:
         while running is not None and running is not self.caller:
             running = running.f_back
         return running is None
+
+    def refuse_checkpoint(self, name: str) -> None:
+        """Raise if layer `name` runs inside a checkpoint of which `Recompute` knows nothing.
+
+        It would compute the layer again in the backward, without weights, and so the gradients of another function.
+        Checkpoints around the whole call are there when the frame is entered, and enter it again.
+        """
+        if self.autograd is None or not self.autograd[0]:
+            return
+        if torch.is_grad_enabled():  # not reentrant: it changes the hooks of saved tensors
+            hooks = _saved_tensors_hooks(True)
+            inside = hooks is not None and hooks != self.autograd[1] and hooks[0].__module__ == checkpoint.__name__
+        else:  # reentrant: an autograd.Function runs what it will differentiate later; else nobody differentiates
+            running: FrameType | None = sys._getframe()
+            while running is not None and running.f_code is not _APPLY:
+                running = running.f_back
+            inside = running is not None
+        if inside:
+            raise RuntimeError(
+                f"{name} runs inside a checkpoint, which would compute it again without its routing weights: use "
+                "gradient_checkpointing_enable() of the adopted model, or a checkpoint around calls of that model"
+            )
 
     def see_last_hidden(self, hidden_states: Tensor) -> None:
         """The last hidden states [B, S, H] of the base: what a router that reads "last_hidden" waits for."""
@@ -451,7 +473,7 @@ class Frame:
     def inside(self, index: int | None, weights: Sequence[Tensor]) -> Frame:
         """This frame as it is in a checkpointed region whose arguments are `weights`, see `Recompute`."""
         frame = copy.copy(self)
-        frame.frozen = True
+        frame.frozen, frame.autograd = True, _autograd()
         if self.layers is not None and index is None:
             frame.layers = weights
             return frame
@@ -460,6 +482,14 @@ class Frame:
             frame.encoder = copy.copy(self.encoder)
             frame.encoder.now = weights[1]
         return frame
+
+
+_APPLY = torch.autograd.Function.apply.__code__
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def _autograd() -> tuple[bool, Any] | None:
+    return None if torch.compiler.is_compiling() else (torch.is_grad_enabled(), _saved_tensors_hooks(True))
 
 
 def put(frame: Frame | None) -> Frame | None:

@@ -48,13 +48,11 @@ class Routed(nn.Module, BaseTunerLayer):
             If its shape does not fit x and the active adapters, or the layer can't be routed: merged, a variant of LoRA
             (DoRA, ...), together with ``adapter_names``, sharded adapters.
         RuntimeError
-            If a checkpoint that carries no routing weights computes a routed layer again, in a backward.
+            If it runs inside a checkpoint that would compute it again without its routing weights.
         """
         site = self._site
         frame = None if site is None or routing_weights is not None else current(site.host)
         if self.disable_adapters or (routing_weights is None and frame is None):
-            if site is not None and site.name in site.host.uncarried and not torch.compiler.is_compiling():
-                self._refuse_recomputation(site)
             plain: Tensor = super().forward(x, *args, **kwargs)
             return plain
         if frame is not None and frame.off:
@@ -68,9 +66,9 @@ class Routed(nn.Module, BaseTunerLayer):
                     f"{site.name} has the active adapters {experts}, its model {frame.experts}: call "
                     "base_model.set_adapter, which sets them everywhere"
                 )
+            if not torch.compiler.is_compiling():
+                frame.refuse_checkpoint(site.name)
             weights, top_k = frame.weights_for(site, x), frame.top_k
-            if not frame.frozen and not torch.compiler.is_compiling():
-                site.host.uncarried.add(site.name)
         else:
             weights = as_weights(routing_weights)
             if weights.shape[-1] != len(experts):
@@ -103,16 +101,6 @@ class Routed(nn.Module, BaseTunerLayer):
         layer: Any = self._modules["base_layer"]
         y: Tensor = layer(x, *args, **kwargs)
         return y
-
-    def _refuse_recomputation(self, site: Site) -> None:
-        """Raise in a backward, where a forward is done again; anywhere else it is a plain one, whatever came before."""
-        if torch._C._current_graph_task_id() >= 0:
-            raise RuntimeError(
-                f"{site.name} is computed again in a backward, by a checkpoint that does not carry the routing weights "
-                "of its forward: use gradient_checkpointing_enable() of the adopted model, or checkpoint calls of that "
-                "model, not parts of it"
-            )
-        site.host.uncarried.discard(site.name)
 
     @property
     def _title(self) -> str:
