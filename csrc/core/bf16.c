@@ -1,8 +1,10 @@
 /* Arrays in bfloat16. Tokens are widened a block at a time, computed with in float32, and rounded once when they are
- * stored; what is widened stays in the cache for the products that read it. A and B are widened by the kernels. */
+ * stored; what is widened stays in the cache for the products that read it. A and B are widened by the kernels. Where pairs
+ * of bfloat16 are multiplied (bf16_pairs.c), and where top_k leaves out most of the work (grouped.c), the products read and
+ * write the rows themselves. */
 #include <stdlib.h>
 
-#include "call.h"
+#include "grouped.h"
 
 enum { BLOCK_TOKENS = 512, TASK_ELEMENTS = 1 << 15 };
 
@@ -99,7 +101,7 @@ typedef struct {
   float *weights;      /* [T, N] */
   float *x, *y;        /* [block, d_in], [block, d_out]: of the forward, or their gradients */
   int64_t T, R, block;
-  bool pairs;          /* there is one block, of x, y and their gradients themselves */
+  bool whole;          /* there is one block, of x, y and their gradients themselves */
   unsigned accumulate; /* of the call */
 } blocks;
 
@@ -110,15 +112,20 @@ static void reserve_grads(const blocks *b, budget *need) {
   for (int64_t e = 0; e < 2 * b->p->n_experts; e++) ml_reserve(need, 0, 1, 1); /* each is aligned */
 }
 
-static ml_status begin(blocks *b, const ml_routed_lora *p, ml_tokens hidden, bool with_x, bool pairs, budget *need) {
-  *b = (blocks){.p = p, .pairs = pairs};
+/* Whether x, y and their gradients are read and written as they stand. */
+static bool takes_rows(const ml_routed_lora *p, ml_tokens a, ml_tokens b, bool forward) {
+  return ml_takes_pairs(p, a, b, forward) || ml_groups_narrow_rows(p, a, b);
+}
+
+static ml_status begin(blocks *b, const ml_routed_lora *p, ml_tokens hidden, bool with_x, bool whole, budget *need) {
+  *b = (blocks){.p = p, .whole = whole};
   ml_status status = ml_check(p, &b->T, &b->R);
   if (status != ML_OK) return status;
   if (p->weight.data || (hidden.data && !is_dense(hidden, p->seq, b->T, b->R))) return ML_ERR_VALUE;
-  b->block = pairs ? b->T : min_(b->T, BLOCK_TOKENS);
+  b->block = whole ? b->T : min_(b->T, BLOCK_TOKENS);
   ml_reserve(need, p->n_experts, 1, sizeof *b->experts);
   ml_reserve(need, b->T, p->n_experts, sizeof(float));
-  if (pairs) return ML_OK;
+  if (whole) return ML_OK;
   ml_reserve(need, b->block, p->d_out, sizeof(float));
   if (with_x) ml_reserve(need, b->block, p->d_in, sizeof(float));
   return ML_OK;
@@ -158,12 +165,12 @@ static ml_status allocate(blocks *b, bool with_x, budget need) {
   int64_t N = p->n_experts;
   b->experts = ml_take(&b->own, N, 1, sizeof *b->experts);
   b->weights = ml_take(&b->own, b->T, N, sizeof(float));
-  if (!b->pairs) b->y = ml_take(&b->own, b->block, p->d_out, sizeof(float));
-  if (!b->pairs && with_x) b->x = ml_take(&b->own, b->block, p->d_in, sizeof(float));
+  if (!b->whole) b->y = ml_take(&b->own, b->block, p->d_out, sizeof(float));
+  if (!b->whole && with_x) b->x = ml_take(&b->own, b->block, p->d_in, sizeof(float));
   memcpy(b->experts, p->experts, (size_t)N * sizeof *b->experts);
   widen_weights(b);
   b->wide = *p;
-  if (!b->pairs) b->wide.dtype = ML_F32;
+  if (!b->whole) b->wide.dtype = ML_F32;
   b->wide.bf16_weights = false;
   b->wide.batch = 1;
   b->wide.experts = b->experts;
@@ -193,7 +200,7 @@ static void place(blocks *b, int64_t t) {
   b->wide.seq = min_(b->block, b->T - t);
   b->wide.first_token = p->first_token + t;
   b->wide.routing_weights = rows_of(b->weights + t * p->n_experts, p->n_experts);
-  b->wide.x = b->pairs ? joined(p, p->x) : rows_of(b->x, p->d_in);
+  b->wide.x = b->whole ? joined(p, p->x) : rows_of(b->x, p->d_in);
 }
 
 /* The last block is shorter than the others, and those are like the first one: together they say what calls need. */
@@ -210,8 +217,8 @@ static ml_status begin_forward(blocks *b, forward *f, int64_t t, ml_tokens y, ml
                                budget *most) {
   const ml_routed_lora *p = b->p;
   place(b, t);
-  ml_status status = ml_begin_forward(f, &b->wide, b->pairs ? joined(p, y) : rows_of(b->y, p->d_out),
-                                      rows_from(hidden, t, b->R), b->pairs ? joined(p, base) : (ml_tokens){0}, NULL, 0);
+  ml_status status = ml_begin_forward(f, &b->wide, b->whole ? joined(p, y) : rows_of(b->y, p->d_out),
+                                      rows_from(hidden, t, b->R), b->whole ? joined(p, base) : (ml_tokens){0}, NULL, 0);
   ml_reserve_phase(most, f->need);
   return status;
 }
@@ -220,7 +227,7 @@ ml_status ml_bf16_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens hidden
   blocks b;
   forward f;
   budget need = {0}, most = {0};
-  ml_status status = begin(&b, p, hidden, true, ml_takes_pairs(p, y, base, true), &need);
+  ml_status status = begin(&b, p, hidden, true, takes_rows(p, y, base, true), &need);
   if (status != ML_OK) return status;
   if (b.T > 0 && (!p->x.data || !y.data)) return ML_ERR_NULL;
   status = allocate(&b, true, need);
@@ -230,9 +237,9 @@ ml_status ml_bf16_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens hidden
   for (int64_t t = 0; status == ML_OK && t < b.T; t += b.block) {
     begin_forward(&b, &f, t, y, hidden, base, &most); /* which fails for all blocks or for none */
     lend(&b, &f.c);
-    if (!b.pairs) widen_tokens(p, p->x, t, b.wide.seq, p->d_in, b.x);
+    if (!b.whole) widen_tokens(p, p->x, t, b.wide.seq, p->d_in, b.x);
     ml_run_forward(&f);
-    if (!b.pairs) narrow_tokens(p, b.y, t, b.wide.seq, p->d_out, base, y);
+    if (!b.whole) narrow_tokens(p, b.y, t, b.wide.seq, p->d_out, base, y);
   }
   release(&b);
   return status;
@@ -243,7 +250,7 @@ ml_status ml_bf16_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens hidden
 /* What the calls on blocks write. */
 typedef struct {
   ml_tokens grad_y, hidden; /* which they read */
-  ml_tokens grad_x;         /* of a block, or of all tokens where b->pairs */
+  ml_tokens grad_x;         /* of a block, or of all tokens where b->whole */
   float *grad_w;            /* [T, N]; NULL: not wanted */
   unsigned accumulate;
 } wide_grads;
@@ -284,22 +291,22 @@ ml_status ml_bf16_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_tokens 
   budget need = {0}, most = {0};
   bool any_a = false;
   for (int64_t e = 0; p->experts && e < p->n_experts; e++) any_a |= p->experts[e].grad_a.data != NULL;
-  bool pairs = ml_takes_pairs(p, grad_y, grad_x, false);
-  ml_status status = begin(&b, p, hidden, any_a, pairs, &need);
+  bool whole = takes_rows(p, grad_y, grad_x, false);
+  ml_status status = begin(&b, p, hidden, any_a, whole, &need);
   if (status != ML_OK) return status;
   if (b.T > 0 && (!grad_y.data || (any_a && !p->x.data))) return ML_ERR_NULL;
-  if (grad_x.data && !pairs) ml_reserve(&need, b.block, p->d_in, sizeof(float));
+  if (grad_x.data && !whole) ml_reserve(&need, b.block, p->d_in, sizeof(float));
   if (grad_w.data) {
     ml_reserve(&need, b.T, p->n_experts, sizeof(float));
     ml_reserve(&need, weight_rows(p, grad_w), p->n_experts, sizeof(float));
   }
-  bool wide_grads_ab = p->bf16_adapters && !pairs;
+  bool wide_grads_ab = p->bf16_adapters && !whole;
   if (wide_grads_ab) reserve_grads(&b, &need);
   status = allocate(&b, any_a, need);
   if (status != ML_OK) goto done;
-  wide_grads to = {.hidden = hidden, .grad_y = pairs ? joined(p, grad_y) : rows_of(b.y, p->d_out)};
+  wide_grads to = {.hidden = hidden, .grad_y = whole ? joined(p, grad_y) : rows_of(b.y, p->d_out)};
   float *weight_sums = NULL;
-  if (pairs)
+  if (whole)
     to.grad_x = joined(p, grad_x);
   else if (grad_x.data)
     to.grad_x = rows_of(ml_take(&b.own, b.block, p->d_in, sizeof(float)), p->d_in);
@@ -319,15 +326,15 @@ ml_status ml_bf16_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_tokens 
   if (status != ML_OK) goto done;
 
   if (!wide_grads_ab) to.accumulate = accumulate & (ML_ACCUMULATE_A | ML_ACCUMULATE_B);
-  if (pairs) to.accumulate |= accumulate & ML_ACCUMULATE_X;
+  if (whole) to.accumulate |= accumulate & ML_ACCUMULATE_X;
   int64_t t = 0;
   do { /* once without tokens too: then the gradients are zero */
     begin_backward(&b, &f, t, &to, &most);
     lend(&b, &f.c);
-    if (!pairs) widen_tokens(p, grad_y, t, b.wide.seq, p->d_out, b.y);
-    if (any_a && !pairs) widen_tokens(p, p->x, t, b.wide.seq, p->d_in, b.x);
+    if (!whole) widen_tokens(p, grad_y, t, b.wide.seq, p->d_out, b.y);
+    if (any_a && !whole) widen_tokens(p, p->x, t, b.wide.seq, p->d_in, b.x);
     ml_run_backward(&f);
-    if (grad_x.data && !pairs)
+    if (grad_x.data && !whole)
       narrow_tokens(p, to.grad_x.data, t, b.wide.seq, p->d_in, accumulate & ML_ACCUMULATE_X ? grad_x : (ml_tokens){0},
                     grad_x);
     to.accumulate = ML_ACCUMULATE_A | ML_ACCUMULATE_B;

@@ -14,15 +14,12 @@ enum {
 };
 
 static bool is_even(const ml_matrix m) { return m.col == 1 && m.row % 2 == 0 && (uintptr_t)m.data % 4 == 0; }
-static bool has_rows(const ml_routed_lora *p, ml_tokens v) {
-  return !v.data || (v.col == 1 && (p->batch <= 1 || p->seq <= 1 || v.batch == p->seq * v.seq));
-}
 
 bool ml_takes_pairs(const ml_routed_lora *p, ml_tokens a, ml_tokens b, bool forward) {
   call c;
   if (!p->bf16_adapters || ml_begin(&c, p, false) != ML_OK || !c.pairs) return false;
   if (c.grouped || c.drops || c.T < (forward ? ML_PAIRS_FORWARD : 1)) return false;
-  if (p->d_in % 2 || p->d_out % 2 || !has_rows(p, p->x) || !has_rows(p, a) || !has_rows(p, b)) return false;
+  if (p->d_in % 2 || p->d_out % 2 || !ml_is_rows(p, p->x) || !ml_is_rows(p, a) || !ml_is_rows(p, b)) return false;
   for (int64_t e = 0; e < p->n_experts; e++) {
     const ml_expert *expert = &p->experts[e];
     if (expert->rank % 2 || !is_even(expert->a) || !is_even(expert->b)) return false;

@@ -84,14 +84,15 @@ ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out) {
   ml_status status = ml_check(p, &c->T, &c->R);
   if (status != ML_OK) return status;
   const ml_kernels *kernels = ml_active_kernels();
-  ml_dtype wide = p->dtype == ML_BF16 ? ML_F32 : p->dtype, of_factors = p->bf16_adapters ? ML_BF16 : p->dtype;
+  ml_dtype wide = p->dtype == ML_BF16 ? ML_F32 : p->dtype, of_factors = p->bf16_adapters ? ML_BF16 : wide;
   c->products = kernels->products[wide];
   c->routing = kernels->routing[wide];
-  c->pairs = p->dtype == ML_BF16 ? kernels->pairs : NULL;
+  if (p->dtype == ML_BF16) c->narrow = kernels->bf16, c->pairs = kernels->pairs;
   c->readers = kernels->products[of_factors];
   c->regime = ml_regime_of(kernels->isa, of_factors);
   c->elementwise = &ml_elementwise_table[wide];
   c->size = (int64_t)c->elementwise->size;
+  c->row_size = c->narrow ? (int64_t)sizeof(uint16_t) : c->size;
   c->factor_size = p->bf16_adapters ? (int64_t)sizeof(uint16_t) : c->size;
   for (int64_t e = 0; e < p->n_experts; e++) c->drops |= ml_mask_of(p, e).threshold > 0;
   c->grouped = ml_is_grouped(c);
@@ -156,6 +157,10 @@ factor ml_factor_grad_b(const call *c) { return (factor){c->p->d_out, c->p->n_ex
 
 /* ---- tokens with any strides ---- */
 
+bool ml_is_rows(const ml_routed_lora *p, ml_tokens v) {
+  return !v.data || (v.col == 1 && (p->batch <= 1 || p->seq <= 1 || v.batch == p->seq * v.seq));
+}
+
 bool ml_as_rows(const call *c, ml_tokens v, int64_t width, rows *out) {
   if (v.col != 1 && width > 1) return false;
   out->data = v.data;
@@ -203,7 +208,7 @@ static void touch(const call *c, char *data, int64_t bytes) {
 rows ml_output_rows(call *c, ml_tokens v, int64_t width) {
   rows r;
   if (!ml_as_rows(c, v, width, &r)) return (rows){ml_take(c, c->T, width, c->size), width};
-  if (r.row == width) touch(c, r.data, c->T * width * (c->pairs ? (int64_t)sizeof(uint16_t) : c->size));
+  if (r.row == width) touch(c, r.data, c->T * width * c->row_size);
   return r;
 }
 

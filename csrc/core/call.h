@@ -52,7 +52,8 @@ typedef struct {
   const ml_routed_lora *p;
   const ml_products *products;
   const ml_routing *routing;
-  const ml_pairs *pairs;      /* where dtype is ML_BF16: rows of x, y and their gradients are, too; NULL: none */
+  const ml_bf16 *narrow;      /* where dtype is ML_BF16: rows of x, y and their gradients are; else NULL */
+  const ml_pairs *pairs;      /* the same, where the CPU multiplies pairs of it */
   const ml_products *readers; /* the same for A and B, which may be bfloat16 */
   const ml_regime *regime;
   const ml_elementwise *elementwise;
@@ -61,6 +62,7 @@ typedef struct {
   bool grouped;        /* whether top_k's experts alone are computed: see grouped.h */
   bool drops;          /* whether any expert has dropout */
   int64_t size;        /* bytes of an element */
+  int64_t row_size;    /* of one of x, y and their gradients */
   int64_t factor_size; /* of one of A and B */
   int64_t *offsets;    /* [N + 1] */
   ml_matrix *a;        /* [N] parts of M_A */
@@ -82,6 +84,10 @@ typedef struct {
 
 static inline char *at(const call *c, const void *data, int64_t elements) {
   return (char *)(uintptr_t)data + elements * c->size;
+}
+
+static inline char *at_row(const call *c, const void *data, int64_t elements) {
+  return (char *)(uintptr_t)data + elements * c->row_size;
 }
 
 static inline char *at_factor(const call *c, const void *data, int64_t elements) {
@@ -136,7 +142,10 @@ factor ml_factor_b(const call *c);
 factor ml_factor_grad_a(const call *c);
 factor ml_factor_grad_b(const call *c);
 
-/* Whether the tokens are rows of unit column stride; then *out says which. */
+/* Whether the tokens, if there are any, are rows of unit column stride. */
+bool ml_is_rows(const ml_routed_lora *p, ml_tokens v);
+
+/* The same where their width is known; then *out says which rows. */
 bool ml_as_rows(const call *c, ml_tokens v, int64_t width, rows *out);
 
 void ml_copy_tokens(const call *c, ml_tokens from, ml_tokens to, int64_t width);
@@ -216,8 +225,8 @@ void ml_pair_spread(call *c, factor m, const float *h, rows out, rows init);
 void ml_reserve_pair_collection(const call *c, budget *b, int64_t d);
 void ml_pair_collect(call *c, factor grads, const float *h, rows x, bool add);
 
-/* ---- routed_lora.c: forward and backward in two steps; with ML_BF16 where ml_takes_pairs says so, the routing weights and
- * their gradient in float32 ---- */
+/* ---- routed_lora.c: forward and backward in two steps; with ML_BF16 where ml_takes_pairs or
+ * ml_groups_narrow_rows says so, the routing weights and their gradient in float32 ---- */
 
 typedef struct {
   call c;

@@ -10,8 +10,9 @@ enum {
   SPREAD_BYTES = 1 << 20, /* of packed panels, which stay in the second level of the cache */
   COLLECT_PAIRS = 64,     /* whose rows of x are brought together at a time */
   PICK_TOKENS = 64,
-  FULL_LANES = 4, /* from so many tokens on, each is looked at in a lane of its own */
-  FEW_PAIRS = 8   /* up to here, B is read in place */
+  FULL_LANES = 4,  /* from so many tokens on, each is looked at in a lane of its own */
+  WIDE_TOKENS = 8, /* widened at a time: they stay in the first level of the cache */
+  WIDE_COLUMNS = WIDE_TOKENS * BLOCK_COLUMNS
 };
 
 /* ---- grouping ---- */
@@ -44,6 +45,16 @@ bool ml_is_grouped(const call *c) {
   return 4 * saved >= c->p->top_k + 4 && (c->T >= 128 || c->T * saved * saved * saved >= 2048);
 }
 
+bool ml_groups_narrow_rows(const ml_routed_lora *p, ml_tokens a, ml_tokens b) {
+  call c;
+  if (p->top_k == 0 || ml_begin(&c, p, false) != ML_OK || !c.grouped) return false;
+  for (int64_t e = 0; p->bf16_adapters && e < p->n_experts; e++)
+    if ((p->experts[e].grad_a.data && p->experts[e].grad_a.col != 1) ||
+        (p->experts[e].grad_b.data && p->experts[e].grad_b.col != 1))
+      return false;
+  return ml_is_rows(p, p->x) && ml_is_rows(p, a) && ml_is_rows(p, b);
+}
+
 /* Panels of a task: runs of 1 KB of a row where that leaves at least 8 tasks. */
 static int64_t panels_of(const call *c, int64_t d) {
   int64_t panels = ceil_div(d, c->products->panel_width);
@@ -57,11 +68,12 @@ static int64_t spread_panels(const call *c, int64_t d) {
 }
 
 static int64_t spread_scratch(const call *c, int64_t d) {
-  return c->R * spread_panels(c, d) * c->products->panel_width;
+  return (c->R + (c->narrow ? 1 : 0)) * spread_panels(c, d) * c->products->panel_width;
 }
 
 static int64_t collect_scratch(const call *c, int64_t d) {
-  return (COLLECT_PAIRS + widest_rank(c)) * panels_of(c, d) * c->products->panel_width;
+  int64_t rank = widest_rank(c), narrow = c->narrow ? rank * c->products->panel_width : 0;
+  return (COLLECT_PAIRS + rank) * panels_of(c, d) * c->products->panel_width + narrow;
 }
 
 static int64_t spread_tasks(const call *c, int64_t d) {
@@ -72,7 +84,9 @@ static int64_t collect_tasks(const call *c, int64_t d) {
   return ceil_div(d, panels_of(c, d) * c->products->panel_width);
 }
 
-static int64_t project_scratch(const call *c) { return widest_rank(c) * BLOCK_COLUMNS; }
+static int64_t project_scratch(const call *c) {
+  return widest_rank(c) * BLOCK_COLUMNS + (c->narrow ? WIDE_COLUMNS : 0);
+}
 
 static int64_t pick_tasks(const call *c) { return ceil_div(c->T, PICK_TOKENS); }
 
@@ -210,10 +224,32 @@ typedef struct {
   factor m;
   rows x;
   char *out;
-  char *packed; /* per thread [widest rank, BLOCK_COLUMNS], where M's rows are not dense, or not of the dtype */
+  bool pack;     /* M, whose rows are not dense, or not of the dtype */
+  char *scratch; /* per thread: M [widest rank, BLOCK_COLUMNS], widened x [WIDE_TOKENS, BLOCK_COLUMNS] */
   void (*then)(const void *context, const pair_block *b);
   const void *context;
 } projection;
+
+/* Columns of a row, on their way from memory. */
+static void send_row(const call *c, const char *row, int64_t columns) {
+  for (int64_t b = 0; b < columns * c->row_size; b += 64) ML_PREFETCH(row + b);
+}
+
+/* grouped_dots of rows in bfloat16, which are widened to `wide`. */
+static void narrow_dots(const call *c, int64_t n, int64_t rank, int64_t depth, const void *const *x, ml_matrix rows,
+                        char *wide, char *out, bool add) {
+  for (int64_t i = 0; i < n; i += WIDE_TOKENS) {
+    int64_t tokens = min_(WIDE_TOKENS, n - i);
+    const void *widened[WIDE_TOKENS];
+    for (int64_t t = 0; t < tokens; t++) {
+      char *row = at(c, wide, t * BLOCK_COLUMNS);
+      if (i + t + WIDE_TOKENS < n) send_row(c, x[i + t + WIDE_TOKENS], depth);
+      c->narrow->widen(depth, x[i + t], (float *)row);
+      widened[t] = row;
+    }
+    c->products->grouped_dots(tokens, rank, depth, widened, rows.data, rows.row, at(c, out, i * rank), rank, add);
+  }
+}
 
 static void project_task(void *context, int64_t task, int thread) {
   const projection *j = context;
@@ -227,13 +263,17 @@ static void project_task(void *context, int64_t task, int thread) {
   for (int64_t d0 = 0; d0 < j->m.d; d0 += BLOCK_COLUMNS) {
     int64_t depth = min_(BLOCK_COLUMNS, j->m.d - d0);
     ml_matrix rows = {at_factor(c, part.data, d0 * part.col), part.row, part.col};
-    if (j->packed) {
-      char *packed = at(c, j->packed, thread * project_scratch(c));
+    if (j->pack) {
+      char *packed = at(c, j->scratch, thread * project_scratch(c));
       c->readers->pack(packed, BLOCK_COLUMNS, rank, depth, rows.data, rows.row, rows.col);
       rows = (ml_matrix){packed, BLOCK_COLUMNS, 1};
     }
-    for (int64_t i = 0; i < n; i++) x[i] = at(c, j->x.data, g->token[b->first + i] * j->x.row + d0);
-    c->products->grouped_dots(n, rank, depth, x, rows.data, rows.row, out, rank, d0 > 0);
+    for (int64_t i = 0; i < n; i++) x[i] = at_row(c, j->x.data, g->token[b->first + i] * j->x.row + d0);
+    if (c->narrow)
+      narrow_dots(c, n, rank, depth, x, rows, at(c, j->scratch, (thread + 1) * project_scratch(c) - WIDE_COLUMNS), out,
+                  d0 > 0);
+    else
+      c->products->grouped_dots(n, rank, depth, x, rows.data, rows.row, out, rank, d0 > 0);
   }
   j->then(j->context, b);
 }
@@ -242,8 +282,9 @@ static void project(call *c, const grouping *g, factor m, rows x, char *out,
                     void (*then)(const void *context, const pair_block *b), const void *context) {
   size_t used = c->used;
   projection j = {.g = g, .m = m, .x = x, .out = out, .then = then, .context = context};
-  if (c->p->bf16_adapters || !ml_has_dense_rows(m))
-    j.packed = ml_take(c, project_scratch(c), ml_thread_bound(c->p->n_threads, g->n_blocks), c->size);
+  j.pack = c->p->bf16_adapters || !ml_has_dense_rows(m);
+  if (j.pack || c->narrow)
+    j.scratch = ml_take(c, project_scratch(c), ml_thread_bound(c->p->n_threads, g->n_blocks), c->size);
   ml_parallel_for(ml_threads_for(c, work_of(g, m.d)), g->n_blocks, project_task, &j);
   c->used = used;
 }
@@ -268,6 +309,13 @@ typedef struct {
   char *packed; /* per thread: panels [R, panel_width] of the experts that are used */
 } spreading;
 
+static void narrow_row(const call *c, int64_t n, const char *from, char *to, const char *init) {
+  if (init)
+    c->narrow->narrow_sum(n, (const float *)from, (const uint16_t *)init, (uint16_t *)to);
+  else
+    c->narrow->narrow(n, (const float *)from, (uint16_t *)to);
+}
+
 static void spread_task(void *context, int64_t task, int thread) {
   const spreading *s = context;
   const grouping *g = s->g;
@@ -287,8 +335,21 @@ static void spread_task(void *context, int64_t task, int thread) {
                  (ml_matrix){at_factor(c, part.data, d0 * part.col), part.row, part.col});
     }
   }
-  k->grouped_sums(t1 - t0, g->order + t0, top_k, last - first, s->h, g->element, g->chosen, packed, c->R, c->offsets,
-                  at(c, s->out.data, first), s->out.row, s->init.data ? at(c, s->init.data, first) : NULL, s->init.row);
+  char *out = at_row(c, s->out.data, first), *init = s->init.data ? at_row(c, s->init.data, first) : NULL;
+  if (!c->narrow) {
+    k->grouped_sums(t1 - t0, g->order + t0, top_k, last - first, s->h, g->element, g->chosen, packed, c->R, c->offsets,
+                    out, s->out.row, init, s->init.row);
+    return;
+  }
+  char *sums = at(c, packed, c->R * strip);
+  for (int64_t i = t0; i < t1; i++) {
+    int64_t t = g->order[i], ahead = g->order[min_(i + 1, t1 - 1)];
+    send_row(c, at_row(c, out, ahead * s->out.row), last - first);
+    if (init) send_row(c, at_row(c, init, ahead * s->init.row), last - first);
+    k->grouped_sums(1, &t, top_k, last - first, s->h, g->element, g->chosen, packed, c->R, c->offsets, sums, 0, NULL,
+                    0);
+    narrow_row(c, last - first, sums, at_row(c, out, t * s->out.row), init ? at_row(c, init, t * s->init.row) : NULL);
+  }
 }
 
 void ml_spread_grouped(call *c, const grouping *g, factor m, const char *h, rows out, rows init) {
@@ -308,19 +369,47 @@ typedef struct {
   const char *h;
   rows x;
   bool add;
-  char *scratch; /* per thread: panels of x [COLLECT_PAIRS, panel_width], of sums [widest rank, panel_width] */
+  char *scratch; /* per thread: panels of x [COLLECT_PAIRS, panel_width], of sums [widest rank, panel_width], and one of
+                    sums to be narrowed */
 } collection;
+
+/* Whether gradients of A and B are bfloat16. Where x was widened before the call they are not, whatever A and B are. */
+static bool has_narrow_grads(const call *c) { return c->narrow && c->p->bf16_adapters; }
 
 /* Zeros into columns first .. last - 1 of the gradient of an expert without pairs. */
 static void clear_grads(const call *c, int64_t rank, int64_t first, int64_t last, ml_matrix to) {
-  if (to.row == 1 && to.col == rank) { /* all of them side by side */
-    memset(at(c, to.data, first * rank), 0, (size_t)((last - first) * rank * c->size));
-  } else if (to.col == 1) {
+  int64_t size = has_narrow_grads(c) ? c->factor_size : c->size;
+  if (to.col == 1) {
     for (int64_t r = 0; r < rank; r++)
-      memset(at(c, to.data, r * to.row + first), 0, (size_t)((last - first) * c->size));
+      memset((char *)to.data + (r * to.row + first) * size, 0, (size_t)((last - first) * size));
+  } else if (to.row == 1) {
+    int64_t columns = to.col == rank ? last - first : 1; /* that lie side by side */
+    for (int64_t j = first; j < last; j += columns)
+      memset((char *)to.data + j * to.col * size, 0, (size_t)(columns * rank * size));
   } else {
     to.data = at(c, to.data, first * to.col);
     ml_store_grads(c, (ml_matrix){NULL, 0, 0}, rank, last - first, to, false);
+  }
+}
+
+/* Brings sums [rank, cols] to columns d0 .. of the gradient of an expert. */
+static void store_grads(const call *c, char *sums, int64_t width, int64_t rank, int64_t d0, int64_t cols, ml_matrix to,
+                        bool add, char *scratch) {
+  if (!has_narrow_grads(c)) {
+    to.data = at(c, to.data, d0 * to.col);
+    ml_store_grads(c, (ml_matrix){sums, width, 1}, rank, cols, to, add);
+    return;
+  }
+  to.data = at_factor(c, to.data, d0 * to.col);
+  int64_t n = rank, length = cols,
+          stride = to.row; /* rows of the gradient: those of A, or the columns of B's transpose */
+  if (to.col != 1) {
+    c->products->pack(scratch, rank, cols, rank, sums, 1, width);
+    sums = scratch, width = rank, n = cols, length = rank, stride = to.col;
+  }
+  for (int64_t i = 0; i < n; i++) {
+    char *row = at_factor(c, to.data, i * stride);
+    narrow_row(c, length, at(c, sums, i * width), row, add ? row : NULL);
   }
 }
 
@@ -332,7 +421,7 @@ static void collect_task(void *context, int64_t task, int thread) {
   int64_t full = k->panel_width, strip = panels_of(c, g->grads.d) * full;
   int64_t first = task * strip, last = min_(first + strip, g->grads.d), n_pairs = all->first[g->grads.n_parts];
   char *panels = at(c, g->scratch, thread * collect_scratch(c, g->grads.d)),
-       *sums = at(c, panels, COLLECT_PAIRS * strip);
+       *sums = at(c, panels, COLLECT_PAIRS * strip), *last_sums = at(c, sums, widest_rank(c) * strip);
   memset(panels, 0, (size_t)(COLLECT_PAIRS * strip * c->size)); /* what pads the last columns to whole vectors */
   for (int64_t e = 0; e < g->grads.n_parts; e++) {
     if (!g->grads.parts[e].data) continue;
@@ -345,12 +434,16 @@ static void collect_task(void *context, int64_t task, int thread) {
     for (int64_t i = all->first[e]; i < all->first[e + 1]; i += COLLECT_PAIRS) {
       int64_t n = min_(COLLECT_PAIRS, all->first[e + 1] - i);
       for (int64_t t = 0; t < n; t++) {
-        const char *x = at(c, g->x.data, all->token[i + t] * g->x.row + first);
-        const char *ahead = at(c, g->x.data, all->token[min_(i + t + COLLECT_PAIRS, n_pairs - 1)] * g->x.row + first);
-        for (int64_t b = 0; b < (last - first) * c->size; b += 64) ML_PREFETCH(ahead + b);
+        const char *x = at_row(c, g->x.data, all->token[i + t] * g->x.row + first);
+        send_row(c, at_row(c, g->x.data, all->token[min_(i + t + COLLECT_PAIRS, n_pairs - 1)] * g->x.row + first),
+                 last - first);
         for (int64_t d0 = 0; d0 < last - first; d0 += full) {
           int64_t cols = min_(full, last - first - d0), width = round_up(cols, k->lanes);
-          memcpy(at(c, panels, d0 * COLLECT_PAIRS + t * width), at(c, x, d0), (size_t)(cols * c->size));
+          char *panel = at(c, panels, d0 * COLLECT_PAIRS + t * width);
+          if (c->narrow)
+            c->narrow->widen(cols, (const uint16_t *)at_row(c, x, d0), (float *)panel);
+          else
+            memcpy(panel, at(c, x, d0), (size_t)(cols * c->size));
         }
       }
       for (int64_t d0 = 0; d0 < last - first; d0 += full) {
@@ -362,9 +455,7 @@ static void collect_task(void *context, int64_t task, int thread) {
     }
     for (int64_t d0 = 0; d0 < last - first; d0 += full) {
       int64_t cols = min_(full, last - first - d0), width = round_up(cols, k->lanes);
-      ml_matrix to = g->grads.parts[e];
-      to.data = at(c, to.data, (first + d0) * to.col);
-      ml_store_grads(c, (ml_matrix){at(c, sums, d0 * rank), width, 1}, rank, cols, to, g->add);
+      store_grads(c, at(c, sums, d0 * rank), width, rank, first + d0, cols, g->grads.parts[e], g->add, last_sums);
     }
   }
 }

@@ -33,6 +33,9 @@ typedef struct {
 /* Whether a call runs this way or with everything computed and masked: a pure function of its shape. */
 bool ml_is_grouped(const call *c);
 
+/* Whether rows in bfloat16 are read and written in place, a, b being what is read or written besides x. */
+bool ml_groups_narrow_rows(const ml_routed_lora *p, ml_tokens a, ml_tokens b);
+
 /* For all that follows. */
 void ml_reserve_grouping(const call *c, budget *b);
 

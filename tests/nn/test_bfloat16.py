@@ -136,6 +136,28 @@ def test_pairs_take_rows_of_a_larger_array(make_mixture, isa):
     assert torch.equal(routed_lora(*m._replace(x=wide[..., :64])), routed_lora(*m))
 
 
+@pytest.mark.parametrize("adapters", [BF16, F32], ids=str)
+@pytest.mark.parametrize("tokens", [(200,), (5, 40), (1100,)], ids=str)
+def test_top_k_of_many_takes_rows_as_they_stand(make_mixture, isa, adapters, tokens):
+    """Which gives the bits of other layouts, whose tokens are widened first, 512 at a time."""
+    m = make_mixture(tokens, 66, 130, (1, 4, 12, 20, 8) * 4, dtype=BF16, adapters=adapters)
+    base, grad = torch.randn(2, *tokens, 130).to(BF16)
+    exact = exactly(m, grad, base=base.double(), top_k=2)
+    sizes = exactly(m.replace([t.abs() for t in m.leaves]), grad.abs(), base=base.double().abs())
+
+    def results(x):
+        y = routed_lora(x, *m[1:], base_output=base, top_k=2)
+        return [y.detach(), *torch.autograd.grad(y, m.leaves, grad)]
+
+    rows = results(m.x)
+    for values in zip(rows, exact, sizes, strict=True):
+        assert_rounded(*values)
+    sums_of_tokens = rows[3:] if tokens == (1100,) else []  # in another order
+    columns = results(m.x.repeat_interleave(2, -1)[..., ::2])
+    for row, column in zip(rows[: len(rows) - len(sums_of_tokens)], columns, strict=False):
+        assert torch.equal(row, column)
+
+
 def test_experts_that_no_token_uses_change_no_bit(make_mixture, isa):
     for tokens in (1, 2, 5, 8):
         m = make_mixture((tokens,), 64, 48, (8, 8, 8), dtype=BF16)
