@@ -242,3 +242,30 @@ def test_of_others_around_a_call_with_parts_that_train_and_parts_that_do_not(mak
     for parameter in layers[0].parameters():
         parameter.requires_grad = False
     assert_equal(names(results(model, around, [w])), names(results(model, step, [w])))
+
+
+def test_of_others_between_the_call_and_the_model_inside_is_refused(make_lora, ids, reentrant):
+    model = adopt(make_lora("llama", target_modules=TARGETS["llama"][1:3]).train())
+    inner = model.base_model.forward
+
+    def forward(inputs_embeds, **kwargs):
+        return checkpoint(lambda x: inner(inputs_embeds=x, **kwargs).logits, inputs_embeds, use_reentrant=reentrant)
+
+    model.base_model.forward = forward
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    with pytest.raises(RuntimeError, match=f"the model inside {UNKNOWN}"):
+        model(inputs_embeds=embeds, use_cache=False, routing_weights=given((2, 3)))
+
+
+def test_of_an_encoder_that_runs_on_its_own(make_lora, ids, reentrant):
+    def gradients(reentrant):
+        model = adopt(make_lora("t5").train())
+        model.base_model.attach_router(FixedRouter(NAMES, [1.0, 2.0, 3.0]))
+        model.get_base_model().get_decoder().requires_grad_(False)
+        if reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        encoder = model.get_base_model().get_encoder()
+        return results(model, lambda _: encoder(input_ids=ids).last_hidden_state.square().sum())
+
+    assert_equal(gradients(reentrant), gradients(None))

@@ -131,7 +131,7 @@ class Frame:
         self.continues = False  # a text that is in the cache already
         self.generating = False
         self.frozen = False  # inside a checkpointed region: the weights came in as its arguments
-        self.autograd: tuple[bool, Any] | None = None  # gradient mode and hooks of saved tensors where it was entered
+        self.autograd = _autograd()  # gradient mode and hooks of saved tensors where it is entered
         self.call: Call | None = None
         self.now: Tensor | None = None  # weights of the layers that run now
         self.top_k: int | None = None  # at most so many of each row of them are not 0; None: nobody says so
@@ -209,6 +209,8 @@ class Frame:
         self.generating = self.generating or self.call is not None
         self.call, self.balance, self.outputs, self.reached = call, balance, [], None
         self.shared = SharedByLayers()
+        if self.given is not None and not torch.compiler.is_compiling():
+            self.refuse_checkpoint("the model inside")  # a router would act again when that is called again
         self.autograd = _autograd()
         if self.given is not None:
             if self.stack is None:
@@ -296,7 +298,7 @@ class Frame:
 
     def enter_by_hook(self, module: nn.Module) -> None:
         """Put this frame into the slot from a hook of `module`, which no call of ours is around."""
-        self.entered_by, self.around, self.autograd = module, put(self), _autograd()
+        self.entered_by, self.around = module, put(self)
         if not torch.compiler.is_compiling():
             self.caller = sys._getframe(2)
 

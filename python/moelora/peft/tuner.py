@@ -366,6 +366,8 @@ class RoutedTuner(Experts, StaticMixtures):
             if frame is None:
                 return
             frame.enter_by_hook(module)
+            if torch.is_grad_enabled():
+                self._carry_into_checkpoints()
         arguments = dict(zip(parameters, args, strict=False)) | kwargs
         call = read_call(arguments, transformer=self._host.transformer, per_token=frame.per_token)
         frame.begin_stack(call, encoding=encoding)
