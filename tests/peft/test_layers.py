@@ -16,7 +16,7 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 
 def with_experts(net, **options):
-    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options)
+    config = peft.LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM"} | options)
     model = peft.get_peft_model(net, config, NAMES[0])
     later = copy.deepcopy(config)
     later.modules_to_save = None
@@ -53,6 +53,25 @@ def test_the_shared_expert_of_qwen2_moe_sees_flattened_tokens(loop, ids, weights
     assert seen == [(14, 32)]
     torch.testing.assert_close(got, loop(build(), per_token.reshape(14, 3))(ids).logits, **CLOSE)
     assert not torch.allclose(got, model(ids, routing_weights=w.flip(-1)).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["ModernBertForMaskedLM", "ModernBertDecoderForCausalLM"])
+@pytest.mark.parametrize("shape", [(2, 3), (2, 7, 3), (1, 1, 2, 3)], ids=str)
+def test_an_output_layer_that_is_called_decoder(loop, ids, kind, shape):
+    """As ModernBERT's, which transformers takes for the stack that sees the text."""
+
+    def build():
+        torch.manual_seed(0)
+        cls = getattr(transformers, kind)
+        config = cls.config_class(
+            vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+        )  # fmt: skip
+        return with_experts(cls(config).eval(), target_modules=["Wi", "Wo"], task_type=None)
+
+    w = torch.rand(shape)
+    expected = loop(build(), w, by_layer=lambda name: w[0, 0, int(name.split("layers.")[1][0])] if w.dim() > 3 else w)
+    torch.testing.assert_close(adopt(build())(ids, routing_weights=w).logits, expected(ids).logits, **CLOSE)
 
 
 def test_modules_to_save_run_and_train_beside_routed_layers(make_base, loop, same_step, ids, weights):

@@ -303,6 +303,33 @@ def patches(tools: Tools) -> Case:
     )
 
 
+def turned(kind: str, name: str, **options: Any) -> Callable[[Tools], Case]:
+    def make(tools: Tools) -> Case:
+        torch.manual_seed(0)
+        net = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(vocab_size=97, **options))
+        model, ids = tools.peft(net, peft.LoraConfig(target_modules=name)), torch.randint(3, 97, (4, 4))
+        return Case(
+            model,
+            lambda: model(ids, routing_weights=torch.ones(4, 1)),
+            r"got an input of shape \(4, 4, 32\) whose rows are not the tokens.*pass \[N\], or leave it out",
+            lambda: model(ids)[0],
+            routed=lambda: model(ids, routing_weights=torch.ones(1)),
+        )
+
+    return make
+
+
+row = (
+    "weights per token or sequence on layers that get [S, B, H]: "
+    "all of XLNet and FSMT, the attention of Longformer and of LED's encoder"
+)
+sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+windows = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+refuses(row)(turned("XLNet", r".*layer_1", d_model=32, n_layer=1, n_head=2, d_inner=40))
+refuses(row)(turned("Longformer", r".*query", **windows, attention_window=4))
+refuses(row)(turned("LED", r".*encoder.*query", **sizes, decoder_attention_heads=2, attention_window=4, pad_token_id=1))
+
+
 @refuses("one tensor per token on an encoder-decoder model")
 def encoder_decoder(tools: Tools) -> Case:
     model, arguments = tools.model("t5"), {"input_ids": tools.ids, "labels": tools.ids}

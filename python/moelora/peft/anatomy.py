@@ -10,17 +10,29 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+# Classes of transformers whose layers get [S, B, H]. Where S = B, no shape tells.
+_SEQUENCE_FIRST = ("FSMTDecoder", "FSMTEncoder", "LEDEncoderSelfAttention", "LongformerSelfAttention", "XLNetModel")
+
 
 def decoder(top: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     """The stack that sees the text, and its layers in order; the model itself, and none, if it is not transformers'."""
     stack: nn.Module = top.get_decoder() if isinstance(top, PreTrainedModel) else top  # type: ignore[no-untyped-call]
+    layers = _layers(stack)
+    if not layers and isinstance(top, PreTrainedModel) and not getattr(top.config, "is_encoder_decoder", False):
+        below: nn.Module = top.base_model  # ModernBERT calls its output layer the decoder
+        if layers := _layers(below):
+            stack = below
+    return stack, layers
+
+
+def _layers(stack: nn.Module) -> list[nn.Module]:
     layers: list[nn.Module] = []
     inner: set[int] = set()
     for module in stack.modules():
         if isinstance(module, GradientCheckpointingLayer) and id(module) not in inner:
             layers.append(module)
             inner.update(id(m) for m in module.modules())
-    return stack, layers
+    return layers
 
 
 def token_embeddings(top: nn.Module, decoder: nn.Module) -> set[int]:
@@ -34,6 +46,12 @@ def token_embeddings(top: nn.Module, decoder: nn.Module) -> set[int]:
         with suppress(AttributeError, NotImplementedError):  # a stack that reads no text
             found.add(id(stack.get_input_embeddings()))
     return found
+
+
+def sequence_first(top: nn.Module) -> set[int]:
+    """By id, the modules whose inputs have the tokens of a sequence along their first axis."""
+    outer = (module for module in top.modules() if type(module).__name__ in _SEQUENCE_FIRST)
+    return {id(inner) for module in outer for inner in module.modules()}
 
 
 def parameters(module: nn.Module) -> tuple[str, ...]:
