@@ -55,6 +55,32 @@ def test_the_shared_expert_of_qwen2_moe_sees_flattened_tokens(loop, ids, weights
     assert not torch.allclose(got, model(ids, routing_weights=w.flip(-1)).logits, **CLOSE)
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 7, 3)], ids=str)
+def test_the_latents_of_deepseek_have_an_axis_of_one_head(loop, same_step, ids, shape):
+    """kv_b_proj gets [B, 1, S, d], of all tokens in the cache where there is one."""
+
+    def build():
+        torch.manual_seed(0)
+        config = transformers.DeepseekV3Config(
+            vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+            first_k_dense_replace=2, pad_token_id=0,
+        )  # fmt: skip
+        return with_experts(transformers.DeepseekV3ForCausalLM(config).eval(), target_modules=["q_proj", "kv_b_proj"])
+
+    w = torch.rand(shape)
+    by_layer = lambda name: (w if w.dim() == 1 else w.reshape(2, 1, -1, 3)) if "kv_b" in name else w  # noqa: E731
+    model = adopt(build())
+    same_step(model, loop(build(), w, by_layer=by_layer), ids, w, rtol=1e-4, atol=1e-5)
+    options = {"routing_weights": w, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    uncached = model.generate(ids, **options, use_cache=False)
+    if w.dim() < 3:
+        assert torch.equal(model.generate(ids, **options), uncached)
+    else:
+        with pytest.raises(ValueError, match=r"kv_b_proj got an input of shape \(2, 1, 8, 8\) whose rows are not"):
+            model.generate(ids, **options)
+
+
 @pytest.mark.parametrize("kind", ["ModernBertForMaskedLM", "ModernBertDecoderForCausalLM"])
 @pytest.mark.parametrize("shape", [(2, 3), (2, 7, 3), (1, 1, 2, 3)], ids=str)
 def test_an_output_layer_that_is_called_decoder(loop, ids, kind, shape):

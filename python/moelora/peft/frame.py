@@ -450,6 +450,11 @@ class Frame:
             return weights if rows[: weights.dim() - 1] == weights.shape[:-1] else None
         if not site.aligned:
             return None
+        if len(rows) == 3 and rows[1] == 1:  # latents of DeepSeek's attention, with those in the cache [B, 1, S, d]
+            matched = self._match(weights, site, x[:, 0])
+            if matched is None or matched.dim() == 3:
+                return None if matched is None else matched.unsqueeze(1)
+            return matched[:, None, None].expand(*rows, -1)
         tokens = None if call.seq is None else call.batch * call.seq
         if weights.dim() == 2:
             if len(rows) == 1 and rows[0] == tokens:
