@@ -256,6 +256,35 @@ def test_a_prompt_of_one_token(kind, way, ids):
     assert not torch.equal(taught(model, ids[:, :1], w.roll(1, -1)), expected)
 
 
+def test_a_cache_whose_first_layer_has_no_keys(ids):
+    torch.manual_seed(11)
+    net = transformers.MiniMaxForCausalLM(
+        transformers.MiniMaxConfig(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            intermediate_size=40,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=2,
+            block_size=4,
+            eos_token_id=None,
+            tie_word_embeddings=False,
+            layer_types=["linear_attention", "full_attention"],
+        )  # fmt: skip
+    )
+    config = LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(net, config, NAMES[0])
+    model.add_adapter(NAMES[1], config)
+    model.base_model.set_adapter(NAMES[:2])
+    model, w = adopt(model).eval(), 4 * torch.rand(B, S, 2)
+    got = generated(model, ids, routing_weights=w, output_logits=True, return_dict_in_generate=True)
+    with torch.no_grad():
+        length = S + NEW - 1
+        expected = model(got.sequences[:, :length], routing_weights=at_length(w, length), use_cache=False).logits
+    torch.testing.assert_close(torch.stack(got.logits, 1), expected[:, S - 1 :], rtol=1e-4, atol=1e-5)
+
+
 class TestLeftPadding:
     PAD = 3
 

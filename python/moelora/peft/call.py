@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 # What models call the cache among their arguments and outputs: "cache" since transformers 5.24.
@@ -65,7 +66,11 @@ def _cached(arguments: dict[str, Any]) -> int:
     if cache is None:
         return 0
     try:
-        return int(cache.get_seq_length())
+        length = int(cache.get_seq_length())
+        if not length:  # of the first layer, which may be one without keys, as in MiniMax
+            layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, CacheLayerMixin)]
+            length = max((int(layer.get_seq_length()) for layer in layers), default=0)
+        return length
     except (AttributeError, ValueError):
         raise ValueError(
             f"{type(cache).__name__} does not know how many tokens it holds, so routing_weights per token can't be "
