@@ -423,3 +423,24 @@ def test_a_router_without_a_gate_for_the_gradient_still_trains_the_experts(make_
 def test_learned_routers_share_one_base():
     assert all(issubclass(c, LearnedRouter) for c in (EmbeddingRouter, HiddenStateRouter, PerLayerRouter))
     assert copy.copy(FixedRouter(["a", "b"])).reads == "nothing"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("reads", ["embeddings", "layer", "layers"])
+def test_it_acts_where_the_model_without_its_head_is_called(kind, make_lora, ids, gradients, reads, checkpointing):
+    """As trainers call it that compute the logits themselves."""
+
+    def step(call):
+        model = adopt(make_lora(kind)).train()
+        model.base_model.attach_router(router_for(kind, reads))
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        hidden_states = call(model)
+        hidden_states.square().sum().backward()
+        return {"hidden_states": hidden_states.detach()} | gradients(model)
+
+    got = step(lambda model: model.get_base_model().base_model(ids, use_cache=False).last_hidden_state)
+    expected = step(lambda model: model(ids, use_cache=False, output_hidden_states=True).hidden_states[-1])
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4)

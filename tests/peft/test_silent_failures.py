@@ -22,6 +22,8 @@ class TestTheKeywordIsNotSwallowed:
         model = adopt(make_lora(kind))
         with pytest.raises(TypeError, match="call the adopted PeftModel"):
             model.get_base_model()(ids, **keyword)
+        with pytest.raises(TypeError, match="call the adopted PeftModel"):
+            model.get_base_model().base_model(ids, **keyword)
 
     def test_by_peft_mixed_model(self, make_base, ids):
         config = peft.LoraConfig(target_modules=["q_proj"])

@@ -304,7 +304,7 @@ class Frame:
 
     def is_left_over(self) -> bool:
         """Whether the forward that entered this frame is gone: torch runs no hook after a KeyboardInterrupt."""
-        if self.caller is None:
+        if self.caller is None or torch.compiler.is_compiling():
             return False
         running: FrameType | None = sys._getframe()
         while running is not None and running is not self.caller:

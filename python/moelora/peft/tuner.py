@@ -88,12 +88,12 @@ class RoutedTuner(Experts, StaticMixtures):
             self._routing_hooks: list[Any] = []
             self._router_hooks: list[Any] = []
         if not self._routing_hooks:
-            self._routing_hooks = [
-                top.register_forward_pre_hook(self._before_model, with_kwargs=True),
-                top.register_forward_hook(self._after_model, with_kwargs=True, always_call=True),
-            ]
+            self._watch_model(top)
             if getattr(getattr(top, "config", None), "is_encoder_decoder", False):
                 self._watch_stacks()
+            elif isinstance(top, PreTrainedModel):
+                for below in {top.base_model, decoder(top)[0]} - {top}:  # what trainers with a loss of their own call
+                    self._watch_model(below)
         for config in self.peft_config.values():
             mark_hosted(config)
         host = self._host
@@ -128,6 +128,12 @@ class RoutedTuner(Experts, StaticMixtures):
                 self._routed.append(module)
             elif isinstance(module, self.adapter_layer):
                 self._unroutable.append((name, module))
+
+    def _watch_model(self, module: nn.Module) -> None:
+        self._routing_hooks += [
+            module.register_forward_pre_hook(partial(self._before_model, parameters(module)), with_kwargs=True),
+            module.register_forward_hook(self._after_model, with_kwargs=True, always_call=True),
+        ]
 
     def _watch_stacks(self) -> None:
         """Hook the two stacks of an encoder-decoder model, and the attention of one to the other."""
@@ -257,10 +263,13 @@ class RoutedTuner(Experts, StaticMixtures):
             frame = current(self._host)
         return frame
 
-    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_model(
+        self, parameters: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The model is about to run, or what is below its head, within the model or on its own."""
         host = self._host
         frame = self._running()
-        if frame is not None and frame.off:
+        if frame is not None and (frame.off or module is not self.model):
             return None
         if frame is not None:
             frame.depth += 1
@@ -277,7 +286,7 @@ class RoutedTuner(Experts, StaticMixtures):
             return None
         if "_is_replica" in vars(module):
             raise RuntimeError(_REPLICA)
-        arguments = dict(zip(host.parameters, args, strict=False)) | kwargs
+        arguments = dict(zip(parameters, args, strict=False)) | kwargs
         alone = not host.encoder_decoder
         call = read_call(arguments, transformer=host.transformer, per_token=alone and frame.per_token, of_text=alone)
         balance = None
@@ -311,7 +320,7 @@ class RoutedTuner(Experts, StaticMixtures):
 
     def _after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         frame = current(self._host)
-        if frame is None or frame.off:
+        if frame is None or frame.off or (module is not self.model and frame.entered_by is not module):
             return None
         frame.depth -= 1
         if frame.depth:  # of a call inside it, which was refused
