@@ -60,6 +60,20 @@ class TestTheKeywordIsNotSwallowed:
             adopt(make_lora("llama")).get_base_model().generate(ids, routing_weights=torch.ones(3), max_new_tokens=2)
 
 
+def test_weights_for_a_model_whose_layers_have_gone_to_another(make_base, ids):
+    """PEFT warns and goes on where a second model is made of one base: its layers follow the last one."""
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    net, w = make_base("llama"), torch.zeros(1)
+    first = moelora.get_peft_model(net, config, "first").eval()
+    with pytest.warns(UserWarning, match="for a second time"):
+        second = moelora.get_peft_model(net, config, "second").eval()
+    torch.testing.assert_close(second(ids, routing_weights=w).logits, make_base("llama")(ids).logits)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="another PeftModel was made of the same base model"):
+            first(ids, routing_weights=w)
+        release(second)
+
+
 class TestGradientCheckpointing:
     """Reentrant checkpointing gives no gradient to what a region merely closes over."""
 

@@ -246,6 +246,12 @@ class RoutedTuner(Experts, StaticMixtures):
     def _check_routable(self, experts: list[str]) -> None:
         if not self._routed and not self._unroutable:
             raise ValueError("there is no layer with adapters to route: the adapters were unloaded or merged")
+        site = getattr(self._routed[0], "_site", None) if self._routed else None
+        if self._routed and (site is None or site.host is not self._host):
+            raise ValueError(
+                "another PeftModel was made of the same base model, whose layers follow that one now: call that one, "
+                "or make each of a base of its own"
+            )
         for name, layer in self._unroutable:
             if any(expert in layer.r for expert in experts):
                 raise ValueError(
