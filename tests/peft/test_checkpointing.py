@@ -238,10 +238,34 @@ def test_of_others_around_a_call_with_parts_that_train_and_parts_that_do_not(mak
     def around(model):
         return checkpoint(lambda w: model(ids, labels=ids, routing_weights=w).loss, w, use_reentrant=reentrant)
 
+    class Early(torch.autograd.Function):
+        """Differentiates while it runs forward, as a loss in pieces does."""
+
+        @staticmethod
+        def forward(ctx, w):
+            with torch.enable_grad():
+                loss = step(model)
+            loss.backward()
+            return loss.detach()
+
     names = lambda got: {name: g for name, g in got.items() if "layers.0" not in name}  # noqa: E731
     for parameter in layers[0].parameters():
         parameter.requires_grad = False
-    assert_equal(names(results(model, around, [w])), names(results(model, step, [w])))
+    expected = results(model, step, [w])
+    assert_equal(names(results(model, around, [w])), names(expected))
+    w.grad = None
+    assert torch.equal(Early.apply(w), expected["loss"])
+    torch.testing.assert_close(w.grad, expected["weights 0"], **CLOSE)
+
+
+def test_of_others_around_a_compiled_layer_is_refused(make_lora, ids, reentrant):
+    model = adopt(make_lora("llama", target_modules=TARGETS["llama"][1:3]).train())
+    model.enable_input_require_grads()
+    layers = model.get_base_model().model.layers
+    layers[1].compile(backend="eager")
+    layers[1] = in_a_checkpoint_of_others(layers[1], reentrant)
+    with pytest.raises(RuntimeError, match=UNKNOWN):
+        model(ids, labels=ids, routing_weights=given((2, 3)), use_cache=False)
 
 
 def test_of_others_between_the_call_and_the_model_inside_is_refused(make_lora, ids, reentrant):

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ class Frame:
         self.continues = False  # a text that is in the cache already
         self.generating = False
         self.frozen = False  # inside a checkpointed region: the weights came in as its arguments
-        self.autograd = _autograd()  # gradient mode and hooks of saved tensors where it is entered
+        self.autograd = _autograd()  # where it is entered
         self.call: Call | None = None
         self.now: Tensor | None = None  # weights of the layers that run now
         self.top_k: int | None = None  # at most so many of each row of them are not 0; None: nobody says so
@@ -317,16 +317,13 @@ class Frame:
         It would compute the layer again in the backward, without weights, and so the gradients of another function.
         Checkpoints around the whole call are there when the frame is entered, and enter it again.
         """
-        if self.autograd is None or not self.autograd[0]:
+        if self.autograd is None or not self.autograd.enabled:
             return
         if torch.is_grad_enabled():  # not reentrant: it changes the hooks of saved tensors
             hooks = _saved_tensors_hooks(True)
-            inside = hooks is not None and hooks != self.autograd[1] and hooks[0].__module__ == checkpoint.__name__
+            inside = hooks is not None and hooks != self.autograd.hooks and hooks[0].__module__ == checkpoint.__name__
         else:  # reentrant: an autograd.Function runs what it will differentiate later; else nobody differentiates
-            running: FrameType | None = sys._getframe()
-            while running is not None and running.f_code is not _APPLY:
-                running = running.f_back
-            inside = running is not None
+            inside = _functions() > self.autograd.functions
         if inside:
             raise RuntimeError(
                 f"{name} runs inside a checkpoint, which would compute it again without its routing weights: use "
@@ -495,8 +492,25 @@ _APPLY = torch.autograd.Function.apply.__code__
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
-def _autograd() -> tuple[bool, Any] | None:
-    return None if torch.compiler.is_compiling() else (torch.is_grad_enabled(), _saved_tensors_hooks(True))
+class _Autograd(NamedTuple):
+    enabled: bool
+    hooks: Any  # of saved tensors
+    functions: int
+
+
+def _autograd() -> _Autograd | None:
+    if torch.compiler.is_compiling():
+        return None
+    return _Autograd(torch.is_grad_enabled(), _saved_tensors_hooks(True), _functions())
+
+
+def _functions() -> int:
+    """How many forwards of an autograd.Function are running around here."""
+    count, running = 0, cast("FrameType | None", sys._getframe())
+    while running is not None:
+        count += running.f_code is _APPLY
+        running = running.f_back
+    return count
 
 
 def put(frame: Frame | None) -> Frame | None:
@@ -525,6 +539,14 @@ def current(host: Host) -> Frame | None:
     """The frame in the slot of this thread, if it belongs to the model of `host`."""
     frame = _slot.frame
     return frame if frame is not None and frame.host is host else None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def refuse_checkpoint(name: str) -> None:
+    """Raise if layer `name` runs inside a checkpoint that would lose its weights; compiled code does as it is compiled."""
+    frame = _slot.frame  # None while a whole model is compiled, whose checkpoints are part of the graph
+    if frame is not None:
+        frame.refuse_checkpoint(name)
 
 
 class Recompute:

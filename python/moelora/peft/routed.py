@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from moelora.peft.frame import Site, as_weights, current
+from moelora.peft.frame import Site, as_weights, current, refuse_checkpoint
 
 __all__ = ["Routed"]
 
@@ -66,8 +65,7 @@ class Routed(nn.Module, BaseTunerLayer):
                     f"{site.name} has the active adapters {experts}, its model {frame.experts}: call "
                     "base_model.set_adapter, which sets them everywhere"
                 )
-            if not torch.compiler.is_compiling():
-                frame.refuse_checkpoint(site.name)
+            refuse_checkpoint(site.name)
             weights, top_k = frame.weights_for(site, x), frame.top_k
         else:
             weights = as_weights(routing_weights)
