@@ -21,6 +21,7 @@ PAGES = (
 )
 
 
+@pytest.mark.filterwarnings("error:Converting a tensor with requires_grad")
 @pytest.mark.parametrize("page", [f"docs/{name}.md" for name in PAGES])
 def test_code_blocks_of_a_page_are_one_program_that_runs(page, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
