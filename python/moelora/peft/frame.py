@@ -543,7 +543,7 @@ def current(host: Host) -> Frame | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def refuse_checkpoint(name: str) -> None:
-    """Raise if layer `name` runs inside a checkpoint that would lose its weights; compiled code does as it is compiled."""
+    """Raise if layer `name` runs inside a checkpoint that would lose its weights; of compiled code, when it is made."""
     frame = _slot.frame  # None while a whole model is compiled, whose checkpoints are part of the graph
     if frame is not None:
         frame.refuse_checkpoint(name)
