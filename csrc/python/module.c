@@ -714,11 +714,17 @@ static void free_routing(routing *r) {
   Py_XDECREF(r->mask);
 }
 
-/* array as [T, width] where width > 0, else as [T]; a view where its strides allow that. */
+/* array as [T, width] where width > 0, else as [T]; a view where its strides allow that. Not of its subclass, which may
+ * have another idea of the shape, as np.matrix has. */
 static PyArrayObject *as_rows(PyArrayObject *array, int64_t n_tokens, int64_t width) {
   npy_intp dims[] = {n_tokens, width};
   PyArray_Dims shape = {dims, width > 0 ? 2 : 1};
-  return (PyArrayObject *)PyArray_Newshape(array, &shape, NPY_CORDER);
+  PyArrayObject *plain = (PyArrayObject *)PyArray_EnsureArray(Py_NewRef(array)), *rows = NULL;
+  if (plain != NULL) {
+    rows = (PyArrayObject *)PyArray_Newshape(plain, &shape, NPY_CORDER);
+  }
+  Py_XDECREF(plain);
+  return rows;
 }
 
 /* Checks that array has one row of `width` for each token of logits, or one number where width is 0. */
@@ -843,7 +849,7 @@ static bool read_indices(routing *r, PyObject *obj, PyArrayObject **indices) {
     return false;
   }
   PyArrayObject *given = (PyArrayObject *)obj;
-  if (!array || PyArray_TYPE(given) != NPY_INT64 || !PyArray_ISNOTSWAPPED(given)) {
+  if (!array || !PyArray_EquivTypenums(PyArray_TYPE(given), NPY_INT64) || !PyArray_ISNOTSWAPPED(given)) {
     return raise_for(PyExc_TypeError, ARG("indices"), "must be a NumPy array of int64, got %S",
                      array ? (PyObject *)PyArray_DESCR(given) : (PyObject *)Py_TYPE(obj));
   }

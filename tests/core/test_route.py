@@ -224,6 +224,21 @@ def test_padding_is_left_out_of_the_sums_alone(module, dtype):
     assert not nothing.prob_sums.any()
 
 
+def test_a_mask_and_indices_of_other_types_are_read_as_arrays(module):
+    rng = np.random.default_rng(5)
+    logits = logits_of(rng, (2, 3), 4, np.float64)
+    mask = np.pad([True, False, True, True, True, False], (0, 64))[:6].reshape(2, 3)
+    plain = module.route(logits, top_k=2, mask=mask)
+    # As [T] a matrix would have two axes again.
+    routing = module.route(logits, top_k=2, mask=mask.view(np.matrix))
+    np.testing.assert_array_equal(routing.counts, plain.counts)
+    np.testing.assert_array_equal(routing.prob_sums, plain.prob_sums)
+    np.testing.assert_array_equal(
+        module.route_backward(logits, logits, plain.indices.astype(np.longlong)),
+        module.route_backward(logits, logits, plain.indices),
+    )
+
+
 def test_extreme_logits_neither_overflow_nor_lose_a_token(module, dtype):
     large = np.finfo(dtype).max
     logits = np.array([[1e30, -1e30, 0], [large, -large, large], [-np.inf, 0, 0], [-1e30, -1e30, -1e30]], dtype)
