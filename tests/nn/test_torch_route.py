@@ -366,6 +366,14 @@ def test_make_fx_traces_operations(no_core):
     torch.testing.assert_close(graph(logits), formula(logits, top_k=2).weights)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_jit_trace(top_k):
+    logits = random_logits(3, 4).requires_grad_()
+    traced = torch.jit.trace(lambda t: route(t, top_k=top_k).weights, (logits,))
+    torch.testing.assert_close(traced(logits[:2] + 1), route(logits[:2] + 1, top_k=top_k).weights)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_code_has_no_break_and_the_same_gradients(backend):
     compiled = torch.compile(

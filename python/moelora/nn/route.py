@@ -125,7 +125,8 @@ def route(
         routing = _plain_routing(logits.contiguous(), dense_mask, top_k, temperature, renormalize)
         if routing is not None:
             return routing
-    if torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
+    if torch.is_grad_enabled() and logits.requires_grad and not traced:
         (logits,) = Once.apply(logits)
     return _formula(logits, mask, top_k, temperature, renormalize)
 
@@ -164,7 +165,7 @@ def _formula(logits: Tensor, mask: Tensor | None, top_k: int | None, temperature
         if renormalize:
             largest = largest / largest.sum(-1, keepdim=True)
         weights = torch.zeros_like(p).scatter(-1, indices, largest)
-        kept = torch.zeros_like(kept).scatter(-1, indices, True)
+        kept = torch.zeros_like(kept).scatter(-1, indices, 1)  # torch.jit.trace takes no True
     if mask is not None:
         kept = kept & mask.unsqueeze(-1)
         p = p.masked_fill(~mask.unsqueeze(-1), 0)
