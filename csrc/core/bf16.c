@@ -92,6 +92,13 @@ static void narrow_matrix(const float *wide, int64_t rows, int64_t width, ml_mat
 
 /* ---- calls in float32, one for each block of tokens ---- */
 
+/* p with its kernels: another thread may choose others between the blocks, which were to share what the first needs. */
+static ml_routed_lora with_kernels(const ml_routed_lora *p) {
+  ml_routed_lora fixed = *p;
+  fixed.kernels = ml_active_kernels();
+  return fixed;
+}
+
 typedef struct {
   const ml_routed_lora *p;
   call own;            /* the arrays below */
@@ -223,7 +230,8 @@ static ml_status begin_forward(blocks *b, forward *f, int64_t t, ml_tokens y, ml
   return status;
 }
 
-ml_status ml_bf16_forward(const ml_routed_lora *p, ml_tokens y, ml_tokens hidden, ml_tokens base) {
+ml_status ml_bf16_forward(const ml_routed_lora *given, ml_tokens y, ml_tokens hidden, ml_tokens base) {
+  const ml_routed_lora fixed = with_kernels(given), *p = &fixed;
   blocks b;
   forward f;
   budget need = {0}, most = {0};
@@ -284,8 +292,9 @@ static void finish_weight_grads(const ml_routed_lora *p, const float *tokens, fl
                           .width = N});
 }
 
-ml_status ml_bf16_backward(const ml_routed_lora *p, ml_tokens grad_y, ml_tokens hidden, ml_tokens grad_x,
+ml_status ml_bf16_backward(const ml_routed_lora *given, ml_tokens grad_y, ml_tokens hidden, ml_tokens grad_x,
                            ml_tokens grad_w, unsigned accumulate) {
+  const ml_routed_lora fixed = with_kernels(given), *p = &fixed;
   blocks b;
   backward f;
   budget need = {0}, most = {0};

@@ -83,7 +83,7 @@ ml_status ml_begin(call *c, const ml_routed_lora *p, bool leave_out) {
   *c = (call){.p = p};
   ml_status status = ml_check(p, &c->T, &c->R);
   if (status != ML_OK) return status;
-  const ml_kernels *kernels = ml_active_kernels();
+  const ml_kernels *kernels = p->kernels ? p->kernels : ml_active_kernels();
   ml_dtype wide = p->dtype == ML_BF16 ? ML_F32 : p->dtype, of_factors = p->bf16_adapters ? ML_BF16 : wide;
   c->products = kernels->products[wide];
   c->routing = kernels->routing[wide];

@@ -72,6 +72,7 @@ typedef struct {
   int n_threads;             /* 0: ml_get_num_threads() */
   uint64_t dropout_seed;     /* of the masks: the same in forward and backward of one call */
   int64_t first_token;       /* what the first token counts as in the masks */
+  const void *kernels;       /* inside the core, of a call that is part of another: that one's; NULL: those in use */
 } ml_routed_lora;
 
 /* D_e x is x as expert e sees it: with dropout, some elements are 0 and the others divided by the share that is kept.

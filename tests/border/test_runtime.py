@@ -131,6 +131,39 @@ def test_names_that_c_would_read_otherwise_are_refused(setting, name):
     assert getattr(runtime, f"get_{setting}")() == before
 
 
+SWITCHING = """
+import itertools, threading, torch
+from moelora import runtime
+from moelora.nn import routed_lora
+
+names = itertools.cycle(runtime._core.isa_available())
+done = threading.Event()
+
+def switch():
+    while not done.wait(0.0001):
+        runtime.set_isa(next(names))
+
+x = torch.ones(1100, 64, dtype=torch.bfloat16, requires_grad=True)
+lora_A, lora_B = ([torch.ones(*shape, dtype=torch.bfloat16)] * 4 for shape in ((8, 64), (64, 8)))
+thread = threading.Thread(target=switch)
+thread.start()
+try:
+    for _ in range(400):
+        y = routed_lora(x, lora_A, lora_B, torch.ones(1100, 4), 2.0**-12)
+        (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        assert (y == 0.5).all() and (grad == 0.5).all()
+finally:
+    done.set()
+    thread.join()
+print("the same")
+"""
+
+
+def test_the_instruction_set_can_be_chosen_while_another_thread_computes():
+    result = run(SWITCHING, MOELORA_REQUIRE_EXT="1")
+    assert result.stdout == "the same\n", result.stderr
+
+
 def test_the_environment_chooses_the_instruction_set():
     program = "import moelora; print(moelora.get_isa())"
     assert run(program, MOELORA_ISA="portable").stdout == "portable\n"
