@@ -257,6 +257,18 @@ static bool read_optional_rows(const tensor_call *c, PyObject *obj, ml_dtype dty
   return obj == Py_None || read_rows(c, obj, dtype, width, rows);
 }
 
+/* The forward's own has no gaps; one from a hook on saved tensors may, which beside bfloat16 the core does not take. */
+static bool read_hidden(const tensor_call *c, PyObject *obj, ml_tokens *hidden) {
+  dl_tensor view;
+  int64_t n, stride;
+  if (obj == Py_None) {
+    return true;
+  }
+  return read_rows(c, obj, wide_dtype(c), c->total_rank, hidden) &&
+         (c->core.dtype != ML_BF16 || (hidden->col == 1 && view_of(c->torch, obj, &view) &&
+                                       is_one_axis(&view, view.ndim, &n, &stride) && (n <= 1 || stride == 1)));
+}
+
 static bool read_factor(const tensor_call *c, PyObject *obj, ml_dtype dtype, ml_matrix *matrix, int64_t *rows,
                         int64_t *cols) {
   dl_tensor view;
@@ -715,8 +727,7 @@ PyObject *backward_tensors(PyObject *module, PyObject *const *args, Py_ssize_t n
   plain = read_experts(&c, adapters) && read_optional_rows(&c, saved[SAVED_X], c.core.dtype, c.core.d_in, &c.core.x) &&
           read_weights(&c, saved[SAVED_ROUTING_WEIGHTS], &c.core.routing_weights) &&
           read_numbers(&c, args[2], args[4]) && (!own_base || read_weight(&c, saved[SAVED_WEIGHT])) &&
-          read_rows(&c, grad_y, c.core.dtype, c.core.d_out, &g) &&
-          read_optional_rows(&c, saved[SAVED_HIDDEN], wide_dtype(&c), c.total_rank, &hidden) &&
+          read_rows(&c, grad_y, c.core.dtype, c.core.d_out, &g) && read_hidden(&c, saved[SAVED_HIDDEN], &hidden) &&
           read_optional_rows(&c, grad[NODE_X], c.core.dtype, c.core.d_in, &grad_x) &&
           (grad[NODE_ROUTING_WEIGHTS] == Py_None || read_weights(&c, grad[NODE_ROUTING_WEIGHTS], &grad_w)) &&
           read_grads(&c, grad + N_NODE);
