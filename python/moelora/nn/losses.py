@@ -27,7 +27,7 @@ def router_aux_loss(outputs: Sequence[RoutingOutput], kind: str) -> Tensor:
     Parameters
     ----------
     outputs : sequence of RoutingOutput
-        One for each layer that was routed, or a single one.
+        One for each layer that was routed; a routing that serves all layers is a sequence of one.
     kind : {"aux_loss", "switch", "z_loss"}
 
     Returns
