@@ -407,6 +407,7 @@ static void store_grads(const call *c, char *sums, int64_t width, int64_t rank, 
     c->products->pack(scratch, rank, cols, rank, sums, 1, width);
     sums = scratch, width = rank, n = cols, length = rank, stride = to.col;
   }
+  if (width == length && stride == length) length *= n, n = 1; /* all of them side by side */
   for (int64_t i = 0; i < n; i++) {
     char *row = at_factor(c, to.data, i * stride);
     narrow_row(c, length, at(c, sums, i * width), row, add ? row : NULL);
