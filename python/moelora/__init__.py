@@ -50,7 +50,7 @@ _HOSTING = (
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
+    if name.startswith("_") and name != "__all__":  # which a star import asks for
         raise AttributeError(f"module 'moelora' has no attribute {name!r}")
     if name in _SUBMODULES:
         return importlib.import_module(f"moelora.{name}")
@@ -60,11 +60,13 @@ def __getattr__(name: str) -> Any:
         hosting = importlib.import_module("moelora.peft")
     except ModuleNotFoundError as error:
         # Without the extra, probing for an unknown name (hasattr) must still answer no.
-        if name in _HOSTING:
+        if name in (*_HOSTING, "__all__"):
             raise ImportError(
                 f"moelora.{name} needs torch, transformers and peft: pip install 'moelora[hf]'"
             ) from error
         raise AttributeError(f"module 'moelora' has no attribute {name!r}") from error
+    if name == "__all__":
+        return [*_RUNTIME, *hosting.__all__]
     try:
         return getattr(hosting, name)
     except AttributeError:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moelora import __version__
 from moelora.bench.arguments import add_arguments
 from moelora.report.table import as_text
 
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ``SystemExit`` of its own.
     """
     parser = argparse.ArgumentParser(prog="moelora", description="A mixture of LoRA experts in one pass.")
+    parser.add_argument("--version", action="version", version=f"moelora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands)
     _add_run(commands)

@@ -47,10 +47,12 @@ def test_the_names_of_the_package_are_there():
 
 
 def test_a_star_import_gives_what_pefts_gives_and_more():
-    names = {}
-    exec("from moelora.peft import *", names)
-    assert {*peft.__all__, "MoELoraConfig", "adopt"} <= names.keys()
-    assert names["PeftModelForCausalLM"] is moelora.PeftModelForCausalLM
+    for module in ("moelora", "moelora.peft"):
+        names = {}
+        exec(f"from {module} import *", names)
+        assert {*peft.__all__, "MoELoraConfig", "adopt"} <= names.keys()
+        assert names["PeftModelForCausalLM"] is moelora.PeftModelForCausalLM
+        assert ("show_config" in names) == (module == "moelora")
 
 
 def test_an_unknown_name_is_an_attribute_error():
