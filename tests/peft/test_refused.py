@@ -303,15 +303,15 @@ def patches(tools: Tools) -> Case:
     )
 
 
-def turned(kind: str, name: str, **options: Any) -> Callable[[Tools], Case]:
+def not_of_tokens(kind: str, name: str, weights: tuple[int, ...] = (4, 1), **options: Any) -> Callable[[Tools], Case]:
     def make(tools: Tools) -> Case:
         torch.manual_seed(0)
         net = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(vocab_size=97, **options))
-        model, ids = tools.peft(net, peft.LoraConfig(target_modules=name)), torch.randint(3, 97, (4, 4))
+        model, ids = tools.peft(net, peft.LoraConfig(target_modules=name)), torch.randint(3, 97, (weights[0], 4))
         return Case(
             model,
-            lambda: model(ids, routing_weights=torch.ones(4, 1)),
-            r"got an input of shape \(4, 4, 32\) whose rows are not the tokens.*pass \[N\], or leave it out",
+            lambda: model(ids, routing_weights=torch.ones(weights)),
+            rf"got an input of shape \({weights[0]}, 4, 32\) whose rows are not the tokens.*pass \[N\], or leave",
             lambda: model(ids)[0],
             routed=lambda: model(ids, routing_weights=torch.ones(1)),
         )
@@ -325,9 +325,19 @@ row = (
 )
 sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
 windows = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
-refuses(row)(turned("XLNet", r".*layer_1", d_model=32, n_layer=1, n_head=2, d_inner=40))
-refuses(row)(turned("Longformer", r".*query", **windows, attention_window=4))
-refuses(row)(turned("LED", r".*encoder.*query", **sizes, decoder_attention_heads=2, attention_window=4, pad_token_id=1))
+refuses(row)(not_of_tokens("XLNet", r".*layer_1", d_model=32, n_layer=1, n_head=2, d_inner=40))
+refuses(row)(not_of_tokens("Longformer", r".*query", **windows, attention_window=4))
+led = {"decoder_attention_heads": 2, "attention_window": 4, "pad_token_id": 1}
+refuses(row)(not_of_tokens("LED", r".*encoder.*query", **sizes, **led))
+row = (
+    "weights per token or sequence on layers of DeBERTa that get relative positions, too: "
+    "`query_proj`, `key_proj`, `pos_*`"
+)
+positions = {"relative_attention": True, "max_relative_positions": 2, "pos_att_type": "c2p|p2c", "share_att_key": True}
+refuses(row)(not_of_tokens("DebertaV2", r".*key_proj", (1, 4, 1), **windows, **positions))
+apart = positions | {"share_att_key": False}
+refuses(row)(not_of_tokens("DebertaV2", r".*pos_key_proj", (1, 4, 1), **windows, **apart))
+refuses(row)(not_of_tokens("Deberta", r".*pos_q_proj", (1, 4, 1), **windows, **positions))
 
 
 @refuses("one tensor per token on an encoder-decoder model")

@@ -48,10 +48,18 @@ def token_embeddings(top: nn.Module, decoder: nn.Module) -> set[int]:
     return found
 
 
-def sequence_first(top: nn.Module) -> set[int]:
-    """By id, the modules whose inputs have the tokens of a sequence along their first axis."""
-    outer = (module for module in top.modules() if type(module).__name__ in _SEQUENCE_FIRST)
-    return {id(inner) for module in outer for inner in module.modules()}
+def not_of_tokens(top: nn.Module) -> set[int]:
+    """By id, the modules that get something else than the tokens [B, S, H], which has their shape for some B and S."""
+    found: set[int] = set()
+    for module in top.modules():
+        if type(module).__name__ in _SEQUENCE_FIRST:
+            found.update(id(inner) for inner in module.modules())
+        elif type(module).__name__ == "DisentangledSelfAttention":  # DeBERTa's: relative positions [1, 2 span, H], too
+            names = ["pos_proj", "pos_q_proj", "pos_key_proj", "pos_query_proj"]
+            if getattr(module, "share_att_key", False):
+                names += ["query_proj", "key_proj"]
+            found.update(id(getattr(module, name, None)) for name in names)
+    return found
 
 
 def parameters(module: nn.Module) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moelora.nn.losses import router_aux_loss
 from moelora.nn.routers import Router
 from moelora.peft import logits
-from moelora.peft.anatomy import decoder, parameters, reads_encoder, sequence_first, token_embeddings
+from moelora.peft.anatomy import decoder, not_of_tokens, parameters, reads_encoder, token_embeddings
 from moelora.peft.balance import Balance, loss_shifts_labels, share_of_step
 from moelora.peft.call import cache_among, check_consumed, continues, read_call
 from moelora.peft.config import MoELoraConfig, mark_hosted
@@ -112,7 +112,7 @@ class RoutedTuner(Experts, StaticMixtures):
         )
         head = top.get_output_embeddings() if host.transformer else None
         embeddings = token_embeddings(top, stack) if host.transformer else set()
-        turned = sequence_first(top)
+        others = not_of_tokens(top)
         self._routed: list[Routed] = []
         self._unroutable: list[tuple[str, Any]] = []
         index_of = {id(layer): i for i, layer in enumerate(self._decoder_layers)}
@@ -123,7 +123,7 @@ class RoutedTuner(Experts, StaticMixtures):
             if isinstance(module, Routed):
                 ids = isinstance(module, Embedding)
                 aligned = id(module) in embeddings if ids else alone or id(module) in inside or module is head
-                aligned = aligned and id(module) not in turned
+                aligned = aligned and id(module) not in others
                 module._site = Site(host, name, layer_of.get(id(module)), aligned, module is head, ids)
                 self._routed.append(module)
             elif isinstance(module, self.adapter_layer):
