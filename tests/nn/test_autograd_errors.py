@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,7 @@ def test_what_the_others_start_from_is_valid(call):
         ("routing_weights", tensor(3).to(torch.float8_e5m2), "routing_weights must be of dtype .*got torch.float8"),
         ("scaling", "1", "scaling must be a real number"),
         ("scaling", None, "scaling must be a real number"),
+        ("scaling", np.array(1.0), "scaling must be a real number"),
         ("scaling", [1.0, None, 2.0], "scaling must be a real number"),
         ("scaling", 1j, "scaling must be a real number"),
         ("scaling", tensor(3), "scaling must be a real number"),

@@ -139,7 +139,7 @@ def autocast_enabled(kind: str) -> bool:
 def _numbers(name: str, value: Any, n: int) -> tuple[float, ...]:
     """A finite real number, or n of them, as n floats."""
     single = type(value) is float or isinstance(value, Real)  # isinstance asks an abstract class, which is slow
-    many = not single and not isinstance(value, Tensor) and hasattr(value, "__iter__")
+    many = not single and not isinstance(value, Tensor) and hasattr(value, "__iter__") and getattr(value, "ndim", 1) > 0
     values = (value,) if not many else tuple(value)
     if not all(type(v) is float or isinstance(v, Real) for v in values):
         raise TypeError(f"{name} must be a real number or a sequence of {n} of them, got {value!r}")
