@@ -401,9 +401,8 @@ static void store_grads(const call *c, char *sums, int64_t width, int64_t rank, 
     return;
   }
   to.data = at_factor(c, to.data, d0 * to.col);
-  int64_t n = rank, length = cols,
-          stride = to.row; /* rows of the gradient: those of A, or the columns of B's transpose */
-  if (to.col != 1) {
+  int64_t n = rank, length = cols, stride = to.row; /* rows that lie side by side, of A's gradient */
+  if (to.col != 1) {                                /* of B's, from the columns of sums */
     c->products->pack(scratch, rank, cols, rank, sums, 1, width);
     sums = scratch, width = rank, n = cols, length = rank, stride = to.col;
   }
