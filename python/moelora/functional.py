@@ -90,7 +90,9 @@ def routed_lora_forward(
     Notes
     -----
     One expert is LoRA, ``h = W x + B A x`` [1]_; the weighted sum is that of a mixture of experts [2]_. `out` is not
-    touched unless the call succeeds.
+    touched unless the call succeeds. Whether an expert is read for a token whose weight for it is 0, or that `top_k`
+    drops it for, depends on the shapes; so it is not specified what infinite elements of its A and B, and NaNs, make of
+    that token.
 
     References
     ----------

@@ -89,6 +89,11 @@ def routed_lora(
     RuntimeError
         From the backward, when a tensor it needs was changed in place; from differentiating twice.
 
+    Notes
+    -----
+    Whether an expert is read for a token whose weight for it is 0, or that `top_k` drops it for, depends on the shapes.
+    So it is not specified what infinite elements of its A and B, and NaNs, make of that token.
+
     Examples
     --------
     >>> import torch
