@@ -44,9 +44,14 @@ def report(demo):
 
 
 def test_the_folder_holds_report_pictures_and_checkpoint(demo):
-    assert {path.name for path in demo.iterdir()} == {"report.json", "table.png", "routing.png", "checkpoint"}
+    assert {path.name for path in demo.iterdir()} == {"report.json", "table.png", "routing.png", "base", "checkpoint"}
     for picture in ("table.png", "routing.png"):
         assert (demo / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_its_checkpoint_keeps_every_promise(demo, capsys):
+    assert main(["validate", "--checkpoint", str(demo / "checkpoint"), "--no-speed"]) == 0
+    assert f"Base model {demo / 'base'} " in capsys.readouterr().out
 
 
 def test_perplexities_are_finite_and_their_mean_is_geometric(report):

@@ -89,6 +89,8 @@ def run(settings: Settings) -> dict[str, Any]:
     base.to(device)
     train(base, batches(domains, "base", settings.seed, device), 2 * settings.steps, BASE_LEARNING_RATE, "base model")
     base.requires_grad_(False)
+    save(base, settings.out / "base")
+    base.name_or_path = str((settings.out / "base").resolve())  # what adapters name as theirs
     mixture = moelora.get_peft_model(copy.deepcopy(base), mixture_config(settings))
     models: dict[str, nn.Module] = {
         "base": base,
@@ -182,10 +184,10 @@ def routing_shares(mixture: PeftModel, domains: Sequence[Domain], device: torch.
     return shares
 
 
-def save(mixture: PeftModel, folder: Path) -> None:
-    """Write the experts as PEFT does, one folder each, and the router beside them."""
+def save(model: Any, folder: Path) -> None:
+    """Write a model as it does, of a mixture one folder for each expert, and the router beside them."""
     shutil.rmtree(folder, ignore_errors=True)
-    mixture.save_pretrained(str(folder))
+    model.save_pretrained(str(folder))
 
 
 def open_with_stock_peft(base: nn.Module, folder: Path) -> PeftModel:
