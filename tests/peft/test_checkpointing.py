@@ -290,6 +290,6 @@ def test_of_an_encoder_that_runs_on_its_own(make_lora, ids, reentrant):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             model.enable_input_require_grads()
         encoder = model.get_base_model().get_encoder()
-        return results(model, lambda _: encoder(input_ids=ids).last_hidden_state.square().sum())
+        return results(model, lambda _: encoder(input_ids=ids).last_hidden_state[..., ::2].sum())
 
     assert_equal(gradients(reentrant), gradients(None))
