@@ -234,7 +234,8 @@ class _Dropout(NamedTuple):
         drawn = drawn.swapaxes(-1, -2).reshape(len(token), -1)[:, :d_in]
         p = self.probabilities[expert]
         threshold = math.floor(p * 2**16 + 0.5) if p == 1 else min(math.floor(p * 2**16 + 0.5), 2**16 - 1)
-        factors = np.where(drawn >= threshold, 2**16 / max(2**16 - threshold, 1), 0.0)
+        # Not a Python integer: NumPy 2.0 may crash where one is beyond uint16, as 2^16 is.
+        factors = np.where(drawn >= np.uint32(threshold), 2**16 / max(2**16 - threshold, 1), 0.0)
         return factors.reshape(*tokens, d_in)
 
 
