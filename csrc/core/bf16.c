@@ -198,7 +198,9 @@ static ml_tokens rows_from(ml_tokens dense, int64_t t, int64_t width) {
 
 /* Tokens that are rows, as the one sequence of a block. */
 static ml_tokens joined(const ml_routed_lora *p, ml_tokens v) {
-  return (ml_tokens){v.data, 0, p->seq > 1 ? v.seq : v.batch, 1};
+  ml_tokens rows = {v.data, 0, 0, 1};
+  ml_one_stride(p, v, &rows.seq);
+  return rows;
 }
 
 /* Makes b->wide the call on the block that starts at token t. */

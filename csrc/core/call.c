@@ -157,15 +157,20 @@ factor ml_factor_grad_b(const call *c) { return (factor){c->p->d_out, c->p->n_ex
 
 /* ---- tokens with any strides ---- */
 
+bool ml_one_stride(const ml_routed_lora *p, ml_tokens v, int64_t *stride) {
+  *stride = p->seq > 1 ? v.seq : v.batch;
+  return p->batch <= 1 || p->seq <= 1 || v.batch == p->seq * v.seq;
+}
+
 bool ml_is_rows(const ml_routed_lora *p, ml_tokens v) {
-  return !v.data || (v.col == 1 && (p->batch <= 1 || p->seq <= 1 || v.batch == p->seq * v.seq));
+  int64_t unused;
+  return !v.data || (v.col == 1 && ml_one_stride(p, v, &unused));
 }
 
 bool ml_as_rows(const call *c, ml_tokens v, int64_t width, rows *out) {
   if (v.col != 1 && width > 1) return false;
   out->data = v.data;
-  out->row = c->p->seq > 1 ? v.seq : v.batch;
-  return c->p->batch <= 1 || c->p->seq <= 1 || v.batch == c->p->seq * v.seq;
+  return ml_one_stride(c->p, v, &out->row);
 }
 
 void ml_copy_tokens(const call *c, ml_tokens from, ml_tokens to, int64_t width) {

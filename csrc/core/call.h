@@ -142,6 +142,9 @@ factor ml_factor_b(const call *c);
 factor ml_factor_grad_a(const call *c);
 factor ml_factor_grad_b(const call *c);
 
+/* The stride from each token to the next; false: batch and sequence do not have the same. */
+bool ml_one_stride(const ml_routed_lora *p, ml_tokens v, int64_t *stride);
+
 /* Whether the tokens, if there are any, are rows of unit column stride. */
 bool ml_is_rows(const ml_routed_lora *p, ml_tokens v);
 

@@ -130,8 +130,8 @@ typedef struct {
 /* The weights of all tokens as a matrix; false: batch and sequence do not have one stride. */
 static bool as_matrix(const ml_routed_lora *p, ml_matrix *weights) {
   ml_tokens w = p->routing_weights;
-  *weights = (ml_matrix){w.data, p->seq > 1 ? w.seq : w.batch, w.col};
-  return p->batch <= 1 || p->seq <= 1 || w.batch == p->seq * w.seq;
+  *weights = (ml_matrix){w.data, 0, w.col};
+  return ml_one_stride(p, w, &weights->row);
 }
 
 static void pick_task(void *context, int64_t task, int thread) {

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from moelora.nn.plain import is_recorded
+
 __all__ = ["draw_seed", "dropped", "dropped_grads", "dropped_linear"]
 
 
@@ -42,8 +44,7 @@ def dropped_linear(x: Tensor, lora_A: Tensor, ranks: Sequence[int], dropout_p: S
     they know it, and the many small operations of a mask would cost them minutes. So does a CUDA graph, which would
     repeat one seed for ever, and a DTensor, which meets no plain mask.
     """
-    recorded = torch.compiler.is_compiling() or torch._C._is_tracing()
-    if recorded or type(x).__name__ == "DTensor" or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if is_recorded() or type(x).__name__ == "DTensor" or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         parts = zip(lora_A.split(list(ranks)), dropout_p, strict=True)
         return torch.cat([F.linear(F.dropout(x, p), a) for a, p in parts], -1)
     # Once for all uses: a transform's own forward runs below its level, the backward in it or in one that began later.

@@ -11,6 +11,7 @@ from moelora.nn.arguments import Call, autocast_enabled
 from moelora.nn.compiled import columns
 from moelora.nn.dropout import dropped_grads, dropped_linear
 from moelora.nn.node import Once
+from moelora.nn.plain import is_recorded
 
 __all__ = ["as_dtype", "core_dtype", "formula", "formula_backward", "mix"]
 
@@ -34,7 +35,7 @@ def formula(call: Call, round_adapters: bool) -> Tensor:
     if kind == "cpu" or (not round_adapters and any(t.dtype is torch.float32 for t in adapters)):
         dtype = core_dtype(dtype)
     a, b = torch.cat(call.lora_A), torch.cat(call.lora_B, 1)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch._C._is_tracing():
+    if torch.is_grad_enabled() and not is_recorded():
         x, w, a, b = Once.apply(x, w, a, b)  # type: ignore[no-untyped-call]
     a, b = a.to(dtype), b.to(dtype)
 

@@ -45,6 +45,11 @@ def uses_core(*tensors: Tensor) -> bool:
     return is_unwatched() and bool(_are_plain(*tensors))
 
 
+def is_recorded() -> bool:
+    """Whether torch.compile or torch.jit.trace records operations, to run them without this code later."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 def is_unwatched() -> bool:
     """Whether there is a C core, and nothing watches or rewrites torch operations in this thread."""
     if torch.compiler.is_compiling() or not HAS_EXT:

@@ -12,7 +12,7 @@ from moelora import runtime
 from moelora.functional import HAS_EXT
 from moelora.nn import cuda
 from moelora.nn.node import Once, refuse_twice
-from moelora.nn.plain import is_unwatched, uses_core
+from moelora.nn.plain import is_recorded, is_unwatched, uses_core
 
 if HAS_EXT:
     from moelora import _core
@@ -125,8 +125,7 @@ def route(
         routing = _plain_routing(logits.contiguous(), dense_mask, top_k, temperature, renormalize)
         if routing is not None:
             return routing
-    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
-    if torch.is_grad_enabled() and logits.requires_grad and not traced:
+    if torch.is_grad_enabled() and logits.requires_grad and not is_recorded():
         (logits,) = Once.apply(logits)
     return _formula(logits, mask, top_k, temperature, renormalize)
 

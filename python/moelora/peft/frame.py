@@ -13,10 +13,10 @@ from __future__ import annotations
 import copy
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -306,10 +306,7 @@ class Frame:
         """Whether the forward that entered this frame is gone: torch runs no hook after a KeyboardInterrupt."""
         if self.caller is None or torch.compiler.is_compiling():
             return False
-        running: FrameType | None = sys._getframe()
-        while running is not None and running is not self.caller:
-            running = running.f_back
-        return running is None
+        return all(running is not self.caller for running in _running())
 
     def refuse_checkpoint(self, name: str) -> None:
         """Raise if layer `name` runs inside a checkpoint of which `Recompute` knows nothing.
@@ -449,9 +446,9 @@ class Frame:
             return None
         if len(rows) == 3 and rows[1] == 1:  # latents of DeepSeek's attention, with those in the cache [B, 1, S, d]
             matched = self._match(weights, site, x[:, 0])
-            if matched is None or matched.dim() == 3:
-                return None if matched is None else matched.unsqueeze(1)
-            return matched[:, None, None].expand(*rows, -1)
+            if matched is None:
+                return None
+            return matched.unsqueeze(1) if matched.dim() == 3 else matched[:, None, None].expand(*rows, -1)
         tokens = None if call.seq is None else call.batch * call.seq
         if weights.dim() == 2:
             if len(rows) == 1 and rows[0] == tokens:
@@ -506,11 +503,15 @@ def _autograd() -> _Autograd | None:
 
 def _functions() -> int:
     """How many forwards of an autograd.Function are running around here."""
-    count, running = 0, cast("FrameType | None", sys._getframe())
+    return sum(running.f_code is _APPLY for running in _running())
+
+
+def _running() -> Iterator[FrameType]:
+    """The Python frames of this thread, from the innermost outwards."""
+    running: FrameType | None = sys._getframe()
     while running is not None:
-        count += running.f_code is _APPLY
+        yield running
         running = running.f_back
-    return count
 
 
 def put(frame: Frame | None) -> Frame | None:

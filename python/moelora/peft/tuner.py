@@ -83,6 +83,7 @@ class RoutedTuner(Experts, StaticMixtures):
     def _route_layers(self) -> None:
         """Give every layer with adapters its routed class and its place in the model; watch the model's forward."""
         top = self.model
+        stack, self._decoder_layers = decoder(top)
         if "_host" not in vars(self):
             self._host = Host()
             self._routing_hooks: list[Any] = []
@@ -92,7 +93,7 @@ class RoutedTuner(Experts, StaticMixtures):
             if getattr(getattr(top, "config", None), "is_encoder_decoder", False):
                 self._watch_stacks()
             elif isinstance(top, PreTrainedModel):
-                for below in {top.base_model, decoder(top)[0]} - {top}:  # what trainers with a loss of their own call
+                for below in {top.base_model, stack} - {top}:  # what trainers with a loss of their own call
                     self._watch_model(below)
         for config in self.peft_config.values():
             mark_hosted(config)
@@ -102,7 +103,6 @@ class RoutedTuner(Experts, StaticMixtures):
         host.shifts_labels = loss_shifts_labels(top)
         host.parameters = parameters(top)
         host.base_parameters = parameters(top.base_model) if host.transformer else ()
-        stack, self._decoder_layers = decoder(top)
         host.num_layers = len(self._decoder_layers)
         layer_of = {id(m): i for i, layer in enumerate(self._decoder_layers) for m in layer.modules()}
         inside = {id(m) for m in stack.modules()}
@@ -246,8 +246,7 @@ class RoutedTuner(Experts, StaticMixtures):
     def _check_routable(self, experts: list[str]) -> None:
         if not self._routed and not self._unroutable:
             raise ValueError("there is no layer with adapters to route: the adapters were unloaded or merged")
-        site = getattr(self._routed[0], "_site", None) if self._routed else None
-        if self._routed and (site is None or site.host is not self._host):
+        if self._routed and getattr(getattr(self._routed[0], "_site", None), "host", None) is not self._host:
             raise ValueError(
                 "another PeftModel was made of the same base model, whose layers follow that one now: call that one, "
                 "or make each of a base of its own"
