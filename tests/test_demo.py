@@ -168,6 +168,17 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("name", ["base", "checkpoint"])
+def test_a_file_where_a_folder_goes_is_left_alone(tmp_path, capsys, name):
+    for file in ("report.json", name):
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert f"{tmp_path / name} is not a folder" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"report.json": "{}", name: "{}"}
+
+
 @pytest.mark.parametrize("missing", ["torch", "peft", "transformers", "tqdm"])
 def test_without_the_hf_extra_the_command_says_what_to_install(missing):
     program = f"import sys; sys.modules[{missing!r}] = None; from moelora.cli import main; sys.exit(main(['demo']))"

@@ -261,6 +261,9 @@ def _demo(demo: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             demo.error(f"argument --out: {options.out} is not a folder")
         if any(options.out.iterdir()):
             demo.error(f"argument --out: {options.out} has files, but no report.json of an earlier demo")
+    for folder in (options.out / "base", options.out / "checkpoint"):
+        if folder.exists() and not folder.is_dir():
+            demo.error(f"argument --out: {folder} is not a folder, and the demo writes one there")
 
     try:
         from moelora.demo.run import Settings, device_error, run
