@@ -78,7 +78,7 @@ typedef struct {
  * expert, those of one by their tokens, in tiles of ML_TILE_PAIRS: each expert's begin a tile. */
 enum {
   ML_TILE_PAIRS = 64,
-  ML_PAIR_CHUNKS = 64, /* of tokens, at most, in which pairs are counted */
+  ML_PAIR_CHUNKS = 128, /* of tokens, at most, in which pairs are counted */
   ML_MAX_PAIR_RANK = 64
 };
 

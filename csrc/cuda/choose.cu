@@ -6,19 +6,17 @@
  *   ml_choose    the table of the others; which experts a token has; how many tokens of a chunk each expert has
  *   ml_arrange   where each pair comes, from the counts of all chunks
  *
- * Launch: ml_choose and ml_arrange a block for each chunk, of 1024 and 256 threads; that is also how many experts there are at
- * most.
+ * Launch: ml_choose and ml_arrange a block of 1024 threads for each chunk.
  */
 #include "elements.cuh"
 
 enum {
-  CHOOSERS = 1024,
-  THREADS = 256,
+  THREADS = 1024,
   OF_LANE = ML_MAX_EXPERTS / 32,
   NONE = ML_MAX_EXPERTS,
-  STRETCH = 8192 /* pairs that are looked through at a time */
+  WARPS = THREADS / 32,
+  PARTS = THREADS / ML_MAX_EXPERTS /* of the chunks, whose counts are added side by side */
 };
-static_assert(ML_MAX_EXPERTS <= THREADS, "a thread has an expert");
 
 extern "C" __global__ void ml_experts(const __grid_constant__ ml_adapters table, ml_adapter *to, int n) {
   let_successor_start();
@@ -32,9 +30,10 @@ DEVICE u32 rank_of(float weight) {
   if (weight != weight) return ~0u;
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+DEVICE float weight_of(u32 rank) { return __uint_as_float(rank & 0x80000000u ? rank & 0x7fffffffu : ~rank); }
 
 /* table: of the first experts. grad_w [T, N], where not NULL: zeros, of which pairs will have theirs. */
-extern "C" __global__ void __launch_bounds__(CHOOSERS)
+extern "C" __global__ void __launch_bounds__(THREADS)
     ml_choose(const __grid_constant__ ml_adapters table, const ml_pairs pairs, const ml_weights weights, void *grad_w) {
   __shared__ int counts[ML_MAX_EXPERTS];
   let_successor_start();
@@ -44,30 +43,37 @@ extern "C" __global__ void __launch_bounds__(CHOOSERS)
   if (blockIdx.x == 0 && threadIdx.x < min(n, (int)ML_TABLE_EXPERTS)) pairs.experts[threadIdx.x] = table.of[threadIdx.x];
   if (threadIdx.x < ML_MAX_EXPERTS) counts[threadIdx.x] = 0;
   __syncthreads();
-  for (int t = first + threadIdx.x / 32; t < end; t += CHOOSERS / 32) {
-    u32 left[OF_LANE]; /* of experts lane + 32 i; 0: none, or chosen */
+  u32 next[OF_LANE]; /* of experts lane + 32 i of the token that comes next; 0: none */
+  auto read = [&](int t) {
 #pragma unroll
-    for (int i = 0; i < OF_LANE; i++) {
+    for (int i = 0; i < OF_LANE && 32 * i < n; i++) {
       int e = lane + 32 * i;
-      left[i] = e < n ? rank_of(weight_at(weights, t, e)) : 0u;
-      if (grad_w && e < n) put_grad(weights.dtype, grad_w, (u64)t * n + e, 0.f);
+      next[i] = t < end && e < n ? rank_of(weight_at(weights, t, e)) : 0u;
+      if (grad_w && t < end && e < n) put_grad(weights.dtype, grad_w, (u64)t * n + e, 0.f);
     }
+  };
+  read(first + threadIdx.x / 32);
+  for (int t = first + threadIdx.x / 32; t < end; t += WARPS) {
+    u32 left[OF_LANE]; /* those that are not chosen */
+#pragma unroll
+    for (int i = 0; i < OF_LANE && 32 * i < n; i++) left[i] = next[i];
+    read(t + WARPS);
     for (int slot = 0; slot < k; slot++) {
       u32 largest = 0;
 #pragma unroll
-      for (int i = 0; i < OF_LANE; i++) largest = max(largest, left[i]);
+      for (int i = 0; i < OF_LANE && 32 * i < n; i++) largest = max(largest, left[i]);
       largest = __reduce_max_sync(~0u, largest);
       u32 lowest = NONE;
 #pragma unroll
-      for (int i = OF_LANE - 1; i >= 0; i--) lowest = left[i] == largest ? lane + 32 * i : lowest;
+      for (int i = 0; i < OF_LANE && 32 * i < n; i++) lowest = left[i] == largest ? min(lowest, lane + 32 * i) : lowest;
       int e = (int)__reduce_min_sync(~0u, lowest);
 #pragma unroll
-      for (int i = 0; i < OF_LANE; i++) left[i] = e == lane + 32 * i ? 0u : left[i];
+      for (int i = 0; i < OF_LANE && 32 * i < n; i++) left[i] = e == lane + 32 * i ? 0u : left[i];
       if (lane == 0) {
         u64 pair = (u64)t * k + slot;
         pairs.chosen[pair] = (unsigned char)e;
         float scaling = e < ML_TABLE_EXPERTS ? table.of[e].scaling : pairs.experts[e].scaling;
-        pairs.factors[pair] = factor_of(scaling, weight_at(weights, t, e));
+        pairs.factors[pair] = factor_of(scaling, weight_of(largest));
         atomicAdd(&counts[e], 1);
       }
     }
@@ -77,18 +83,29 @@ extern "C" __global__ void __launch_bounds__(CHOOSERS)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) ml_arrange(const ml_pairs pairs) {
-  __shared__ u32 chosen[STRETCH / 4];
-  __shared__ int sums[THREADS / 32];
+  __shared__ int places[WARPS][ML_MAX_EXPERTS];
+  __shared__ int sums[ML_MAX_EXPERTS / 32], before_in[PARTS][ML_MAX_EXPERTS], total_in[PARTS][ML_MAX_EXPERTS];
   let_successor_start();
   wait_for_predecessor();
-  int n = pairs.n_experts, e = threadIdx.x, lane = e % 32, before = 0, total = 0;
-  if (e < n) {
-#pragma unroll 8
-    for (int c = 0; c < gridDim.x; c++) {
-      int count = pairs.counts[c * n + e];
+  int n = pairs.n_experts, part = threadIdx.x / ML_MAX_EXPERTS, counted = threadIdx.x % ML_MAX_EXPERTS;
+  int before = 0, total = 0; /* pairs of an expert: in the chunks before this one, and in all */
+  if (counted < n) {
+#pragma unroll 16
+    for (int c = part; c < gridDim.x; c += PARTS) {
+      int count = pairs.counts[c * n + counted];
       before += c < blockIdx.x ? count : 0;
       total += count;
     }
+  }
+  before_in[part][counted] = before;
+  total_in[part][counted] = total;
+  __syncthreads();
+  int e = threadIdx.x, lane = e % 32;
+  before = total = 0;
+#pragma unroll
+  for (int i = 0; i < PARTS && e < ML_MAX_EXPERTS; i++) {
+    before += before_in[i][e];
+    total += total_in[i][e];
   }
   /* The tiles of all experts before this one. */
   int tiles = (total + ML_TILE_PAIRS - 1) / ML_TILE_PAIRS, up_to = tiles;
@@ -96,10 +113,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) ml_arrange(const ml_pairs 
     int other = __shfl_up_sync(~0u, up_to, by);
     up_to += lane >= by ? other : 0;
   }
-  if (lane == 31) sums[e / 32] = up_to;
+  if (lane == 31 && e < ML_MAX_EXPERTS) sums[e / 32] = up_to;
   __syncthreads();
   int all = 0;
-  for (int w = 0; w < THREADS / 32; w++) {
+#pragma unroll
+  for (int w = 0; w < ML_MAX_EXPERTS / 32; w++) {
     up_to += w < e / 32 ? sums[w] : 0;
     all += sums[w];
   }
@@ -111,18 +129,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) ml_arrange(const ml_pairs 
     for (int i = all + e; i < pairs.tiles; i += THREADS) pairs.tile_expert[i] = -1;
   }
   int first = blockIdx.x * pairs.chunk, end = min(first + pairs.chunk, pairs.tokens);
-  u64 pair = (u64)first * pairs.top_k, last = (u64)end * pairs.top_k;
-  for (; pair < last; pair += STRETCH) {
-    int here = (int)min((u64)STRETCH, last - pair);
+  u64 last = (u64)end * pairs.top_k;
+  for (u64 from = (u64)first * pairs.top_k; from < last; from += THREADS) {
+    u64 pair = from + threadIdx.x;
+    int chosen = pair < last ? pairs.chosen[pair] : NONE;
+    u32 alike = __match_any_sync(~0u, chosen), earlier = alike & ((1u << lane) - 1);
+    for (int w = 0; w < WARPS && e < ML_MAX_EXPERTS; w++) places[w][e] = 0;
     __syncthreads();
-    for (int i = e; i < here; i += THREADS) ((unsigned char *)chosen)[i] = pairs.chosen[pair + i];
+    if (chosen != NONE && earlier == 0) places[e / 32][chosen] = __popc(alike);
     __syncthreads();
-    for (int i = 0; i < here && e < n; i += 4) {
-      u32 own = __vcmpeq4(chosen[i / 4], (u32)e * 0x01010101u);
-      if (own == 0) continue;
 #pragma unroll
-      for (int j = 0; j < 4; j++)
-        if (own >> 8 * j & 1 && i + j < here) pairs.order[at++] = (int)pair + i + j;
+    for (int w = 0; w < WARPS && e < ML_MAX_EXPERTS; w++) { /* how many become where the warp's first comes */
+      int count = places[w][e];
+      places[w][e] = at;
+      at += count;
     }
+    __syncthreads();
+    if (chosen != NONE) pairs.order[places[e / 32][chosen] + __popc(earlier)] = (int)pair;
   }
 }

@@ -39,7 +39,7 @@ DEVICE place place_of(int t, int row_tiles, int col_tiles) {
 }
 
 #if ML_ADDS
-/* To rows `row` and `row + 8` of a tile: of 64 columns a thread has 16, which lie side by side in what is added. */
+/* To rows `row` and `row + 8` of a tile: of 64 columns a thread has 16, in two eights of what is added. */
 DEVICE void add_rows(float (&d)[ML_WIDTH / 2], const u16 *added, int adds, int row, int col, int tokens, int n) {
   int width = (n + 63) / 64 * 64;
   for (int i = 0; i < adds; i++) {
@@ -47,12 +47,12 @@ DEVICE void add_rows(float (&d)[ML_WIDTH / 2], const u16 *added, int adds, int r
     for (int half = 0; half < 2; half++) {
       int t = row + 8 * half;
       if (t >= tokens) continue;
-      const uint4 *from = (const uint4 *)(added + ((u64)t * adds + i) * width + col + threadIdx.x % 4 * 16);
+      const uint4 *from = (const uint4 *)(added + ((u64)t * adds + i) * width + col) + threadIdx.x % 4;
       uint4 v[ML_WIDTH / 64][2];
 #pragma unroll
       for (int chunk = 0; chunk < ML_WIDTH / 64; chunk++)
 #pragma unroll
-        for (int j = 0; j < 2; j++) v[chunk][j] = col + 64 * chunk < width ? from[8 * chunk + j] : uint4{0, 0, 0, 0};
+        for (int j = 0; j < 2; j++) v[chunk][j] = col + 64 * chunk < width ? from[8 * chunk + 4 * j] : uint4{0, 0, 0, 0};
 #pragma unroll
       for (int chunk = 0; chunk < ML_WIDTH / 64; chunk++)
 #pragma unroll

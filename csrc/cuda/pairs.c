@@ -46,7 +46,7 @@ ml_cuda_status ml_pairs_arrange(const ml_layer *layer, const pair_places *p, voi
   if (status == ML_CUDA_OK) { /* not early: dual.cu, the last of this chain, reads x before it waits for anything */
     status = ml_layer_launch(layer, variant, "ml_choose", (ml_launch){.grid = chunks, .block = 1024}, choose);
   }
-  ml_launch how = {.grid = chunks, .block = 256, .early = true};
+  ml_launch how = {.grid = chunks, .block = 1024, .early = true};
   return status == ML_CUDA_OK ? ml_layer_launch(layer, variant, "ml_arrange", how, order) : status;
 }
 
@@ -68,6 +68,7 @@ ml_cuda_status ml_pairs_shrink(const ml_layer *layer, const pair_places *p, ml_r
 }
 
 ml_cuda_status ml_pairs_spread(const ml_layer *layer, const pair_places *p, ml_rows x, void *y, bool backward) {
+  enum { SPREAD = 1024 }; /* as in pairs.cu */
   int64_t n = backward ? layer->d_in : layer->d_out;
   int cols = (int)n, width = (int)round_up(n, 64);
   void *arguments[] = {(void *)(uintptr_t)&p->pairs, (void *)(uintptr_t)&p->mixed, (void *)(uintptr_t)&p->added, &cols,
@@ -76,7 +77,7 @@ ml_cuda_status ml_pairs_spread(const ml_layer *layer, const pair_places *p, ml_r
   ml_tensor_map maps[N_MAPS];
   ml_cuda_status status = ml_wide_maps(layer, x, y, backward, of, maps);
   if (status == ML_CUDA_OK) {
-    status = launch_pairs(layer, "ml_pairs_spread", backward, false, p->pairs.tiles * ceil_div(n, 4 * 256), 256, 0,
+    status = launch_pairs(layer, "ml_pairs_spread", backward, false, p->pairs.tiles * ceil_div(n, SPREAD), 256, 0,
                           arguments);
   }
   maps[OF_MIXED] = maps[OF_X], maps[OF_B] = maps[OF_SHRINK] = maps[OF_W]; /* not used */

@@ -8,7 +8,8 @@
  *
  * A and B are read as the experts have them. All products are warps' own (mma), and each sum has one order: the same input gives
  * the same bits. dual.cu adds what pairs add, k rows for each token, to the base product. For that, 64 columns of these rows are
- * in the order in which an accumulator's thread has them: those of thread q of four are 8j + 2q and the next, j = 0..7.
+ * in the order in which an accumulator's threads have them: thread q of four has 8j + 2q and the next of each j; the eight of
+ * j = 0..3 are the q-th of the row, those of j = 4..7 the q-th of its second half, so that four threads move 64 bytes at a time.
  */
 #include "warp.cuh"
 
@@ -241,140 +242,106 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 
 /* ---- the spread ----
  *
- * A block computes a tile's rows at SPREAD columns SPANS times, a warp 32 rows at 64 of them. rows [T, k, width] are those of the
- * result.
+ * A block computes a tile's rows at SPREAD columns, a warp at 32 of them at a time; what a thread multiplies it reads itself.
+ * rows [T, k, width] are those of the result.
  */
 
-enum {
-  SPREAD = 256,
-  SPANS = 4,
-  MIXED_PITCH = ML_RANKS * 2 + 16, /* bytes */
-#if ML_BACKWARD
-  PANEL_PITCH = SPREAD * 2 + 16, /* A [R, SPREAD] */
-  PANEL_BYTES = ML_RANKS * PANEL_PITCH
-#else
-  PANEL_PITCH = ML_RANKS * 2 + 16, /* B [SPREAD, R] */
-  PANEL_BYTES = SPREAD * PANEL_PITCH
-#endif
-};
+enum { SPREAD = 1024, SPREADERS = 8 };
 
-/* 8 elements of a row of an adapter from `from` on, of which n are there. */
-DEVICE uint4 eight(const adapter *from, int n, bool aligned) {
-  if (n >= 8 && aligned) {
 #if ML_F32_ADAPTERS
-    float4 low = ((const float4 *)from)[0], high = ((const float4 *)from)[1];
-    return {narrow(low.x, low.y), narrow(low.z, low.w), narrow(high.x, high.y), narrow(high.z, high.w)};
+typedef float2 two;
+DEVICE u32 rounded(two v) { return narrow(v.x, v.y); }
 #else
-    return *(const uint4 *)from;
+typedef ushort2 two;
+DEVICE u32 rounded(two v) { return v.x | (u32)v.y << 16; }
 #endif
-  }
-  u32 v[8];
-#pragma unroll
-  for (int i = 0; i < 8; i++) v[i] = i < n ? rounded(from + i) : 0u;
-  return {v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16};
-}
 
-/* 32 rows of a tile at 64 columns of its panel. */
-DEVICE void spread_chunk(u16 *rows, const int *order, u32 left, u32 panel, int chunk, int column, int width) {
-  int lane = threadIdx.x % 32;
-  float d[2][8][4];
+/* An adapter's elements for the right fragments of 32 columns, of which thread q of a column has the ranks 8k + 2q and the next. All
+ * are on their way before one is used. */
+DEVICE void load_factor(two (&v)[4][COLS], const ml_adapter &expert, int column, int cols) {
+  int lane = threadIdx.x % 32, rank = expert.rank;
 #pragma unroll
-  for (int m = 0; m < 2; m++)
+  for (int j = 0; j < 4; j++)
 #pragma unroll
-    for (int c = 0; c < 8; c++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) d[m][c][i] = 0;
-#pragma unroll
-  for (int k = 0; k < ML_RANKS; k += 16) {
-    u32 a[2][4], b[4];
-#pragma unroll
-    for (int m = 0; m < 2; m++)
-      load_matrices<false>(a[m], left + (16 * m + lane % 16) * MIXED_PITCH + (k + lane / 16 * 8) * 2);
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-      int from = 64 * chunk + 16 * c;
+    for (int k = 0; k < COLS; k++) {
+      int c = column + 8 * j + lane / 4, r = 8 * k + lane % 4 * 2, n = c < cols ? rank - r : 0;
 #if ML_BACKWARD
-      load_matrices<true>(b, panel + (k + lane % 16) * PANEL_PITCH + (from + lane / 16 * 8) * 2);
+      const adapter *at = (const adapter *)expert.a + (u64)r * cols + c;
+      v[j][k] = two{n > 0 ? __ldg(at) : (adapter)0, n > 1 ? __ldg(at + cols) : (adapter)0};
 #else
-      int line = from + lane % 8 + lane / 16 * 8;
-      load_matrices<false>(b, panel + line * PANEL_PITCH + (k + lane / 8 % 2 * 8) * 2);
+      const adapter *at = (const adapter *)expert.b + (u64)c * rank + r;
+      v[j][k] = two{n > 0 ? __ldg(at) : (adapter)0, n > 1 ? __ldg(at + 1) : (adapter)0};
 #endif
-#pragma unroll
-      for (int m = 0; m < 2; m++) {
-        multiply(d[m][2 * c], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1]);
-        multiply(d[m][2 * c + 1], a[m][0], a[m][1], a[m][2], a[m][3], b[2], b[3]);
-      }
-    }
-  }
-#pragma unroll
-  for (int m = 0; m < 2; m++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      int pair = order[16 * m + lane / 4 + 8 * half], i = 2 * half;
-      if (pair < 0) continue;
-      uint4 *to = (uint4 *)(rows + (u64)pair * width + column + 64 * chunk + lane % 4 * 16);
-      to[0] = uint4{narrow(d[m][0][i], d[m][0][i + 1]), narrow(d[m][1][i], d[m][1][i + 1]),
-                    narrow(d[m][2][i], d[m][2][i + 1]), narrow(d[m][3][i], d[m][3][i + 1])};
-      to[1] = uint4{narrow(d[m][4][i], d[m][4][i + 1]), narrow(d[m][5][i], d[m][5][i + 1]),
-                    narrow(d[m][6][i], d[m][6][i + 1]), narrow(d[m][7][i], d[m][7][i + 1])};
     }
 }
+#if !ML_BACKWARD
+/* The same of an even rank. */
+DEVICE void load_even_factor(two (&v)[4][COLS], const ml_adapter &expert, int column, int cols) {
+  int lane = threadIdx.x % 32, rank = expert.rank;
+#pragma unroll
+  for (int j = 0; j < 4; j++)
+#pragma unroll
+    for (int k = 0; k < COLS; k++) {
+      int c = column + 8 * j + lane / 4, r = 8 * k + lane % 4 * 2;
+      v[j][k] = c < cols && r < rank ? __ldg((const two *)((const adapter *)expert.b + (u64)c * rank + r)) : two{0, 0};
+    }
+}
+#endif
 
-extern "C" __global__ void __launch_bounds__(256) ml_pairs_spread(const ml_pairs pairs, const u16 *mixed, u16 *rows, int cols,
-                                                                  int width) {
-  __shared__ __align__(16) char left[ML_TILE_PAIRS * MIXED_PITCH], panel[PANEL_BYTES];
-  __shared__ int order[ML_TILE_PAIRS];
+extern "C" __global__ void __launch_bounds__(32 * SPREADERS, ML_RANKS == 16 ? 3 : 1)
+    ml_pairs_spread(const ml_pairs pairs, const u16 *mixed, u16 *rows, int cols, int width) {
   let_successor_start();
   wait_for_predecessor();
-  int groups = (cols + SPANS * SPREAD - 1) / (SPANS * SPREAD), tile = blockIdx.x / groups;
-  int e = pairs.tile_expert[tile], warp = threadIdx.x / 32;
+  int groups = (cols + SPREAD - 1) / SPREAD, tile = blockIdx.x / groups, begin = blockIdx.x % groups * SPREAD;
+  int e = pairs.tile_expert[tile], warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (e < 0) return;
-  if (threadIdx.x < ML_TILE_PAIRS) order[threadIdx.x] = pairs.order[tile * ML_TILE_PAIRS + threadIdx.x];
   const ml_adapter expert = pairs.experts[e];
-  int rank = expert.rank, column = blockIdx.x % groups * SPANS * SPREAD, end = min(column + SPANS * SPREAD, cols);
-
-  uint4 next[COLS]; /* this thread's part of a panel, which is on its way while the one before is multiplied */
-  auto fetch = [&](int from) {
+  int at[4][2]; /* pairs of this thread's rows */
+  u32 a[4][COLS / 2][4];
 #pragma unroll
-    for (int j = 0; j < COLS; j++) {
-      int i = threadIdx.x + 256 * j;
-#if ML_BACKWARD
-      int r = i / (SPREAD / 8), c = from + i % (SPREAD / 8) * 8;
-      bool real = r < rank && c < cols;
-      next[j] = real ? eight((const adapter *)expert.a + (u64)r * cols + c, 8, true) : uint4{0, 0, 0, 0};
-#else
-      int c = from + i / COLS, r = i % COLS * 8;
-      bool real = r < rank && c < cols;
-      next[j] = real ? eight((const adapter *)expert.b + (u64)c * rank + r, rank - r, rank % 8 == 0) : uint4{0, 0, 0, 0};
-#endif
-    }
-  };
-  auto keep = [&]() {
+  for (int m = 0; m < 4; m++)
 #pragma unroll
-    for (int j = 0; j < COLS; j++) {
-      int i = threadIdx.x + 256 * j;
-#if ML_BACKWARD
-      *(uint4 *)(panel + i / (SPREAD / 8) * PANEL_PITCH + i % (SPREAD / 8) * 16) = next[j];
-#else
-      *(uint4 *)(panel + i / COLS * PANEL_PITCH + i % COLS * 16) = next[j];
-#endif
+    for (int half = 0; half < 2; half++) {
+      int pair = at[m][half] = pairs.order[tile * ML_TILE_PAIRS + 16 * m + 8 * half + lane / 4];
+      const u32 *row = (const u32 *)(mixed + (u64)pair * ML_RANKS) + lane % 4;
+#pragma unroll
+      for (int k = 0; k < COLS; k++) a[m][k / 2][half + 2 * (k % 2)] = pair < 0 ? 0u : row[4 * k];
     }
-  };
-  fetch(column);
-  __syncthreads();
-  for (int i = threadIdx.x; i < ML_TILE_PAIRS * COLS; i += 256) {
-    int pair = order[i / COLS];
-    *(uint4 *)(left + i / COLS * MIXED_PITCH + i % COLS * 16) =
-        pair < 0 ? uint4{0, 0, 0, 0} : ((const uint4 *)mixed)[(u64)pair * COLS + i % COLS];
-  }
-  int chunk = warp / 2, first = warp % 2 * 32; /* of the columns, and of the rows */
-  for (; column < end; column += SPREAD) {
-    keep();
-    __syncthreads();
-    if (column + SPREAD < end) fetch(column + SPREAD);
-    if (column + 64 * chunk < width)
-      spread_chunk(rows, order + first, shared_address(left) + first * MIXED_PITCH, shared_address(panel), chunk, column, width);
-    __syncthreads();
+  for (int column = begin + 32 * warp; column < min(begin + SPREAD, width); column += 32 * SPREADERS) {
+    two v[4][COLS];
+#if ML_BACKWARD
+    load_factor(v, expert, column, cols);
+#else
+    if (expert.rank % 2 == 0) {
+      load_even_factor(v, expert, column, cols);
+    } else {
+      load_factor(v, expert, column, cols);
+    }
+#endif
+    u32 b[4][COLS];
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+      for (int k = 0; k < COLS; k++) b[j][k] = rounded(v[j][k]);
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+      float d[4][4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) d[j][i] = 0;
+#pragma unroll
+        for (int k = 0; k < COLS / 2; k++)
+          multiply(d[j], a[m][k][0], a[m][k][1], a[m][k][2], a[m][k][3], b[j][2 * k], b[j][2 * k + 1]);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        int i = 2 * half;
+        if (at[m][half] >= 0)
+          ((uint4 *)(rows + (u64)at[m][half] * width + column))[lane % 4] = uint4{narrow(d[0][i], d[0][i + 1]),
+                  narrow(d[1][i], d[1][i + 1]), narrow(d[2][i], d[2][i + 1]), narrow(d[3][i], d[3][i + 1])};
+      }
+    }
   }
 }
 
@@ -388,7 +355,8 @@ extern "C" __global__ void __launch_bounds__(256) ml_pairs_spread(const ml_pairs
 enum {
   STRIPE = 128,
   LINES = 32, /* pairs of a step */
-  WIDE_PITCH = STRIPE * 2 + 16,
+  WIDE_PITCH = STRIPE * 2 + 16, /* bytes */
+  MIXED_PITCH = ML_RANKS * 2 + 16,
   COLLECT_STAGE = LINES * (WIDE_PITCH + MIXED_PITCH),
   COLLECT_STAGES = 3
 };
