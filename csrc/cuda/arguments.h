@@ -90,6 +90,7 @@ typedef struct {
   int *first;            /* [N] their places in `order`, */
   int *total;            /* [N] and how many they are */
   int *order;            /* [tiles * ML_TILE_PAIRS] pairs; -1: none */
+  int *token_of;         /* [tiles * ML_TILE_PAIRS] their tokens; 0 for none */
   int *tile_expert;      /* [tiles] -1: none */
   int tokens, n_experts, top_k, chunk, tiles;
 } ml_pairs;

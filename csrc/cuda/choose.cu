@@ -124,9 +124,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) ml_arrange(const ml_pairs 
   int tile = up_to - tiles, at = tile * ML_TILE_PAIRS + before;
   if (blockIdx.x == 0) {
     if (e < n) pairs.first[e] = tile * ML_TILE_PAIRS, pairs.total[e] = total;
-    for (int i = 0; i < tiles; i++) pairs.tile_expert[tile + i] = e;
-    for (int i = tile * ML_TILE_PAIRS + total; i < up_to * ML_TILE_PAIRS; i++) pairs.order[i] = -1;
     for (int i = all + e; i < pairs.tiles; i += THREADS) pairs.tile_expert[i] = -1;
+  }
+  /* Each block writes down some experts' tiles, and what is left of the last of them. */
+  if (e < ML_MAX_EXPERTS) before_in[0][e] = tile, total_in[0][e] = total;
+  __syncthreads();
+  for (int i = blockIdx.x; i < n; i += gridDim.x) {
+    int first = before_in[0][i], pairs_of = total_in[0][i], end = first + (pairs_of + ML_TILE_PAIRS - 1) / ML_TILE_PAIRS;
+    for (int t = first + e; t < end; t += THREADS) pairs.tile_expert[t] = i;
+    int empty = first * ML_TILE_PAIRS + pairs_of + e;
+    if (empty < end * ML_TILE_PAIRS) pairs.order[empty] = -1, pairs.token_of[empty] = 0;
   }
   int first = blockIdx.x * pairs.chunk, end = min(first + pairs.chunk, pairs.tokens);
   u64 last = (u64)end * pairs.top_k;
@@ -134,6 +141,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) ml_arrange(const ml_pairs 
     u64 pair = from + threadIdx.x;
     int chosen = pair < last ? pairs.chosen[pair] : NONE;
     u32 alike = __match_any_sync(~0u, chosen), earlier = alike & ((1u << lane) - 1);
+    __syncthreads();
     for (int w = 0; w < WARPS && e < ML_MAX_EXPERTS; w++) places[w][e] = 0;
     __syncthreads();
     if (chosen != NONE && earlier == 0) places[e / 32][chosen] = __popc(alike);
@@ -145,6 +153,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) ml_arrange(const ml_pairs 
       at += count;
     }
     __syncthreads();
-    if (chosen != NONE) pairs.order[places[e / 32][chosen] + __popc(earlier)] = (int)pair;
+    if (chosen != NONE) {
+      int to = places[e / 32][chosen] + __popc(earlier);
+      pairs.order[to] = (int)pair;
+      pairs.token_of[to] = (int)pair / pairs.top_k;
+    }
   }
 }

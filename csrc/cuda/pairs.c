@@ -56,15 +56,16 @@ static ml_cuda_rows rows_of(const ml_layer *layer, ml_rows rows, int64_t width) 
 
 ml_cuda_status ml_pairs_shrink(const ml_layer *layer, const pair_places *p, ml_rows x, ml_pair_side side,
                                bool backward) {
-  int64_t ranks = ml_pair_ranks(layer), size = layer->f32_adapters ? 4 : 2, depth = ranks * size < 256 ? 32 : 16;
+  /* As in pairs.cu. */
+  int64_t ranks = ml_pair_ranks(layer), size = layer->f32_adapters ? 4 : 2, warps = ranks < 64 ? 4 : 8;
+  int64_t depth = ranks * size <= 64 ? 64 : ranks * size < 256 ? 32 : 16;
   int64_t factor = backward ? depth * (ranks * size + 16) : ranks * (depth * size + (size == 4 ? 32 : 16));
-  int64_t ring = 8 * (ML_TILE_PAIRS * (depth * 2 + 16) + factor); /* as in pairs.cu */
+  int64_t ring = warps * (ML_TILE_PAIRS * (depth * 2 + 16) + factor);
   ml_cuda_rows of_x = rows_of(layer, x, backward ? layer->d_out : layer->d_in);
   void *arguments[] = {(void *)(uintptr_t)&p->pairs, &of_x, &side};
   bool deep = p->pairs.tiles <= layer->gpu->multiprocessors; /* each of which has all its memory for one tile then */
-  int64_t stages = ((deep || ranks == 64 ? 216 : 108) << 10) / ring;
-  return launch_pairs(layer, "ml_pairs_shrink", backward, deep, p->pairs.tiles, 256, (stages > 2 ? stages : 2) * ring,
-                      arguments);
+  int64_t half = (108 << 10) / ring, stages = deep || half < 2 ? (216 << 10) / ring : half;
+  return launch_pairs(layer, "ml_pairs_shrink", backward, deep, p->pairs.tiles, 32 * warps, stages * ring, arguments);
 }
 
 ml_cuda_status ml_pairs_spread(const ml_layer *layer, const pair_places *p, ml_rows x, void *y, bool backward) {

@@ -40,15 +40,15 @@ DEVICE u32 two_rounded(const adapter *first, const adapter *second) {
 
 /* ---- the shrink ----
  *
- * A block computes a tile, a warp every eighth stretch of the sum, for which it has a ring of loads of its own; in the end the
- * eight parts are added. With ML_DEEP, for no more tiles than multiprocessors, the rings fill all shared memory, and
- * so they do for 64 ranks; else half.
+ * A block of WARPS warps computes a tile. A warp has every so many'th stretch of the sum, for which it has a ring of loads of its
+ * own; in the end the parts are added. The rings fill half of the shared memory, or all: with ML_DEEP, for no more tiles than
+ * multiprocessors, and where two stages do not fit into half.
  */
 
 enum {
-  WARPS = 8,
-  DEPTH = ML_RANKS * SIZE < 256 ? 32 : 16, /* of a stretch */
-  X_PITCH = DEPTH * 2 + 16,                /* bytes; rows of 16 meet in no bank */
+  WARPS = ML_RANKS < 64 ? 4 : 8,
+  DEPTH = ML_RANKS * SIZE <= 64 ? 64 : ML_RANKS * SIZE < 256 ? 32 : 16, /* of a stretch */
+  X_PITCH = DEPTH * 2 + 16,                                             /* bytes; rows of 16 meet in no bank */
 #if ML_BACKWARD
   FACTOR_BYTES = DEPTH * (ML_RANKS * SIZE + 16),
 #else
@@ -56,12 +56,19 @@ enum {
   FACTOR_BYTES = ML_RANKS * FACTOR_PITCH,
 #endif
   STAGE = ML_TILE_PAIRS * X_PITCH + FACTOR_BYTES,
-  FITTING = ((ML_DEEP || ML_RANKS == 64 ? 216 : 108) << 10) / (WARPS * STAGE),
-  STAGES = FITTING > 2 ? FITTING : 2,
-  PARTS = DEPTH / 8,                /* 16s of a row */
-  ROWS_OF_LANE = 2 * PARTS          /* of those of a tile that a thread loads */
+  HALF = (108 << 10) / (WARPS * STAGE),
+  STAGES = ML_DEEP || HALF < 2 ? (216 << 10) / (WARPS * STAGE) : HALF,
+  PARTS = DEPTH / 8,         /* 16s of a row of x, */
+  ROWS_OF_LANE = 2 * PARTS,  /* of which a thread loads one of so many rows, */
+#if ML_BACKWARD
+  FACTOR_PARTS = ML_RANKS * SIZE / 16, /* of a row of B, where it has all ranks, */
+  FACTORS_OF_LANE = DEPTH * FACTOR_PARTS / 32
+#else
+  FACTOR_PARTS = DEPTH * SIZE / 16, /* of a row of A */
+  FACTORS_OF_LANE = ML_RANKS * FACTOR_PARTS / 32
+#endif
 };
-static_assert(WARPS * STAGES * STAGE <= 226 << 10 && WARPS * ML_TILE_PAIRS * ML_RANKS * 4 <= WARPS * STAGES * STAGE, "the parts take the place of the ring");
+static_assert(STAGES >= 2 && WARPS * ML_TILE_PAIRS * ML_RANKS * 4 <= WARPS * STAGES * STAGE, "the parts take the place of the ring");
 
 /* Columns [16 i, 16 i + 16) of the factor at 16 of the sum, as two right fragments. */
 DEVICE void load_right(u32 (&b)[4], const char *factor, int k, int i, int rank, int pitch) {
@@ -95,57 +102,85 @@ DEVICE void load_right(u32 (&b)[4], const char *factor, int k, int i, int rank, 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     ml_pairs_shrink(const ml_pairs pairs, const ml_cuda_rows x, const ml_pair_side side) {
   extern __shared__ __align__(16) char memory[];
-  __shared__ int order[ML_TILE_PAIRS];
+  __shared__ int order[ML_TILE_PAIRS], token_of[ML_TILE_PAIRS];
   let_successor_start();
   wait_for_predecessor();
   int tile = blockIdx.x, e = pairs.tile_expert[tile], warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (e < 0) return;
-  if (threadIdx.x < ML_TILE_PAIRS) order[threadIdx.x] = pairs.order[tile * ML_TILE_PAIRS + threadIdx.x];
+  if (threadIdx.x < ML_TILE_PAIRS) {
+    order[threadIdx.x] = pairs.order[tile * ML_TILE_PAIRS + threadIdx.x];
+    token_of[threadIdx.x] = pairs.token_of[tile * ML_TILE_PAIRS + threadIdx.x];
+  }
   const ml_adapter expert = pairs.experts[e];
-  int rank = expert.rank, k = pairs.top_k, depth = x.cols;
+  int rank = expert.rank, depth = x.cols;
   __syncthreads();
 
-  const u16 *rows[ROWS_OF_LANE]; /* NULL: none */
+  /* What lies where there is no pair, or no rank, becomes rows and columns of d that nobody reads. */
+  const u16 *x_from[ROWS_OF_LANE];
+  bool is_pair[ROWS_OF_LANE];
 #pragma unroll
   for (int i = 0; i < ROWS_OF_LANE; i++) {
-    int pair = order[lane / PARTS + 32 / PARTS * i];
-    rows[i] = pair < 0 ? nullptr : (const u16 *)x.data + pair / k * x.row;
+    int row = lane / PARTS + 32 / PARTS * i;
+    is_pair[i] = order[row] >= 0;
+    x_from[i] = (const u16 *)x.data + token_of[row] * x.row + lane % PARTS * 8;
   }
 #if ML_BACKWARD
-  int of_row = rank * SIZE / 16; /* 16s of a row of B, or 0: rows have no gaps, and begin anywhere */
-  int pitch = rank * SIZE % 16 == 0 ? rank * SIZE + 16 : rank * SIZE;
-  of_row = rank * SIZE % 16 == 0 ? of_row : 0;
+  const adapter *b = (const adapter *)expert.b;
+  bool whole = rank == ML_RANKS;
+  int of_row = rank * SIZE % 16 == 0 ? rank * SIZE / 16 : 0; /* 0: rows have no gaps, and begin anywhere */
+  int pitch = rank * SIZE + (of_row ? 16 : 0);
 #else
+  const adapter *a_from[FACTORS_OF_LANE];
+#pragma unroll
+  for (int i = 0; i < FACTORS_OF_LANE; i++)
+    a_from[i] = (const adapter *)expert.a + (u64)min(lane / FACTOR_PARTS + 32 / FACTOR_PARTS * i, rank - 1) * depth +
+                lane % FACTOR_PARTS * (16 / SIZE);
   int pitch = 0;
 #endif
   char *ring = memory + warp * STAGES * STAGE;
-  int steps = ((depth + DEPTH - 1) / DEPTH - warp + WARPS - 1) / WARPS;
+  u32 x_to = shared_address(ring) + lane / PARTS * X_PITCH + lane % PARTS * 16;
+  u32 factor_to = shared_address(ring) + ML_TILE_PAIRS * X_PITCH;
+  int steps = ((depth + DEPTH - 1) / DEPTH - warp + WARPS - 1) / WARPS, filled = 0;
   auto load = [&](int i) {
-    char *stage = ring + i % STAGES * STAGE;
-    int from = (warp + WARPS * i) * DEPTH, column = from + lane % PARTS * 8;
-    u32 to = shared_address(stage);
+    int from = (warp + WARPS * i) * DEPTH;
+    u32 stage = filled * STAGE;
+    bool inside = from + DEPTH <= depth, real = from + lane % PARTS * 8 < depth;
+    filled = filled + 1 < STAGES ? filled + 1 : 0;
+    if (inside) {
 #pragma unroll
-    for (int j = 0; j < ROWS_OF_LANE; j++) {
-      bool real = rows[j] && column < depth;
-      copy(to + (lane / PARTS + 32 / PARTS * j) * X_PITCH + lane % PARTS * 16, real ? rows[j] + column : x.data, real);
+      for (int j = 0; j < ROWS_OF_LANE; j++)
+        if (is_pair[j]) copy(x_to + stage + 32 / PARTS * j * X_PITCH, x_from[j] + from);
+    } else {
+#pragma unroll
+      for (int j = 0; j < ROWS_OF_LANE; j++)
+        copy(x_to + stage + 32 / PARTS * j * X_PITCH, real ? x_from[j] + from : x.data, real && is_pair[j]);
     }
-    to += ML_TILE_PAIRS * X_PITCH;
+    u32 to = factor_to + stage;
 #if ML_BACKWARD
-    const char *b = (const char *)expert.b;
+    if (inside && whole) {
+      to += lane / FACTOR_PARTS * (ML_RANKS * SIZE + 16) + lane % FACTOR_PARTS * 16;
+      const adapter *first = b + (u64)from * ML_RANKS + lane * (16 / SIZE);
+#pragma unroll
+      for (int j = 0; j < FACTORS_OF_LANE; j++)
+        copy(to + 32 / FACTOR_PARTS * j * (ML_RANKS * SIZE + 16), first + 32 * (16 / SIZE) * j);
+      return;
+    }
     u64 first = (u64)from * rank * SIZE, end = (u64)depth * rank * SIZE;
     for (int j = lane; j < DEPTH * rank * SIZE / 16; j += 32) {
       u64 at = first + 16 * j;
       u32 place = of_row ? j / of_row * pitch + j % of_row * 16 : 16 * j;
-      copy(to + place, at < end ? b + at : b, at < end);
+      copy(to + place, at < end ? (const char *)b + at : (const char *)b, at < end);
     }
 #else
-    const char *a = (const char *)expert.a;
-    constexpr int OF_ROW = DEPTH * SIZE / 16;
+    to += lane / FACTOR_PARTS * FACTOR_PITCH + lane % FACTOR_PARTS * 16;
+    real = from + lane % FACTOR_PARTS * (16 / SIZE) < depth;
+    if (inside) {
 #pragma unroll
-    for (int j = lane; j < ML_RANKS * OF_ROW; j += 32) {
-      int r = j / OF_ROW, c = from + j % OF_ROW * (16 / SIZE);
-      bool real = r < rank && c < depth;
-      copy(to + r * FACTOR_PITCH + j % OF_ROW * 16, real ? a + ((u64)r * depth + c) * SIZE : a, real);
+      for (int j = 0; j < FACTORS_OF_LANE; j++) copy(to + 32 / FACTOR_PARTS * j * FACTOR_PITCH, a_from[j] + from);
+    } else {
+#pragma unroll
+      for (int j = 0; j < FACTORS_OF_LANE; j++)
+        copy(to + 32 / FACTOR_PARTS * j * FACTOR_PITCH, real ? a_from[j] + from : expert.a, real);
     }
 #endif
   };
@@ -161,25 +196,27 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     if (i < steps) load(i);
     copies_commit();
   }
+  const char *stage = ring;
+  u32 left = shared_address(ring) + lane % 16 * X_PITCH + lane / 16 * 16;
   for (int i = 0; i < steps; i++) {
     if (i + STAGES - 1 < steps) load(i + STAGES - 1);
     copies_commit();
     copies_wait<STAGES - 1>();
     __syncwarp();
-    const char *stage = ring + i % STAGES * STAGE;
 #pragma unroll
     for (int step = 0; step < DEPTH; step += 16) {
-      u32 b[COLS / 2][4], a[4];
+      u32 right[COLS / 2][4], a[4][4];
 #pragma unroll
-      for (int c = 0; c < COLS / 2; c++) load_right(b[c], stage + ML_TILE_PAIRS * X_PITCH, step, c, rank, pitch);
+      for (int m = 0; m < 4; m++) load_matrices<false>(a[m], left + (u32)(stage - ring) + 16 * m * X_PITCH + step * 2);
 #pragma unroll
-      for (int m = 0; m < 4; m++) {
-        load_matrices<false>(a, shared_address(stage) + (16 * m + lane % 16) * X_PITCH + (step + lane / 16 * 8) * 2);
+      for (int c = 0; c < COLS / 2; c++) load_right(right[c], stage + ML_TILE_PAIRS * X_PITCH, step, c, rank, pitch);
 #pragma unroll
-        for (int c = 0; c < COLS; c++)
-          multiply(d[m][c], a[0], a[1], a[2], a[3], b[c / 2][c % 2 * 2], b[c / 2][c % 2 * 2 + 1]);
-      }
+      for (int c = 0; c < COLS; c++)
+#pragma unroll
+        for (int m = 0; m < 4; m++)
+          multiply(d[m][c], a[m][0], a[m][1], a[m][2], a[m][3], right[c / 2][c % 2 * 2], right[c / 2][c % 2 * 2 + 1]);
     }
+    stage = stage + STAGE < ring + STAGES * STAGE ? stage + STAGE : ring;
     __syncwarp();
   }
   copies_wait<0>();
@@ -207,9 +244,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
       v[0] += low.x, v[1] += low.y, v[2] += low.z, v[3] += low.w;
       v[4] += high.x, v[5] += high.y, v[6] += high.z, v[7] += high.w;
     }
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = 8 * block + j < rank ? v[j] : 0.f;
     bool real = pair >= 0, has = real && 8 * block < rank;
     float f = real ? pairs.factors[pair] : 0.f;
-    int t = real ? pair / k : 0;
+    int t = token_of[i / COLS];
     uint4 *hidden = (uint4 *)((u16 *)side.hidden + (u64)t * side.columns + expert.column) + block;
     u64 at = (u64)pair * COLS + block;
 #if ML_BACKWARD
@@ -389,19 +428,20 @@ extern "C" __global__ void __launch_bounds__(128)
   adapter *grad = (adapter *)(of_a ? to.a : to.b);
   if (!grad) return;
   int e = first_expert + of_table, begin = pairs.first[e], n = pairs.total[e], steps = (n + LINES - 1) / LINES;
-  int column = (of_a ? stripe : stripe - a_stripes) * STRIPE, k = pairs.top_k;
+  int column = (of_a ? stripe : stripe - a_stripes) * STRIPE;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const u16 *wide = (const u16 *)(of_a ? x.data : g.data), *thin = of_a ? mixed : weighted;
   long long row = of_a ? x.row : g.row;
   int cols = of_a ? x.cols : g.cols;
   u32 ring = shared_address(memory);
 
-  int next[4], next_thin[(LINES * COLS + 127) / 128]; /* the pairs of the lines that this thread loads in the next step */
+  /* The tokens, and the pairs, of the lines that this thread loads in the next step. */
+  int next[4], next_thin[(LINES * COLS + 127) / 128];
   auto look = [&](int step) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       int line = step * LINES + threadIdx.x / 16 + 8 * i;
-      next[i] = line < n ? pairs.order[begin + line] : -1;
+      next[i] = line < n ? pairs.token_of[begin + line] : -1;
     }
 #pragma unroll
     for (int i = 0; i < (LINES * COLS + 127) / 128; i++) {
@@ -415,7 +455,7 @@ extern "C" __global__ void __launch_bounds__(128)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       bool real = next[i] >= 0 && column + from < cols;
-      copy(stage + (threadIdx.x / 16 + 8 * i) * WIDE_PITCH + from * 2, real ? wide + next[i] / k * row + column + from : wide, real);
+      copy(stage + (threadIdx.x / 16 + 8 * i) * WIDE_PITCH + from * 2, real ? wide + next[i] * row + column + from : wide, real);
     }
 #pragma unroll
     for (int i = 0; i < (LINES * COLS + 127) / 128; i++) {

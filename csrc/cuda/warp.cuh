@@ -1,7 +1,11 @@
 /* Products of single warps (mma), copies that run by themselves (cp.async): of any GPU from 8.0 on. */
 #include "elements.cuh"
 
-/* 16 bytes, or zeros; `from` may be read where they are real. */
+/* 16 bytes. */
+DEVICE void copy(u32 to, const void *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+/* Those, or zeros; `from` may be read where they are real. */
 DEVICE void copy(u32 to, const void *from, bool real) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
 }

@@ -60,6 +60,7 @@ pair_places ml_pair_places_in(const ml_layer *layer, char *workspace, bool backw
   PLACE(p.pairs.first, N * 4);
   PLACE(p.pairs.total, N * 4);
   PLACE(p.pairs.order, tiles * ML_TILE_PAIRS * 4);
+  PLACE(p.pairs.token_of, tiles * ML_TILE_PAIRS * 4);
   PLACE(p.pairs.tile_expert, tiles * 4);
   PLACE(p.mixed, P * R * 2);
   if (backward) {
