@@ -1,5 +1,7 @@
 /* The door for torch tensors on a GPU in their plain case: bfloat16 or float16 rows, adapters of that dtype or float32 without
  * gaps, all on the current device. As in tensors.c, what is not plain gets the answer None. */
+#include <float.h>
+
 #include "compiler.h"
 #include "cuda.h"
 #include "exchange.h"
@@ -133,7 +135,7 @@ static bool read_weights(cuda_call_ *c, PyObject *obj, int64_t top_k) {
 
 static bool read_scaling(cuda_call_ *c, PyObject *scaling) {
   double scalings[ML_MAX_EXPERTS];
-  if (!read_scalings(scaling, c->layer.n_experts, scalings, 1)) {
+  if (!read_scalings(scaling, c->layer.n_experts, FLT_MAX, scalings, 1)) {
     return false;
   }
   for (int e = 0; e < c->layer.n_experts; e++) {

@@ -64,9 +64,10 @@ int any_requires_grad(const torch_api *torch, PyObject *const *tensors, Py_ssize
 PyObject *joined(PyObject *lora_A, PyObject *lora_B);
 PyObject *spread_scaling(PyObject *scaling, Py_ssize_t n);
 
-/* What scaling and dropout are in the plain case: a tuple of a finite float for each of n experts, and None or a seed with a tuple
- * of a probability for each. To `to`, and `step` doubles further for each expert after the first. false: something else. */
-bool read_scalings(PyObject *scaling, Py_ssize_t n, double *to, size_t step);
+/* What scaling and dropout are in the plain case: a tuple of a float for each of n experts, none beyond `largest`, and None or a seed
+ * with a tuple of a probability for each. To `to`, and `step` doubles further for each expert after the first. false: something
+ * else. */
+bool read_scalings(PyObject *scaling, Py_ssize_t n, double largest, double *to, size_t step);
 bool read_dropout(PyObject *dropout, Py_ssize_t n, uint64_t *seed, double *to, size_t step);
 
 /* The tensors that a forward saved, then its adapters; the arguments of its autograd node, then the adapters. */

@@ -3,6 +3,7 @@
  * What is not the plain case gets no exception but the answer no: moelora.nn then takes its own way, which
  * converts, and whose errors name the argument.
  */
+#include <float.h>
 #include <math.h>
 
 #include "compiler.h"
@@ -140,13 +141,13 @@ PyObject *are_plain(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
 
 /* ---- the numbers of the experts ---- */
 
-bool read_scalings(PyObject *scaling, Py_ssize_t n, double *to, size_t step) {
+bool read_scalings(PyObject *scaling, Py_ssize_t n, double largest, double *to, size_t step) {
   if (!PyTuple_CheckExact(scaling) || PyTuple_GET_SIZE(scaling) != n) {
     return false;
   }
   for (Py_ssize_t e = 0; e < n; e++, to += step) {
     PyObject *s = PyTuple_GET_ITEM(scaling, e);
-    if (!PyFloat_CheckExact(s) || !isfinite(PyFloat_AS_DOUBLE(s))) {
+    if (!PyFloat_CheckExact(s) || !(fabs(PyFloat_AS_DOUBLE(s)) <= largest)) {
       return false;
     }
     *to = PyFloat_AS_DOUBLE(s);
@@ -324,7 +325,8 @@ _Static_assert(sizeof(ml_expert) % sizeof(double) == 0, "a whole number of them"
 
 static bool read_numbers(tensor_call *c, PyObject *scaling, PyObject *dropout) {
   Py_ssize_t n = (Py_ssize_t)c->core.n_experts;
-  return read_scalings(scaling, n, &c->experts->scaling, EXPERT_STEP) &&
+  double largest = c->core.dtype == ML_F64 ? DBL_MAX : FLT_MAX;
+  return read_scalings(scaling, n, largest, &c->experts->scaling, EXPERT_STEP) &&
          read_dropout(dropout, n, &c->core.dropout_seed, &c->experts->dropout, EXPERT_STEP);
 }
 

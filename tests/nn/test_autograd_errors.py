@@ -156,3 +156,13 @@ def test_without_the_extension_the_formula_runs(make_mixture, monkeypatch):
     y = routed_lora(*m)
     torch.testing.assert_close(y, m.loop())
     y.sum().backward()
+
+
+def test_scaling_is_finite_in_the_dtype_of_the_sums(make_mixture):
+    m = make_mixture(grad=False)
+    assert routed_lora(*m[:4], 1e39).isfinite().all()
+    for dtype in (torch.float32, torch.bfloat16):
+        narrow = [m.x.to(dtype), [a.to(dtype) for a in m.lora_A], [b.to(dtype) for b in m.lora_B], m.routing_weights]
+        for scaling in (-1e39, [1.0, 1e39, 1.0]):
+            with pytest.raises(ValueError, match="scaling must be finite in float32, got .*1e\\+39"):
+                routed_lora(*narrow, scaling)

@@ -105,6 +105,18 @@ def test_ties_go_to_the_lower_index_and_padding_leaves_the_sums(function):
 
 
 @pytest.mark.parametrize("function", [route, formula])
+@pytest.mark.parametrize("temperature", [1e-60, 1e-30, 1.0, 1e30, 1e60])
+def test_no_temperature_makes_large_logits_overflow(function, temperature):
+    large = torch.finfo(torch.float32).max
+    logits = torch.tensor([[1e30, -1e30, 0], [large, -large, large], [-torch.inf, 1, 1]], requires_grad=True)
+    routing = function(logits, top_k=2, temperature=temperature)
+    if temperature <= 1:
+        expected = torch.tensor([[1.0, 0, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]])
+        torch.testing.assert_close(routing.weights.detach(), expected, rtol=0, atol=0)
+    assert routing.weights.isfinite().all() and routing.prob_sums.isfinite().all()
+
+
+@pytest.mark.parametrize("function", [route, formula])
 def test_nan_stays_in_its_row(function):
     logits = torch.tensor([[0.0, torch.nan, 1.0], [1.0, 0.0, 2.0], [-torch.inf, 0.0, 0.0]])
     r = function(logits, top_k=2)

@@ -12,6 +12,7 @@ __all__ = ["Call", "autocast_enabled", "check_call", "read_probabilities"]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class Call(NamedTuple):
@@ -118,6 +119,8 @@ def check_call(
             raise ValueError(f"top_k must lie in [1, {n}], the number of experts, got {top_k}")
         top_k = int(top_k) if top_k < n else None
     scales = _numbers("scaling", scaling, n)
+    if dtype is not torch.float64 and max(map(abs, scales)) > _LARGEST:
+        raise ValueError(f"scaling must be finite in float32, got {scaling!r}")
     drops = read_probabilities(dropout_p, n)
     factors = tuple(factors_A), tuple(factors_B)
     return Call(x, *factors, routing_weights, scales, base_output, weight, bias, top_k, drops)

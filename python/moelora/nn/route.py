@@ -153,7 +153,7 @@ def _plain_routing(
 
 def _formula(logits: Tensor, mask: Tensor | None, top_k: int | None, temperature: float, renormalize: bool) -> Routing:
     n = logits.shape[-1]
-    p = torch.softmax(logits / temperature, -1)
+    p = _probabilities(logits, temperature)
     weights, indices, kept = p, None, torch.ones_like(p, dtype=torch.bool)
     if top_k is not None:
         # By the logits, of which rounding makes none equal to another; p * 0 is NaN in a NaN row, which picks its first
@@ -169,6 +169,13 @@ def _formula(logits: Tensor, mask: Tensor | None, top_k: int | None, temperature
         kept = kept & mask.unsqueeze(-1)
         p = p.masked_fill(~mask.unsqueeze(-1), 0)
     return Routing(weights, indices, kept.reshape(-1, n).sum(0), p.reshape(-1, n).sum(0))
+
+
+def _probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / temperature), of differences to the largest: a quotient may then overflow to -inf, never to inf."""
+    limits = torch.finfo(logits.dtype)
+    below = logits - logits.detach().amax(-1, keepdim=True)
+    return torch.softmax(below / min(max(temperature, limits.tiny), limits.max), -1)
 
 
 class _Route(torch.autograd.Function):
@@ -250,7 +257,7 @@ def _formula_backward(
     """The same where C can't read the gradients: batched by vmap (is_grads_batched), a subclass, traced."""
     if kept.dtype is not torch.float64:
         kept = kept.float()
-    p = kept if indices is None else torch.softmax(kept / temperature, -1)
+    p = kept if indices is None else _probabilities(kept, temperature)
     grad_p = torch.zeros_like(p) if grad_weights is None else grad_weights
     if indices is not None:
         g = grad_p.gather(-1, indices)
