@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -82,7 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given[:own])
     options.rest = given[own:]
     options.given = given
-    status: int = options.act(options)
+    try:
+        status: int = options.act(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if options.command == "run":  # the program's own
+            raise
+        # Who reads the output has enough of it, as `head` does. What is left must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
     return status
 
 

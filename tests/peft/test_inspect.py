@@ -1,6 +1,9 @@
 """`moelora inspect`: it says what a folder holds and what is wrong with it, and changes nothing."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -153,3 +156,15 @@ def test_it_reads_through_an_interrupted_save_and_moves_nothing(model, saved, mo
     assert "interrupted after it had written everything" in report["notes"][0]
     assert "counts for nothing" in report["notes"][1]
     assert content(saved) == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a pipe that nobody reads is another error elsewhere")
+def test_a_reader_that_has_enough_ends_it_without_a_traceback(saved):
+    """As `moelora inspect DIR | head -1` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "moelora", "inspect", str(saved), "--json"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode == 1
+    assert "BrokenPipe" not in done.stderr, done.stderr

@@ -172,7 +172,7 @@ def _formula(logits: Tensor, mask: Tensor | None, top_k: int | None, temperature
 
 
 def _probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """softmax(logits / temperature), of differences to the largest: a quotient may then overflow to -inf, never to inf."""
+    """softmax(logits / temperature), of differences to the largest, whose quotients may overflow to -inf alone."""
     limits = torch.finfo(logits.dtype)
     below = logits - logits.detach().amax(-1, keepdim=True)
     return torch.softmax(below / min(max(temperature, limits.tiny), limits.max), -1)
