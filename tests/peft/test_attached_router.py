@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -248,6 +249,33 @@ class TestLife:
             model.base_model.attach_router(second)
         assert model.base_model.router is second
         assert not any(layer._forward_pre_hooks for layer in decoder_layers(model))
+
+    def test_it_reads_embeddings_that_take_the_place_of_others(self, model, ids):
+        model.base_model.attach_router(router_for("llama", "embeddings"))
+        model(ids)
+        others = nn.Embedding(97, 32)
+        model.get_base_model().set_input_embeddings(others)
+        got = model(ids).logits
+        weights = model.get_routing_weights(others(ids))
+        torch.testing.assert_close(got, model(ids, routing_weights=weights).logits, **CLOSE)
+        model.base_model.detach_router()
+        assert not others._forward_hooks
+
+    def test_an_adapter_that_saves_the_embeddings_copies_them_without_the_model(self, model, ids):
+        model.base_model.attach_router(router_for("llama", "embeddings"))
+        before = model(ids).logits
+        config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+        model.add_adapter("later", config)
+        copied = model.get_input_embeddings().modules_to_save["later"]
+        assert not copied._forward_hooks  # one of the model's own would bring a copy of the model
+        assert torch.equal(model(ids).logits, before)
+
+    def test_it_acts_on_where_an_adapter_could_not_be_added(self, model, ids):
+        model.base_model.attach_router(router_for("llama", "embeddings"))
+        before = model(ids).logits
+        with pytest.raises(ValueError, match="nowhere"):
+            model.add_adapter("later", peft.LoraConfig(target_modules=["nowhere"]))
+        assert torch.equal(model(ids).logits, before)
 
     def test_a_submodule_of_the_model_is_no_router(self, model):
         with pytest.raises(ValueError, match="submodule of the model already"):

@@ -123,8 +123,7 @@ class AttachedRouter(BaseTuner):
 
     def _watch_for(self, router: Router) -> None:
         """Hook what the router reads, and nothing else."""
-        for hook in self._router_hooks:
-            hook.remove()
+        self._watch_nothing()
         layers = list(enumerate(self._decoder_layers))
         if router.reads == "embeddings":
             self._router_hooks = [self.model.get_input_embeddings().register_forward_hook(self._after_embeddings)]
@@ -135,11 +134,20 @@ class AttachedRouter(BaseTuner):
                 if router.reads == "layers" or index == router.layer
             ]
 
-    def detach_router(self) -> None:
-        """Detach the router; a forward without weights is PEFT's plain sum again. Nothing happens without one."""
+    def _watch_nothing(self) -> None:
         for hook in self._router_hooks:
             hook.remove()
         self._router_hooks = []
+
+    def _watch_embeddings(self, router: Router) -> None:
+        """Hook the input embeddings anew where others have taken the place of those that the router reads."""
+        (hook,) = self._router_hooks
+        if hook.id not in self.model.get_input_embeddings()._forward_hooks:
+            self._watch_for(router)
+
+    def detach_router(self) -> None:
+        """Detach the router; a forward without weights is PEFT's plain sum again. Nothing happens without one."""
+        self._watch_nothing()
         self._modules.pop("router", None)
 
     def has_router(self) -> bool:

@@ -75,10 +75,15 @@ class RoutedTuner(Experts, StaticMixtures):
     # Life: what adopting adds, and takes away again.
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(*args, **kwargs)
-        self._route_layers()  # modules that had no adapter until now are stock layers
-        if isinstance(self.router, Router):
-            self._watch_for(self.router)  # the embeddings may have an adapter now
+        router = self.router if isinstance(self.router, Router) else None
+        if router is not None:
+            self._watch_nothing()  # PEFT copies modules that it saves with an adapter, and with a hook the whole model
+        try:
+            super().inject_adapter(*args, **kwargs)
+            self._route_layers()  # modules that had no adapter until now are stock layers
+        finally:
+            if router is not None:
+                self._watch_for(router)  # the embeddings may have an adapter now
 
     def _route_layers(self) -> None:
         """Give every layer with adapters its routed class and its place in the model; watch the model's forward."""
@@ -318,9 +323,12 @@ class RoutedTuner(Experts, StaticMixtures):
         if made_here:
             frame.enter_by_hook(module)
             frame.depth = 1
-        embeddings = arguments.get("inputs_embeds")
-        if embeddings is not None and frame.router is not None and frame.router.reads == "embeddings":
-            frame.see_embeddings(embeddings if changed is None else repeated["inputs_embeds"])
+        if frame.router is not None and frame.router.reads == "embeddings":
+            embeddings = arguments.get("inputs_embeds")
+            if embeddings is not None:
+                frame.see_embeddings(embeddings if changed is None else repeated["inputs_embeds"])
+            elif not torch.compiler.is_compiling():
+                self._watch_embeddings(frame.router)
         return changed
 
     def _after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
