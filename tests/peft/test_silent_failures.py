@@ -5,6 +5,7 @@ import threading
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import moelora
@@ -223,6 +224,32 @@ class TestTheLossReachesTheRouter:
         out.loss, out.logits = Sink.apply(out.loss, out.logits)
         self.own_loss(out, ids).backward()
         torch.testing.assert_close(self.router_gradients(model), self.expected(make_lora, ids, 7.0))
+
+    def test_of_a_trainer_that_ignores_it_where_layers_are_dropped(self, ids):
+        """As OPT does in training: the loss is the mean over the layers that ran."""
+
+        def gradients(coefficient, loss):
+            torch.manual_seed(0)
+            sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_attention_heads": 4}
+            base = transformers.OPTForCausalLM(
+                transformers.OPTConfig(vocab_size=97, num_hidden_layers=4, layerdrop=0.5, dropout=0.0, **sizes)
+            )
+            config = MoELoraConfig(
+                target_modules=["q_proj", "fc1"],
+                num_experts=3,
+                router_aux_loss_coef=coefficient,
+                load_balance_loss_type="z_loss",
+            )
+            model = moelora.get_peft_model(base, config).train()
+            torch.manual_seed(2)
+            loss(model(ids, labels=ids)).backward()
+            gradients = [p.grad for p in model.base_model.router.parameters()]
+            assert any(gradient is None for gradient in gradients)
+            return torch.cat([torch.zeros(1) if gradient is None else gradient.flatten() for gradient in gradients])
+
+        used = gradients(7.0, lambda out: out.loss)
+        torch.testing.assert_close(gradients(7.0, lambda out: self.own_loss(out, ids)), used)
+        assert not torch.allclose(gradients(0.0, lambda out: out.loss), used)
 
     def test_of_a_trainer_that_scales_outputs_loss(self, make_lora, ids):
         model = self.build(make_lora, 7.0)

@@ -68,7 +68,8 @@ class Balance:
     coefficient : float
         Factor of the loss in ``outputs.loss``.
     routings : int
-        How many routings the forward makes: the loss is the mean of theirs.
+        How many routings the forward makes, for compiled code: the loss is the mean of those that were made, which are
+        fewer where layers are dropped and more where they run in a loop.
     share : float or Tensor
         What part of an optimizer step the forward is, see `share_of_step`.
     """
@@ -125,6 +126,10 @@ class Balance:
         share = -(gradient * counted).sum()
         self._observed = torch.where(alike, share, torch.as_tensor(self.share).to(share))
 
+    def factor(self) -> float:
+        """Of the loss of one routing in the term, once the forward has made all of them."""
+        return self.coefficient / len(self._losses)
+
     def supplied(self) -> float | Tensor:
         """The share of a term that is supplied."""
         if self._observed is not None:
@@ -155,8 +160,10 @@ class _Supply(torch.autograd.Function):
         grad_weights, grad_loss = grad_outputs
         compiling = torch.compiler.is_compiling()  # there, no gradient is a gradient of zero
         if grad_weights is not None and (grad_loss is None or compiling):
-            share = ctx.share if ctx.balance is None else ctx.balance.supplied()
-            supplied = _on(share, grad_weights) * grad_weights.new_full((), ctx.factor)
+            share, factor = ctx.share, ctx.factor
+            if ctx.balance is not None:
+                share, factor = ctx.balance.supplied(), ctx.balance.factor()
+            supplied = _on(share, grad_weights) * grad_weights.new_full((), factor)
             grad_loss = supplied if grad_loss is None else torch.where(grad_loss == 0, supplied, grad_loss)
         return grad_weights, grad_loss, None, None, None
 
