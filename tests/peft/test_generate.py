@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
-from moelora import adopt
+from moelora import MoELoraConfig, adopt, get_peft_model
 from moelora.nn.routers import EmbeddingRouter, FixedRouter, HiddenStateRouter, PerLayerRouter
 
 NAMES = ["expert_0", "expert_1", "expert_2"]
@@ -136,3 +137,22 @@ def test_an_encoder_decoder_model_generates_with_a_static_mixture(make_lora, ids
     assert torch.equal(generated(model, ids, routing_weights=w, use_cache=False), tokens)
     model.base_model.attach_router(FixedRouter(NAMES, w))
     assert torch.equal(generated(model, ids), tokens)
+
+
+def test_a_head_of_several_layers_sees_the_positions_of_its_logits(ids, weights):
+    """BERT's transforms them before the output embeddings."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    base = transformers.BertLMHeadModel(transformers.BertConfig(vocab_size=97, is_decoder=True, **sizes))
+    config = MoELoraConfig(target_modules="all-linear", num_experts=3)
+    model = get_peft_model(base, config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    whole = model(ids, routing_weights=weights).logits
+    for keep in (1, 3, torch.tensor([4, 0, 2]), torch.arange(6, -1, -1)):
+        kept = model(ids, routing_weights=weights, logits_to_keep=keep).logits
+        torch.testing.assert_close(kept, whole[:, -keep:] if isinstance(keep, int) else whole[:, keep])
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached = model.generate(input_ids=ids, routing_weights=weights, **options)
+    assert torch.equal(cached, model.generate(input_ids=ids, routing_weights=weights, use_cache=False, **options))

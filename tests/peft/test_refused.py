@@ -642,6 +642,14 @@ def merging_biases(tools: Tools) -> Case:
     return Case(model, call, message, plainly(model, tools.ids))
 
 
+@refuses("merging into a layer that shares its weight with another, as tied embeddings do")
+def merging_into_tied_embeddings(tools: Tools) -> Case:
+    model = tools.model("gpt2", target_modules=["wte", "c_attn"])
+    call = lambda: model.merge_and_unload(routing_weights=[1, 1, 1])  # noqa: E731
+    message = "transformer.wte can't be merged: it shares its weight with another layer.*: use to_single_adapter"
+    return Case(model, call, message, plainly(model, tools.ids))
+
+
 @refuses("merging into quantised layers that can't be quantised anew")
 def merging_into_quantised_layers(tools: Tools) -> Case:
     pytest.importorskip("torchao")

@@ -117,6 +117,17 @@ class TestMerging:
         merged = model.merge_and_unload(safe_merge=safe_merge, routing_weights=W)
         torch.testing.assert_close(merged(ids).logits, expected)
 
+    def test_keeps_the_tokens_that_one_of_the_experts_trains(self, make_lora, ids):
+        model = make_lora("llama", n=1, target_modules=["q_proj"])
+        config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=ids[0].tolist())
+        model.add_adapter("of_tokens", config)
+        for name, parameter in adopt(model).named_parameters():
+            if "of_tokens" in name:
+                nn.init.normal_(parameter, std=0.2)
+        model.base_model.set_adapter(["expert_0", "of_tokens"])
+        expected = model(ids, routing_weights=W[:2]).logits
+        torch.testing.assert_close(model.merge_and_unload(routing_weights=W[:2])(ids).logits, expected)
+
     def test_weighs_lora_biases(self, make_lora, ids):
         model = adopt(make_lora("gpt2", lora_bias=True))
         for name, parameter in model.named_parameters():

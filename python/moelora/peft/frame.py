@@ -68,7 +68,7 @@ class Site:
     name: str
     layer: int | None  # index of the decoder layer it is part of
     aligned: bool  # its rows are the tokens of the text
-    head: bool  # the output embeddings: sees only the positions of logits_to_keep
+    head: bool  # the output embeddings, or before them: sees only the positions of logits_to_keep
     ids: bool  # an embedding: its input has no axis of features
 
 

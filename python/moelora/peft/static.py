@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -67,7 +68,8 @@ class StaticMixtures(BaseTuner):
             If `routing_weights` are no real numbers.
         ValueError
             If they are not finite, or their shape does not fit; if an adapter does not exist or can't be mixed; if the
-            base of a layer can't be merged with; if `safe_merge` finds something. The model is as it was then.
+            base of a layer can't be merged with, or shares its weight with another; if `safe_merge` finds something.
+            The model is as it was then.
         """
         experts = list(self.active_adapters) if adapter_names is None else list(adapter_names)
         if routing_weights is None:
@@ -80,10 +82,24 @@ class StaticMixtures(BaseTuner):
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
         mixtures = self._mixtures(routing_weights, "routing_weights", experts)
         self._check_merge_allowed()  # type: ignore[no-untyped-call]
+        self._check_shared([layer for layer, mixture in mixtures if mixture])
         for layer, mixture in mixtures:
             _check_mergeable(layer, mixture, safe_merge)
         with _merging(mixtures):
-            return super().merge_and_unload(progressbar, safe_merge, experts)
+            # The names as they were given: for None PEFT's other modules take the active experts that they have.
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def _check_shared(self, layers: list[Routed]) -> None:
+        """Raise for a layer whose weight belongs to another one, too: PEFT would change both."""
+        holders = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+        for layer in layers:
+            weight = getattr(layer.get_base_layer(), "weight", None)
+            if weight is not None and holders[id(weight)] > 1:
+                assert layer._site is not None
+                raise ValueError(
+                    f"{layer._site.name} can't be merged: it shares its weight with another layer, as tied embeddings "
+                    "do, which would change, too: use to_single_adapter, or give each its own weight first"
+                )
 
     def _mixtures(self, weights: Any, title: str, experts: list[str]) -> list[tuple[Routed, Mixture]]:
         """Every routed layer with the weights of those experts that it has."""

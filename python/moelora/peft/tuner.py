@@ -116,6 +116,7 @@ class RoutedTuner(Experts, StaticMixtures):
             id(m) in inside for m in top.modules() if isinstance(m, GradientCheckpointingLayer)
         )
         head = top.get_output_embeddings() if host.transformer else None
+        trunk = {id(m) for m in top.base_model.modules()} if host.transformer else set()
         embeddings = token_embeddings(top, stack) if host.transformer else set()
         others = not_of_tokens(top)
         self._routed: list[Routed] = []
@@ -129,7 +130,9 @@ class RoutedTuner(Experts, StaticMixtures):
                 ids = isinstance(module, Embedding)
                 aligned = id(module) in embeddings if ids else alone or id(module) in inside or module is head
                 aligned = aligned and id(module) not in others
-                module._site = Site(host, name, layer_of.get(id(module)), aligned, module is head, ids)
+                # Some models transform the positions whose logits they compute before the output embeddings, as BERT.
+                on_top = module is head or (host.transformer and id(module) not in trunk)
+                module._site = Site(host, name, layer_of.get(id(module)), aligned, on_top, ids)
                 self._routed.append(module)
             elif isinstance(module, self.adapter_layer):
                 self._unroutable.append((name, module))
