@@ -92,6 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Who reads the output has enough of it, as `head` does. What is left must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    except OSError as error:
+        if options.command == "run" or error.filename is None:
+            raise
+        parser.error(str(error))
     return status
 
 

@@ -59,6 +59,17 @@ def opened(make_base):
     return lambda folder, **options: PeftModel.from_pretrained(make_base("llama"), folder, **options)
 
 
+@pytest.mark.parametrize("names", [NAMES, ["default", "b"]], ids=["free root", "default at the root"])
+def test_a_configuration_alone_does_not_take_the_place_of_a_set(tmp_path, make, opened, names):
+    make(len(names), names=names).save_pretrained(tmp_path)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match="holds a mixture with its experts"):
+        MoELoraConfig().save_pretrained(tmp_path)
+    assert files(tmp_path) == before
+    assert opened(tmp_path).base_model.has_router()
+
+
+
 def tensors(model):
     return {name: p.detach().clone() for name, p in model.state_dict().items() if "lora_" in name or ".router." in name}
 

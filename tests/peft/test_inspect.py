@@ -117,6 +117,19 @@ def test_it_fails_where_there_is_nothing(tmp_path, capsys, make, problem):
     assert problem in capsys.readouterr().out
 
 
+def test_what_the_system_refuses_ends_it_without_a_traceback(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(tmp_path / ("a" * 300))])  # longer than names can be
+    assert ended.value.code == 2
+    assert "File name too long" in capsys.readouterr().err
+
+
+def test_a_set_that_has_lost_its_document_says_so(saved):
+    (saved / "moe_lora.json").unlink()
+    (problem,) = inspect_checkpoint(saved)["problems"]
+    assert "one that moelora saved needs the moe_lora.json beside it" in problem
+
+
 def test_it_reads_other_layouts(make_lora, tmp_path):
     stock = make_lora("llama", target_modules=["q_proj"])
     stock.save_pretrained(tmp_path / "peft")

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from moelora.nn import routers
 from moelora.peft.adapter_files import Expert, differences, read_expert, read_shapes, sha256
 from moelora.peft.commit import current, is_inside, pending, settle
-from moelora.peft.config import FILE_NAME, MoELoraConfig, read_document
+from moelora.peft.config import FILE_NAME, MoELoraConfig, is_of_one_adapter, read_document
 
 ROUTER_FILE = "router.safetensors"
 AT_ROOT = "default"  # the adapter that PEFT keeps at the root of a folder
@@ -218,7 +218,7 @@ def read_set(root: Path) -> Mixture | None:
     if not path.is_file():
         return None
     document = read_document(path)
-    if document.keys() <= {"format_version", "config"}:  # the file beside a single adapter
+    if is_of_one_adapter(document):
         return None
     _check_document(path, document)
     return Mixture(

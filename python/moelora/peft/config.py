@@ -17,6 +17,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig
 
+from moelora.peft.commit import current
+
 FILE_NAME = "moe_lora.json"
 FORMAT_VERSION = 1
 ROUTER_TYPES = ("learned_with_maturity", "learned", "fixed")
@@ -143,13 +145,26 @@ class MoELoraConfig(LoraConfig):
         """Write ``adapter_config.json`` with the fields of `LoraConfig` alone, and ``moe_lora.json`` beside it.
 
         Stock PEFT opens the first file as it opens any LoRA; `from_pretrained` reads both.
+
+        Raises
+        ------
+        ValueError
+            If the folder holds a whole mixture, which its model's `save_pretrained` writes, or a ``moe_lora.json``
+            that `from_pretrained` does not understand. Nothing is written.
         """
+        path = Path(save_directory, FILE_NAME)
+        present = current(path.parent, FILE_NAME)
+        if present.is_file() and not is_of_one_adapter(read_document(present)):
+            raise ValueError(
+                f"{path.parent} holds a mixture with its experts, which a configuration alone would replace: take "
+                "another folder, or save the model"
+            )
         plain: LoraConfig = copy.copy(self)
         plain.__class__ = LoraConfig
         plain.save_pretrained(os.fspath(save_directory), **kwargs)
         mixture = {f.name: getattr(self, f.name) for f in mixture_fields()}
         document = {"format_version": FORMAT_VERSION, "config": mixture}
-        Path(save_directory, FILE_NAME).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+        path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def from_pretrained(
@@ -224,6 +239,11 @@ def read_document(path: Path) -> dict[str, Any]:
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{path}: {name} must be of type {expected}, got {value!r}")
     return document
+
+
+def is_of_one_adapter(document: dict[str, Any]) -> bool:
+    """Whether this ``moe_lora.json`` is the one beside a single adapter, not that of a set."""
+    return document.keys() <= {"format_version", "config"}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -108,7 +108,10 @@ def dylora_router(names: list[str], shapes: Shapes, settings: Mapping[str, Any],
         For error messages.
     """
     if shapes.keys() != _GATE:
-        raise ValueError(f"{source} must have the tensors {sorted(_GATE)}, got {sorted(shapes)}")
+        raise ValueError(
+            f"{source} must have the tensors {sorted(_GATE)} of DyLoRA-MoE's router, got {sorted(shapes)}; one that "
+            f"moelora saved needs the {FILE_NAME} beside it"
+        )
     n, width = shapes["gate.weight"] if len(shapes["gate.weight"]) == 2 else (0, 0)
     if n != len(names) or shapes["gate.bias"] != (n,):
         raise ValueError(
