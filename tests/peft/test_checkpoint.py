@@ -69,7 +69,6 @@ def test_a_configuration_alone_does_not_take_the_place_of_a_set(tmp_path, make, 
     assert opened(tmp_path).base_model.has_router()
 
 
-
 def tensors(model):
     return {name: p.detach().clone() for name, p in model.state_dict().items() if "lora_" in name or ".router." in name}
 

@@ -606,6 +606,19 @@ def state_space_cache_of_two_passes(tools: Tools) -> Case:
 
 
 @refuses(TWO_PASSES)
+def recurrent_state_of_two_passes(tools: Tools) -> Case:
+    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    net = transformers.RwkvForCausalLM(transformers.RwkvConfig(vocab_size=97, context_length=32, **sizes))
+    model = tools.peft(net, peft.LoraConfig(target_modules=["key", "value"], task_type="CAUSAL_LM"))
+    model.base_model.attach_router(LastHiddenRouter(["e"], 16))
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    call = lambda: model.generate(tools.ids, **options)  # noqa: E731
+    advised = lambda: model.generate(tools.ids, use_cache=False, **options)  # noqa: E731
+    message = "list as state can't hold the first pass"
+    return Case(model, call, message, lambda: model(tools.ids, use_cache=False).logits, routed=advised)
+
+
+@refuses(TWO_PASSES)
 def continuous_batching_of_two_passes(tools: Tools) -> Case:
     model = with_router(tools, LastHiddenRouter(NAMES, 32))
     call = lambda: model.generate_batch(tools.ids.tolist())  # noqa: E731

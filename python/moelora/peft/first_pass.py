@@ -63,8 +63,10 @@ def last_hidden_states(host: Host, model: PreTrainedModel, arguments: dict[str, 
 
 
 def keep(first: Cache | None, cache: Cache | None) -> None:
-    """Let the cache of a forward hold that of its first pass."""
-    if first is None or cache is None or not first.layers or getattr(cache, _FIRST, None) is first:
+    """Let the cache of a forward hold that of its first pass; one of another kind stays without, for `_first_of`."""
+    if not isinstance(first, Cache) or not isinstance(cache, Cache):
+        return
+    if not first.layers or getattr(cache, _FIRST, None) is first:
         return
     cache.layers.extend(first.layers)
     setattr(cache, _FIRST, first)
