@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,40 @@ def share_of_step(arguments: dict[str, Any], *, shifted: bool) -> float | Tensor
     return share
 
 
+class Shares(NamedTuple):
+    """What part of an optimizer step a forward is, see `share_of_step`."""
+
+    share: float | Tensor | None  # as a term of outputs.loss; None: there is none, for there are no labels
+    beside: float | Tensor  # beside a loss of the trainer's own
+    averages: bool  # whether that may be the mean over the labels of the step, see `Balance.observe`
+
+
+def shares_of_step(arguments: dict[str, Any], *, shifted: bool) -> Shares | None:
+    """The shares of a forward with these arguments; None: it is no training forward.
+
+    A trainer with a loss of its own may tell the model neither the labels nor their number. Where a step of
+    `transformers.Trainer` is under way, a loss beside ``outputs.loss`` is the mean over the forwards of that step.
+    """
+    share = share_of_step(arguments, shifted=shifted)
+    step = _training_step() if arguments.get("num_items_in_batch") is None and torch.is_grad_enabled() else None
+    if step is not None:
+        # Labels are counted where the loss is divided by their number. One of preferences or policies may have the same
+        # gradient for all tokens too, but its factor is an advantage, not a share.
+        averages = step["num_items_in_batch"] is not None
+        return Shares(share, 1 / step["self"].current_gradient_accumulation_steps, averages)
+    return None if share is None else Shares(share, share, averages=True)
+
+
+def _training_step() -> dict[str, Any] | None:
+    """The local variables of `transformers.Trainer.training_step`, if it runs around here."""
+    running: FrameType | None = None if torch.compiler.is_compiling() else sys._getframe(1)
+    while running is not None:
+        if running.f_code.co_name == "training_step" and running.f_globals.get("__name__") == "transformers.trainer":
+            return running.f_locals
+        running = running.f_back
+    return None
+
+
 class Balance:
     """The auxiliary loss of one forward in training, with its factor.
 
@@ -70,12 +106,14 @@ class Balance:
     routings : int
         How many routings the forward makes, for compiled code: the loss is the mean of those that were made, which are
         fewer where layers are dropped and more where they run in a loop.
-    share : float or Tensor
-        What part of an optimizer step the forward is, see `share_of_step`.
+    shares : Shares
+        What part of an optimizer step the forward is.
     """
 
-    def __init__(self, kind: str, coefficient: float, routings: int, share: float | Tensor = 1.0) -> None:
-        self.kind, self.coefficient, self.routings, self.share = kind, coefficient, routings, share
+    def __init__(self, kind: str, coefficient: float, routings: int, shares: Shares) -> None:
+        self.kind, self.coefficient, self.routings = kind, coefficient, routings
+        self.share, self.beside, self.averages = shares
+        self.in_loss = coefficient > 0 and self.share is not None
         self._losses: list[Tensor] = []
         self._outputs: list[RoutingOutput] = []
         self._half = False  # computed in float16, where losses are scaled
@@ -94,7 +132,7 @@ class Balance:
                 self._half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
             supply: Any = _Supply.apply
             weights, loss = supply(
-                weights, loss, self.share, self.coefficient / self.routings, None if compiling else self
+                weights, loss, self.beside, self.coefficient / self.routings, None if compiling else self
             )
         self._losses.append(loss)
         return weights
@@ -105,6 +143,7 @@ class Balance:
 
     def term(self, loss: Tensor) -> Tensor:
         """What is added to ``outputs.loss``."""
+        assert self.share is not None
         return loss * (_on(self.share, loss) * self.coefficient)
 
     def observe(self, log_probs: Tensor, counted: Tensor) -> Tensor:
@@ -115,7 +154,10 @@ class Balance:
         nothing about it.
         """
         observe: Any = _Observe.apply
-        return log_probs if torch.compiler.is_compiling() else observe(log_probs, counted, self)
+        if torch.compiler.is_compiling() or not self.averages:
+            return log_probs
+        observed: Tensor = observe(log_probs, counted, self)
+        return observed
 
     def observed(self, gradient: Tensor, counted: Tensor) -> None:
         """Keep the share that a mean with this gradient has, if it is one."""
@@ -124,7 +166,7 @@ class Balance:
         if self._half and not alike:
             return
         share = -(gradient * counted).sum()
-        self._observed = torch.where(alike, share, torch.as_tensor(self.share).to(share))
+        self._observed = torch.where(alike, share, torch.as_tensor(self.beside).to(share))
 
     def factor(self) -> float:
         """Of the loss of one routing in the term, once the forward has made all of them."""
@@ -141,7 +183,7 @@ class Balance:
                 "router_aux_loss_coef * outputs.router_aux_loss to the loss",
                 stacklevel=2,
             )
-        return self.share
+        return self.beside
 
 
 class _Supply(torch.autograd.Function):

@@ -18,7 +18,7 @@ from moelora.nn.losses import router_aux_loss
 from moelora.nn.routers import Router
 from moelora.peft import logits
 from moelora.peft.anatomy import decoder, not_of_tokens, parameters, reads_encoder, token_embeddings
-from moelora.peft.balance import Balance, loss_shifts_labels, share_of_step
+from moelora.peft.balance import Balance, loss_shifts_labels, shares_of_step
 from moelora.peft.call import cache_among, check_consumed, continues, read_call
 from moelora.peft.config import MoELoraConfig, mark_hosted
 from moelora.peft.embedding import Embedding
@@ -304,11 +304,11 @@ class RoutedTuner(Experts, StaticMixtures):
         call = read_call(arguments, transformer=host.transformer, per_token=alone and frame.per_token, of_text=alone)
         balance = None
         if frame.router is not None and module.training:
-            share = share_of_step(arguments, shifted=host.shifts_labels)
-            if share is not None:
+            shares = shares_of_step(arguments, shifted=host.shifts_labels)
+            if shares is not None:
                 config = self.moe_config or MoELoraConfig
                 routings = host.num_layers if frame.router.reads == "layers" else 1
-                balance = Balance(config.load_balance_loss_type, config.router_aux_loss_coef, routings, share)
+                balance = Balance(config.load_balance_loss_type, config.router_aux_loss_coef, routings, shares)
         changed = None
         if frame.mixture == "logits":
             logits.check(frame, module, call, arguments)
@@ -365,12 +365,12 @@ class RoutedTuner(Experts, StaticMixtures):
         else:
             loss = balance.loss()
         if isinstance(output, tuple):  # return_dict=False: with labels the loss comes first
-            if balance is None or not balance.coefficient or output[0].numel() != 1:
+            if balance is None or not balance.in_loss or output[0].numel() != 1:
                 return output
             return (output[0] + balance.term(loss), *output[1:])
         # An attribute, no key: Trainer takes every key of an evaluation's output for predictions.
         output.router_aux_loss = loss
-        if balance is not None and balance.coefficient and getattr(output, "loss", None) is not None:
+        if balance is not None and balance.in_loss and getattr(output, "loss", None) is not None:
             output.loss = output.loss + balance.term(loss).to(output.loss.device)
         counted = getattr(output, "label_mask", None)
         if balance is not None and counted is not None:  # trl's fused head
