@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -110,6 +111,15 @@ def loop() -> Callable[..., Any]:
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def tokenizer():
+    """Words w3 to w96, the ids of the models that `make_base` makes."""
+    words = {"[PAD]": 0, "<eos>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="<eos>")
 
 
 @pytest.fixture

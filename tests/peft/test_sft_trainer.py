@@ -4,9 +4,8 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import moelora
 from moelora import MoELoraConfig, RoutingWeightsCollator, adopt
@@ -21,14 +20,6 @@ IDS = torch.randint(3, VOCAB, (4, 7), generator=torch.Generator().manual_seed(5)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-
-@pytest.fixture
-def tokenizer():
-    words = {"[PAD]": 0, "<eos>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[PAD]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="<eos>")
 
 
 @pytest.fixture

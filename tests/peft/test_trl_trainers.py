@@ -5,9 +5,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import moelora
 from moelora import MoELoraConfig, adopt, get_peft_model
@@ -23,14 +22,6 @@ LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_pr
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-
-@pytest.fixture
-def tokenizer():
-    words = {"[PAD]": 0, "<eos>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[PAD]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="<eos>")
 
 
 def text(length, seed):
