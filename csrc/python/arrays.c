@@ -20,16 +20,9 @@ bool raise_for(PyObject *exception, argument arg, const char *format, ...) {
   return false;
 }
 
-/* Not the attributes, whose names CPython would keep in its cache of types. */
-static PyObject *shape_of(PyArrayObject *array) {
-  return PyArray_IntTupleFromIntp(PyArray_NDIM(array), PyArray_DIMS(array));
-}
-static PyObject *strides_of(PyArrayObject *array) {
-  return PyArray_IntTupleFromIntp(PyArray_NDIM(array), PyArray_STRIDES(array));
-}
-
 bool raise_shape(PyArrayObject *array, argument arg, const char *expected) {
-  PyObject *got = shape_of(array);
+  /* Not the attribute, whose name CPython's cache of types would keep, one for each call. */
+  PyObject *got = PyArray_IntTupleFromIntp(PyArray_NDIM(array), PyArray_DIMS(array));
   if (got != NULL) {
     raise_for(PyExc_ValueError, arg, "must have shape %s, got %S", expected, got);
     Py_DECREF(got);
@@ -149,7 +142,7 @@ PyArrayObject *output_array(PyObject *obj, argument arg, int typenum, int ndim, 
     return NULL;
   }
   if (PyArray_SIZE(array) > 0 && overlaps_itself(array)) {
-    PyObject *strides = strides_of(array);
+    PyObject *strides = PyArray_IntTupleFromIntp(PyArray_NDIM(array), PyArray_STRIDES(array));
     if (strides != NULL) {
       raise_for(PyExc_ValueError, arg, "must not overlap itself, got strides %S", strides);
       Py_DECREF(strides);

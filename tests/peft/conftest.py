@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+
+from moelora import MoELoraConfig
+from moelora.nn import PerLayerRouter
 
 VOCAB = 97
 
@@ -111,6 +115,42 @@ def loop() -> Callable[..., Any]:
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def balanced() -> Callable[..., Any]:
+    """A function that gives a model with three experts a router of random gates, and sets it to training."""
+
+    def balanced(model: Any, coefficient: float, formula: str = "z_loss", width: int = 32) -> Any:
+        torch.manual_seed(1)
+        router = PerLayerRouter(["expert_0", "expert_1", "expert_2"], width, num_layers=3, top_k=2)
+        for parameter in router.parameters():
+            nn.init.normal_(parameter)
+        config = MoELoraConfig(num_experts=3, load_balance_loss_type=formula, router_aux_loss_coef=coefficient)
+        model.base_model.attach_router(router, config)
+        return model.train()
+
+    return balanced
+
+
+@pytest.fixture
+def one_step(tmp_path: Path) -> dict[str, Any]:
+    """Arguments of a trainer of trl for one step with SGD."""
+    return {
+        "output_dir": str(tmp_path),
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
 
 
 @pytest.fixture

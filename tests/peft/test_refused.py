@@ -592,30 +592,27 @@ def offloaded_cache_of_two_passes(tools: Tools) -> Case:
     return Case(model, call, message, lambda: model(tools.ids).logits, routed=advised)
 
 
-@refuses(TWO_PASSES)
-def state_space_cache_of_two_passes(tools: Tools) -> Case:
-    sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "use_mambapy": False}
-    net = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=97, eos_token_id=None, **sizes))
-    model = tools.peft(net, peft.LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM"))
+def two_passes_with_its_own_cache(tools: Tools, net: Any, targets: list[str], message: str) -> Case:
+    model = tools.peft(net, peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM"))
     model.base_model.attach_router(LastHiddenRouter(["e"], 16))
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     call = lambda: model.generate(tools.ids, **options)  # noqa: E731
     advised = lambda: model.generate(tools.ids, use_cache=False, **options)  # noqa: E731
-    message = "as cache(_params)? can't hold the first pass"
     return Case(model, call, message, lambda: model(tools.ids, use_cache=False).logits, routed=advised)
+
+
+@refuses(TWO_PASSES)
+def state_space_cache_of_two_passes(tools: Tools) -> Case:
+    sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "use_mambapy": False}
+    net = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=97, eos_token_id=None, **sizes))
+    return two_passes_with_its_own_cache(tools, net, ["in_proj"], "as cache(_params)? can't hold the first pass")
 
 
 @refuses(TWO_PASSES)
 def recurrent_state_of_two_passes(tools: Tools) -> Case:
     sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     net = transformers.RwkvForCausalLM(transformers.RwkvConfig(vocab_size=97, context_length=32, **sizes))
-    model = tools.peft(net, peft.LoraConfig(target_modules=["key", "value"], task_type="CAUSAL_LM"))
-    model.base_model.attach_router(LastHiddenRouter(["e"], 16))
-    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
-    call = lambda: model.generate(tools.ids, **options)  # noqa: E731
-    advised = lambda: model.generate(tools.ids, use_cache=False, **options)  # noqa: E731
-    message = "list as state can't hold the first pass"
-    return Case(model, call, message, lambda: model(tools.ids, use_cache=False).logits, routed=advised)
+    return two_passes_with_its_own_cache(tools, net, ["key", "value"], "list as state can't hold the first pass")
 
 
 @refuses(TWO_PASSES)

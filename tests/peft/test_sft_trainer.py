@@ -4,12 +4,10 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import moelora
 from moelora import MoELoraConfig, RoutingWeightsCollator, adopt
-from moelora.nn import PerLayerRouter
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
 
@@ -23,44 +21,19 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 @pytest.fixture
-def build(make_lora):
+def build(make_lora, balanced):
     def build(coefficient=COEFFICIENT):
-        model = adopt(make_lora("llama"))
-        torch.manual_seed(1)
-        router = PerLayerRouter(NAMES, 32, num_layers=3, top_k=2)
-        for parameter in router.parameters():
-            nn.init.normal_(parameter)
-        config = MoELoraConfig(num_experts=3, load_balance_loss_type="z_loss", router_aux_loss_coef=coefficient)
-        model.base_model.attach_router(router, config)
-        return model.train()
+        return balanced(adopt(make_lora("llama")), coefficient)
 
     return build
 
 
-def settings(folder, **options):
-    return {
-        "output_dir": str(folder),
-        "max_steps": 1,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "max_grad_norm": 0.0,
-        "optim": "sgd",
-        "bf16": False,
-        "gradient_checkpointing": False,
-    } | options
-
-
 @pytest.fixture
-def sft(tokenizer, tmp_path):
+def sft(tokenizer, one_step):
     def sft(model, data=None, data_collator=None, peft_config=None, **options):
         trainer = trl.SFTTrainer(
             model=model,
-            args=trl.SFTConfig(**settings(tmp_path, **options)),
+            args=trl.SFTConfig(**one_step | options),
             train_dataset=Dataset.from_dict({"input_ids": IDS.tolist()}) if data is None else data,
             processing_class=tokenizer,
             data_collator=data_collator,
@@ -81,11 +54,11 @@ def experts_of(model):
 
 
 @pytest.fixture
-def expected(build, tmp_path):
+def expected(build, one_step):
     """The model after the same step of transformers' Trainer, which uses outputs.loss."""
     model = build()
     data = Dataset.from_dict({"input_ids": IDS.tolist(), "labels": IDS.tolist()})
-    Trainer(model=model, args=TrainingArguments(**settings(tmp_path)), train_dataset=data).train()
+    Trainer(model=model, args=TrainingArguments(**one_step), train_dataset=data).train()
     return model
 
 

@@ -16,8 +16,8 @@ from transformers import (
     default_data_collator,
 )
 
-from moelora import MoELoraConfig, RoutingWeightsCollator, adopt
-from moelora.nn import PerLayerRouter, parameter_groups
+from moelora import RoutingWeightsCollator, adopt
+from moelora.nn import parameter_groups
 
 NAMES = ["expert_0", "expert_1", "expert_2"]
 COEFFICIENT = 5.0
@@ -25,18 +25,11 @@ VOCAB = 97
 
 
 @pytest.fixture
-def build(make_lora):
+def build(make_lora, balanced):
     """An adopted model with a router in training, and the balance loss so heavy that it shows."""
 
     def build(kind="llama", formula="z_loss", coefficient=COEFFICIENT):
-        model = adopt(make_lora(kind))
-        torch.manual_seed(1)
-        router = PerLayerRouter(NAMES, {"llama": 32, "gpt2": 24}[kind], num_layers=3, top_k=2)
-        for parameter in router.parameters():
-            nn.init.normal_(parameter)
-        config = MoELoraConfig(num_experts=3, load_balance_loss_type=formula, router_aux_loss_coef=coefficient)
-        model.base_model.attach_router(router, config)
-        return model.train()
+        return balanced(adopt(make_lora(kind)), coefficient, formula, {"llama": 32, "gpt2": 24}[kind])
 
     return build
 

@@ -10,7 +10,6 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import moelora
 from moelora import MoELoraConfig, adopt, get_peft_model
-from moelora.nn import PerLayerRouter
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
 
@@ -56,28 +55,13 @@ KINDS = {
 
 
 @pytest.fixture
-def build(tokenizer, tmp_path):
+def build(tokenizer, one_step):
     """A trainer of one of these kinds that makes one step with SGD."""
 
     def build(kind, model, given=None, **options):
         trainer, config, lengths, settings = KINDS[kind]
-        settings = {
-            "output_dir": str(tmp_path),
-            "max_steps": 1,
-            "per_device_train_batch_size": 4,
-            "learning_rate": RATE,
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "max_grad_norm": 0.0,
-            "optim": "sgd",
-            "bf16": False,
-            "gradient_checkpointing": False,
-        } | settings
         given = (given or {}) | ({"reward_funcs": rewards} if kind == "grpo" else {})
-        args, data = config(**settings | options), rows(**lengths)
+        args, data = config(**one_step | {"learning_rate": RATE} | settings | options), rows(**lengths)
         return trainer(model=model, args=args, train_dataset=data, processing_class=tokenizer, **given)
 
     return build
@@ -156,7 +140,7 @@ class TestEqualExperts:
 
 
 @pytest.fixture
-def mixture(make_lora):
+def mixture(make_lora, balanced):
     """A model with a router in training, and the balance loss so heavy that it shows."""
 
     def mixture(kind, coefficient=COEFFICIENT):
@@ -170,13 +154,7 @@ def mixture(make_lora):
             model.base_model.detach_router()
         else:
             model = adopt(make_lora("llama"))
-        torch.manual_seed(1)
-        router = PerLayerRouter(NAMES, 32, num_layers=3, top_k=2)
-        for parameter in router.parameters():
-            nn.init.normal_(parameter)
-        config = MoELoraConfig(num_experts=3, load_balance_loss_type="z_loss", router_aux_loss_coef=coefficient)
-        model.base_model.attach_router(router, config)
-        return model.train()
+        return balanced(model, coefficient)
 
     return mixture
 

@@ -113,7 +113,6 @@ class Balance:
     def __init__(self, kind: str, coefficient: float, routings: int, shares: Shares) -> None:
         self.kind, self.coefficient, self.routings = kind, coefficient, routings
         self.share, self.beside, self.averages = shares
-        self.in_loss = coefficient > 0 and self.share is not None
         self._losses: list[Tensor] = []
         self._outputs: list[RoutingOutput] = []
         self._half = False  # computed in float16, where losses are scaled
@@ -141,8 +140,13 @@ class Balance:
         """The loss before its factor."""
         return average(self._losses) if self.coefficient else router_aux_loss(self._outputs, self.kind)
 
+    @property
+    def in_loss(self) -> bool:
+        """Whether ``outputs.loss`` has a term."""
+        return self.coefficient > 0 and self.share is not None
+
     def term(self, loss: Tensor) -> Tensor:
-        """What is added to ``outputs.loss``."""
+        """What is added to ``outputs.loss``, if it has a term."""
         assert self.share is not None
         return loss * (_on(self.share, loss) * self.coefficient)
 
@@ -154,10 +158,8 @@ class Balance:
         nothing about it.
         """
         observe: Any = _Observe.apply
-        if torch.compiler.is_compiling() or not self.averages:
-            return log_probs
-        observed: Tensor = observe(log_probs, counted, self)
-        return observed
+        sees = self.averages and not torch.compiler.is_compiling()
+        return observe(log_probs, counted, self) if sees else log_probs
 
     def observed(self, gradient: Tensor, counted: Tensor) -> None:
         """Keep the share that a mean with this gradient has, if it is one."""
