@@ -235,8 +235,16 @@ static void *data_of(const cuda_call_ *c, PyObject *tensor) {
 /* A part [rows, cols] of the workspace, as a tensor. */
 static PyObject *part_of(PyObject *workspace, const void *memory, const void *part, int64_t rows, int64_t cols) {
   long long at = ((const char *)part - (const char *)memory) / 2;
-  return PyObject_CallMethod(workspace, "as_strided", "((LL)(LL)L)", (long long)rows, (long long)cols, (long long)cols,
-                             1LL, at);
+  PyObject *result = NULL, *method = PyUnicode_InternFromString("as_strided"); /* else CPython caches a name per call */
+  PyObject *args = method == NULL ? NULL
+                                  : Py_BuildValue("O(LL)(LL)L", workspace, (long long)rows, (long long)cols,
+                                                  (long long)cols, 1LL, at);
+  if (args != NULL) {
+    result = PyObject_VectorcallMethod(method, &PyTuple_GET_ITEM(args, 0), 4, NULL);
+  }
+  Py_XDECREF(args);
+  Py_XDECREF(method);
+  return result;
 }
 
 /* What torch multiplies: mixed [T, C], and backward the stack of A [C, d_in], forward that of B [d_out, C]. */
@@ -296,8 +304,9 @@ static int any_recorded(const cuda_call_ *c, PyObject *record, PyObject *const *
   return record == Py_True ? any_requires_grad(c->torch, tensors, n) : 0;
 }
 
-/* (x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, record, at_once)
- * -> None, or (adapters, scaling, whether a gradient is to be recorded, what cuda_forward returns or, if not at once, None) */
+/* (x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias, top_k, record, keep_hidden)
+ * -> None, or (adapters, scaling, whether a gradient is to be recorded, what cuda_forward returns); keep_hidden: whether even if no
+ * recorded gradient needs it; None: nothing is computed yet, and the last of the results is None. */
 PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
   int64_t top_k, d_in;
   if (!takes("cuda_call", 11, n_args) || !read_int64(args[8], "top_k", &top_k)) {
@@ -305,7 +314,8 @@ PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
   }
   cuda_call_ c;
   ml_rows x, unused;
-  PyObject *weights = args[3], *base = args[5], *weight = args[6], *bias = args[7], *record = args[9];
+  PyObject *weights = args[3], *base = args[5], *weight = args[6], *bias = args[7];
+  PyObject *record = args[9], *keep_hidden = args[10];
   answer plain = read_shape(&c, module, args[0], &x, &d_in);
   if (plain != YES) {
     return plain == ERROR ? NULL : Py_NewRef(Py_None);
@@ -322,7 +332,7 @@ PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
               ? read_scaling(&c, scaling) && read_weights(&c, weights, top_k) && read_frozen(&c, weight, bias) &&
                     (base == Py_None || (weight == Py_None && read_rows(&c, base, c.layer.d_out, &unused))) &&
                     ml_layer_begin(&c.layer) == ML_CUDA_OK &&
-                    (c.layer.dense || (args[10] == Py_True && ml_layer_way(&c.layer, false) == ML_BY_GROUPED))
+                    (c.layer.dense || (keep_hidden != Py_None && ml_layer_way(&c.layer, false) == ML_BY_GROUPED))
               : plain;
   if (plain != YES) {
     goto done;
@@ -342,7 +352,7 @@ PyObject *cuda_call(PyObject *module, PyObject *const *args, Py_ssize_t n_args) 
   required = required == 0 ? any_recorded(&c, record, others, 2) : required;
   plain = frozen < 0 || required < 0 ? ERROR : frozen > 0 ? NO : YES;
   if (plain == YES) {
-    done = args[10] == Py_True ? forward(&c, x, needs_hidden > 0) : Py_NewRef(Py_None);
+    done = keep_hidden == Py_None ? Py_NewRef(Py_None) : forward(&c, x, needs_hidden > 0 || keep_hidden == Py_True);
     plain = done == NULL ? ERROR : done == Py_None && !c.layer.dense ? NO : YES;
   }
   if (plain == YES) {

@@ -169,7 +169,7 @@ def cuda_call(
     bias: Any,
     top_k: int,
     record: bool,
-    at_once: bool,
+    keep_hidden: bool | None,
     /,
 ) -> tuple[tuple[Any, ...], tuple[float, ...], bool, _Forward | None] | None: ...
 def cuda_forward(

@@ -182,7 +182,7 @@ def arguments(device="cpu", n=2):
 def call(**given):
     g = arguments() | given
     call = (g["x"], g["lora_A"], g["lora_B"], g["weights"], g["scaling"], None, g["weight"], g["bias"])
-    return _core.cuda_call(*call, 0, True, True)
+    return _core.cuda_call(*call, 0, True, False)
 
 
 def forward(**given):
@@ -258,7 +258,7 @@ def test_arguments_are_counted():
 def test_top_k_is_a_number(top_k):
     x = torch.ones(3, 16)
     calls = {
-        "cuda_call": (x, (x,), (x,), x, 1.0, None, None, None, top_k, True, True),
+        "cuda_call": (x, (x,), (x,), x, 1.0, None, None, None, top_k, True, False),
         "cuda_forward": (x, (x,), x, (1.0,), None, None, None, top_k, True),
         "cuda_backward": ((x,) * 6, (True,) * 7, (1.0,), x, None, None, top_k),
         "cuda_prepare": (x, (x,), x, (1.0,), top_k, False, None),

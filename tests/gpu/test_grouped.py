@@ -67,7 +67,7 @@ def test_pairs_round_no_more_than_their_peer(layer, random_like, assert_as_exact
     assert_all(assert_as_exact, layer, got, exact, stacked)
     for grad, leaf in zip(got[1:], layer.leaves, strict=True):
         assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
-    assert torch.equal(got[2] == 0, exact[2] == 0)
+    assert not got[2][exact[2] == 0].any()  # of what is not among the top k; of those that are, one may cancel
 
 
 def test_the_mixture_alone(layer, random_like, assert_as_exact):

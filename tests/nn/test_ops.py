@@ -4,6 +4,8 @@ import shutil
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 from torch.library import opcheck
@@ -93,7 +95,7 @@ def test_without_kernels_the_operator_computes_the_same(weights, base, make_mixt
     leaves = [*mixture.leaves, *(t for t in given.values() if t.requires_grad)]
     y, hidden = OPERATOR(*operands(mixture, given, 2))
     expected = gradients(y, leaves)
-    monkeypatch.setattr(ops, "uses_core", lambda *tensors: False)
+    monkeypatch.setattr(ops, "is_unwatched", lambda: False)
     formula = OPERATOR(*operands(mixture, given, 2))
     torch.testing.assert_close(formula, (y, hidden))
     torch.testing.assert_close(gradients(formula[0], leaves), expected)
@@ -112,6 +114,22 @@ def test_compiled_code_has_one_operator_and_eager_gradients(shape, base, make_mi
     assert_as_eager(torch.compile(routed_lora, backend=backend, fullgraph=True), mixture, bases(mixture, base), top_k=2)
     assert graphs == [["moelora.routed_lora"]]
     assert_as_eager(torch.compile(routed_lora, backend="aot_eager", fullgraph=True), mixture, bases(mixture, base))
+
+
+def test_compiled_code_is_left_with_the_operators_that_compute(make_mixture):
+    """The one that autograd sees would cost each call a second way through the dispatcher."""
+    mixture, graphs = make_mixture(), []
+
+    def compiler(graph, inputs):
+        graphs.append(operators_of(graph))
+        return make_boxed_func(graph)
+
+    compiled = torch.compile(routed_lora, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
+    assert_as_eager(compiled, mixture, {}, top_k=2)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*mixture, top_k=2), routed_lora(*mixture, top_k=2))
+    forward = ["moelora.routed_lora_forward.default"]
+    assert graphs == [forward, ["moelora.routed_lora_backward.default"], forward]
 
 
 def test_sizes_that_vary_compile_once(make_mixture):

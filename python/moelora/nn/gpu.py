@@ -17,7 +17,7 @@ from moelora.runtime import HAS_EXT
 if HAS_EXT:
     from moelora import _core
 
-__all__ = ["call_on_gpu", "gpu_backward", "gpu_forward"]
+__all__ = ["call_on_gpu", "gpu_backward", "gpu_forward", "kernels_backward", "products_backward"]
 
 _Settings: TypeAlias = tuple[tuple[float, ...], int | None, Dropout | None, Any]
 """scaling, top_k, dropout, and what `cuda_forward` returned where it has been called."""
@@ -45,7 +45,7 @@ def call_on_gpu(
         if dense and not (x.is_contiguous() and x.data_ptr() % 16 == 0):
             x = x.clone(memory_format=torch.contiguous_format)  # the masks have no other way
     call = (x, lora_A, lora_B, routing_weights, scaling, base_output, weight, bias)
-    plain = _core.cuda_call(*call, top_k or 0, torch.is_grad_enabled(), not drops)
+    plain = _core.cuda_call(*call, top_k or 0, torch.is_grad_enabled(), None if drops else False)
     if plain is None:
         return None
     adapters, scales, record, done = plain
@@ -142,14 +142,24 @@ apply_on_gpu: Callable[..., Tensor] = super(torch.autograd.Function, _RoutedLoRA
 
 def gpu_backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> Sequence[Tensor | None] | None:
     """Gradients of the node's arguments; None: not plain."""
-    need, weight, (scaling, top_k, dropout) = ctx.needs_input_grad, saved[3], ctx.settings
+    need, weight, dropout = ctx.needs_input_grad, saved[3], ctx.settings[2]
     base = None
     if dropout is not None and need[0] and weight is not None:
         with torch.no_grad():
             base = (grad_y @ weight).to(grad_y.dtype)  # under autocast the product may come in another
+    grads = kernels_backward(ctx, saved, grad_y, base)
+    return products_backward(ctx, saved, grad_y, base) if grads is None and on_gpu(grad_y) else grads
+
+
+def kernels_backward(
+    ctx: Any, saved: tuple[Any, ...], grad_y: Tensor, base: Tensor | None = None
+) -> tuple[Tensor | None, ...] | None:
+    """Each in memory of its own; base: g W, if there is dropout and a weight. None: it takes torch's products."""
+    need, weight, (scaling, top_k, dropout) = ctx.needs_input_grad, saved[3], ctx.settings
     done = _core.cuda_backward(saved, need, scaling, grad_y, base, dropout, top_k or 0)
     if done is None:
-        return _products_backward(ctx, saved, grad_y, base) if on_gpu(grad_y) else None
+        return None
+    grads: tuple[Tensor | None, ...]
     grads, factors = done
     if factors is None:
         return grads
@@ -165,10 +175,10 @@ def gpu_backward(ctx: Any, saved: tuple[Any, ...], grad_y: Tensor) -> Sequence[T
 
 
 @torch.no_grad()
-def _products_backward(
+def products_backward(
     ctx: Any, saved: Sequence[Any], grad_y: Tensor, base: Tensor | None = None
 ) -> list[Tensor | None] | None:
-    """The same by torch's products, what lies between them by kernels; base: g W, if there is dropout and a weight."""
+    """The same by torch's products, what lies between them by kernels; those of all A in one memory."""
     x, hidden, routing_weights, weight, *adapters = saved
     need, (scaling, top_k, dropout) = ctx.needs_input_grad, ctx.settings
     n, call = len(scaling), (grad_y, tuple(adapters), routing_weights, scaling, top_k or 0)

@@ -1,6 +1,7 @@
 """`routed_lora` as operators of torch's dispatcher, which torch.compile and torch.export keep as they are.
 
     moelora::routed_lora           -> y, and hidden, the experts' x A^T: empty unless it is kept
+    moelora::routed_lora_forward   -> the same without gradients: what compiled code is left with
     moelora::routed_lora_backward  -> gradients of x, the routing weights, each A and each B: those that are needed
 
 They compute with the code of the eager path, which doesn't use them: a call through the dispatcher and Python's
@@ -20,10 +21,10 @@ from torch import Tensor
 from moelora import runtime
 from moelora.nn.compiled import columns
 from moelora.nn.cpu import core_backward, core_forward
-from moelora.nn.cuda import on_gpu
+from moelora.nn.cuda import device_of, on_gpu
 from moelora.nn.formula import core_dtype, mix
-from moelora.nn.gpu import gpu_backward, gpu_forward
-from moelora.nn.node import TWICE, Settings
+from moelora.nn.gpu import gpu_forward, kernels_backward, products_backward
+from moelora.nn.node import N_NODE, refuse_twice
 from moelora.nn.plain import is_unwatched, uses_core
 
 if runtime.HAS_EXT:
@@ -31,16 +32,13 @@ if runtime.HAS_EXT:
 
 __all__: list[str] = []
 
-_library = torch.library.Library("moelora", "FRAGMENT")
-_library.define(
-    "routed_lora(Tensor x, Tensor[] lora_A, Tensor[] lora_B, Tensor routing_weights, float[] scaling, "
-    "Tensor? base_output, Tensor? weight, Tensor? bias, int? top_k, bool keep_hidden) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+_FORWARD = (
+    "(Tensor x, Tensor[] lora_A, Tensor[] lora_B, Tensor routing_weights, float[] scaling, Tensor? base_output, "
+    "Tensor? weight, Tensor? bias, int? top_k, bool keep_hidden) -> (Tensor, Tensor)"
 )
-_library.define(
-    "routed_lora_backward(Tensor grad_y, Tensor? x, Tensor? hidden, Tensor[] lora_A, Tensor[] lora_B, "
-    "Tensor routing_weights, float[] scaling, Tensor? weight, int? top_k, bool[] need) -> Tensor[]",
-    tags=torch.Tag.pt2_compliant_tag,
+_BACKWARD = (
+    "(Tensor grad_y, Tensor? x, Tensor? hidden, Tensor[] lora_A, Tensor[] lora_B, Tensor routing_weights, "
+    "float[] scaling, Tensor? weight, int? top_k, bool[] need) -> Tensor[]"
 )
 
 
@@ -59,22 +57,24 @@ def _forward(
     top_k: int | None,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    frozen, adapters = (weight, bias), (*lora_A, *lora_B)
     call = (x, lora_A, lora_B, routing_weights, tuple(scaling), base_output, weight, bias)
-    settings: Settings = tuple(scaling), top_k, None, None
-    tensors = [t for t in (x, routing_weights, base_output, weight, bias, *adapters) if t is not None]
+    arguments, settings = (x, routing_weights, base_output, (weight, bias)), (call[4], top_k, None)
     y, hidden = None, None
-    if on_gpu(x):
-        if is_unwatched() and _core.cuda_call(*call, top_k or 0, False, False) is not None:
-            y, hidden = gpu_forward(
-                x, routing_weights, base_output, frozen, settings, adapters, keep_hidden=keep_hidden
-            )
-    elif x.numel() and uses_core(*tensors):
+    if not is_unwatched():
+        pass
+    elif on_gpu(x):
+        on_its_gpu = _core.cuda_call(*call, top_k or 0, False, keep_hidden)
+        if on_its_gpu is not None:
+            adapters, _, _, done = on_its_gpu
+            y, hidden = gpu_forward(*arguments, (*settings, done), adapters, keep_hidden=keep_hidden)
+    elif x.numel():
         plain = _core.plain_call(*call)
-        settings = (*settings[:3], None if plain is None else plain[2])
-        y, hidden = core_forward(x, routing_weights, base_output, frozen, settings, adapters, keep_hidden=keep_hidden)
+        adapters, _, total_rank, _ = plain or ((*lora_A, *lora_B), None, None, None)
+        tensors = [t for t in (*arguments[:3], weight, bias, *adapters) if t is not None]
+        if plain is not None or uses_core(*tensors):
+            y, hidden = core_forward(*arguments, (*settings, total_rank), adapters, keep_hidden=keep_hidden)
     if y is None:
-        y, hidden = _formula(x, lora_A, lora_B, routing_weights, settings[0], base_output, weight, bias, top_k)
+        y, hidden = _formula(*call, top_k)
     return y.contiguous(), hidden if keep_hidden and hidden is not None else x.new_empty(0)
 
 
@@ -93,27 +93,30 @@ def _backward(
     grad_y = grad_y.contiguous()  # that of a sum is one number, expanded
     saved, scales = (x, hidden, routing_weights, weight, *lora_A, *lora_B), tuple(scaling)
     node_need = (*need[:2], False, False, False, *need[2:])
+    node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k, None))
     grads: Sequence[Tensor | None] | None = None
-    if on_gpu(grad_y):
-        if is_unwatched():
-            node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k, None))
-            grads = gpu_backward(node, saved, grad_y)
-    elif grad_y.numel() and uses_core(*(t for t in (grad_y, *saved) if t is not None)):
+    own = True  # each in memory of its own, as the results of operators have to be
+    if not is_unwatched():
+        pass
+    elif on_gpu(grad_y):
+        grads = kernels_backward(node, saved, grad_y)
+        if grads is None:
+            grads, own = products_backward(node, saved, grad_y), False
+    elif grad_y.numel():
         threads = runtime.get_num_threads()
         grads = _core.backward_tensors(saved, node_need, scales, grad_y, None, top_k or 0, threads)
-        if grads is None:
-            node = SimpleNamespace(needs_input_grad=node_need, settings=(scales, top_k, None))
+        if grads is None and uses_core(*(t for t in (grad_y, *saved) if t is not None)):
             first, second, *others = core_backward(node, saved, grad_y)
-            grads = (first, second, None, None, None, *others)
+            grads = first, second, None, None, None, *others
     if grads is None:
-        every = _formula_backward(grad_y, x, hidden, lora_A, lora_B, routing_weights, scales, weight, top_k)
+        every, own = _formula_backward(grad_y, x, hidden, lora_A, lora_B, routing_weights, scales, weight, top_k), False
     else:
-        every = [*grads[:2], *grads[5:]]
-    return [_own(g) for g, needed in zip(every, need, strict=True) if needed and g is not None]
+        every = [*grads[:2], *grads[N_NODE:]]
+    wanted = [g for g, needed in zip(every, need, strict=True) if needed and g is not None]
+    return [g.contiguous() for g in wanted] if own else [_alone(g) for g in wanted]
 
 
-def _own(t: Tensor) -> Tensor:
-    """Without gaps and alone in its memory, as the results of operators have to be."""
+def _alone(t: Tensor) -> Tensor:
     if t.untyped_storage().nbytes() == t.numel() * t.element_size():
         return t.contiguous()
     return t.clone(memory_format=torch.contiguous_format)
@@ -255,55 +258,93 @@ def _fake_backward(
 # ---- their gradients ----
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, lora_A, lora_B, routing_weights, scaling, _, weight, _, top_k, keep_hidden = inputs
-    _, hidden = output
-    ctx.mark_non_differentiable(hidden)
-    ctx.set_materialize_grads(False)
-    ctx.settings = len(lora_A), scaling, top_k
-    kept_x = x if any(a.requires_grad for a in lora_A) else None
-    kept_hidden = hidden if any(t.requires_grad for t in (routing_weights, *lora_B)) else None
-    if kept_hidden is not None and not keep_hidden:
+def _apply(
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    routing_weights: Tensor,
+    scaling: Sequence[float],
+    base_output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    top_k: int | None,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    if not keep_hidden and torch.is_grad_enabled() and any(t.requires_grad for t in (routing_weights, *lora_B)):
         raise RuntimeError("moelora::routed_lora needs keep_hidden=True for gradients of routing_weights and lora_B")
-    ctx.save_for_backward(kept_x, kept_hidden, routing_weights, weight if x.requires_grad else None, *lora_A, *lora_B)
+    settings = tuple(scaling), top_k, keep_hidden
+    y: Tensor
+    hidden: Tensor
+    y, hidden = _Operator.apply(  # type: ignore[no-untyped-call]
+        x, routing_weights, base_output, (weight, bias), settings, *lora_A, *lora_B
+    )
+    return y, hidden
 
 
-def _differentiate(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Any, ...]:
-    n, scaling, top_k = ctx.settings
-    need_x, need_A, need_B, need_w, _, need_base, *_ = ctx.needs_input_grad
-    need = [need_x, need_w, *need_A, *need_B]
-    grads: list[Tensor | None] = [None] * len(need)
-    if grad_y is not None and True in need:
-        x, hidden, routing_weights, weight, *adapters = ctx.saved_tensors
-        needed = iter(
-            torch.ops.moelora.routed_lora_backward(
-                grad_y, x, hidden, adapters[:n], adapters[n:], routing_weights, scaling, weight, top_k, need
-            )
+class _Operator(torch.autograd.Function):
+    """routed_lora of the two operators that compute; arguments as those of the eager path's nodes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        routing_weights: Tensor,
+        base_output: Tensor | None,
+        frozen: tuple[Tensor | None, Tensor | None],
+        settings: tuple[tuple[float, ...], int | None, bool],
+        *adapters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        scaling, top_k, keep_hidden = settings
+        n, need = len(scaling), ctx.needs_input_grad
+        y, hidden = torch.ops.moelora.routed_lora_forward(
+            x, adapters[:n], adapters[n:], routing_weights, scaling, base_output, *frozen, top_k, keep_hidden
         )
-        grads = [next(needed) if wanted else None for wanted in need]
-    grad_x, grad_w, *others = grads
-    return grad_x, others[:n], others[n:], grad_w, None, grad_y if need_base else None, None, None, None, None
+        ctx.settings = scaling, top_k
+        ctx.mark_non_differentiable(hidden)
+        ctx.set_materialize_grads(False)
+        kept_x = x if True in need[-2 * n : -n] else None
+        kept_hidden = hidden if need[1] or True in need[-n:] else None
+        ctx.save_for_backward(kept_x, kept_hidden, routing_weights, frozen[0] if need[0] else None, *adapters)
+        return y, hidden
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        need, (scaling, top_k) = ctx.needs_input_grad, ctx.settings
+        wanted, n = [*need[:2], *need[N_NODE:]], len(scaling)
+        every: list[Tensor | None] = [None] * len(wanted)
+        if grad_y is not None and True in wanted:
+            x, hidden, routing_weights, weight, *adapters = ctx.saved_tensors
+            grads = torch.ops.moelora.routed_lora_backward(
+                grad_y, x, hidden, adapters[:n], adapters[n:], routing_weights, scaling, weight, top_k, wanted
+            )
+            if torch.is_grad_enabled():  # create_graph
+                grads = refuse_twice(grads, [grad_y, *ctx.saved_tensors])
+            needed = iter(grads)
+            every = [next(needed) if this else None for this in wanted]
+        return (*every[:2], grad_y if need[2] else None, None, None, *every[2:])
 
 
-def _refuse(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(TWICE)
+# ---- their registration ----
 
 
 def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """With its first tensor's GPU as the current one, where new tensors are made."""
 
     def on_its_device(t: Tensor, *others: Any) -> Any:
-        with torch.cuda.device(t.device):
+        with device_of(t):
             return function(t, *others)
 
     return on_its_device
 
 
-_library.impl("routed_lora", _forward, "CPU")
-_library.impl("routed_lora", _on_its_device(_forward), "CUDA")
-_library.impl("routed_lora_backward", _backward, "CPU")
-_library.impl("routed_lora_backward", _on_its_device(_backward), "CUDA")
-torch.library.register_fake("moelora::routed_lora", _fake_forward, lib=_library)
-torch.library.register_fake("moelora::routed_lora_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("moelora::routed_lora", _differentiate, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("moelora::routed_lora_backward", _refuse, lib=_library)
+_library = torch.library.Library("moelora", "FRAGMENT")
+for _name, _arguments, _compute, _fake in (
+    ("routed_lora", _FORWARD, _forward, _fake_forward),
+    ("routed_lora_forward", _FORWARD, _forward, _fake_forward),
+    ("routed_lora_backward", _BACKWARD, _backward, _fake_backward),
+):
+    _library.define(_name + _arguments, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(_name, _compute, "CPU")
+    _library.impl(_name, _on_its_device(_compute), "CUDA")
+    torch.library.register_fake(f"moelora::{_name}", _fake, lib=_library)
+_library.impl("routed_lora", _apply, "Autograd")
