@@ -19,10 +19,13 @@ static bool can_group(const ml_layer *layer) {
          layer->most_rank <= ML_MAX_PAIR_RANK && layer->tokens * layer->weights.top_k <= INT32_MAX / 2;
 }
 
-/* Whether that costs less than all experts do: a pair costs what its rows of x and y are to move, an expert its columns. Measured on an
- * H200 with k = 2, d = 4096 and 8 or 64 experts of rank 16, linear in between: as much as 470 to 560 columns of 2048 tokens, and 690 to
- * 870 of 8192; but before ml_choose had a warp for each token. */
-static bool grouping_pays(const ml_layer *layer) { return layer->columns > 128 + 256 * layer->weights.top_k; }
+/* Whether that costs less than all experts do: a pair costs what its rows of x and y are to move, and its ranks; an expert its columns.
+ * Measured on an H200 (docs/benchmarks.md has the two ways beside each other): as much as some 280, 430 and 800 columns of 2048
+ * tokens with k = 2 and ranks of 16, 32 and 64; 250, 560 and 1000 with k = 1, 4 and 8 and ranks of 16; a third more of 8192. */
+static bool grouping_pays(const ml_layer *layer) {
+  int limit = 64 + layer->weights.top_k * (50 + 5 * ml_pair_ranks(layer));
+  return layer->columns > (layer->tokens > 4096 ? limit + limit / 3 : limit);
+}
 
 ml_cuda_status ml_layer_begin(ml_layer *layer) {
   int64_t column = 0;

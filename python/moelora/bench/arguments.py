@@ -46,6 +46,7 @@ _PASSES = ["forward", "forward_grad", "dx", "backward", "forward+backward"]
 _WAYS = [f"moelora_{way}" for way in ("torch", "addmm", "decode", "dual", "fused", "shared")]
 _PEERS = ["base", "moelora", "stacked", "stacked_compiled", "one_lora", "loop", "two_pass", "n_passes", *_WAYS]
 _TIMED = ["graph", "calls"]
+_TOPK = ["mixture", "route"]
 _MODEL_PEERS = ["moelora", "one_lora", "stacked", "base", "moelora_router", "loop", "two_pass", "n_passes"]
 _MODEL_PEERS += ["base_compiled", "stacked_compiled", "moelora_compiled"]
 _CUDA: dict[str, dict[str, Any]] = {
@@ -69,7 +70,14 @@ _CUDA: dict[str, dict[str, Any]] = {
         "peers": _PEERS,
     },
     "neighbours": {"models": ["gemma-2b", "llama-8b"]},
-    "topk": {"tokens": [2048, 8192], "widths": [4096], "mixtures": [(8, 16), (64, 16)], "top_k": [2]},
+    "topk": {
+        "tokens": [2048, 8192],
+        "widths": [4096],
+        "mixtures": [(8, 16), (64, 16)],
+        "top_k": [2],
+        "timed": _TIMED,
+        "what": _TOPK,
+    },
     "models": {"models": ["gemma-2b", "llama-8b", "qwen3-4b"], "experts": [4, 8], "peers": _MODEL_PEERS},
     "host": {"experts": [4, 8]},
 }
@@ -82,7 +90,7 @@ _CUDA_SMOKE: dict[str, dict[str, Any]] = {
         "peers": _PEERS,
     },
     "neighbours": {"models": ["gemma-2b", "llama-8b"]},
-    "topk": {"tokens": [64], "widths": [256], "mixtures": [(4, 16)], "top_k": [2]},
+    "topk": {"tokens": [64], "widths": [256], "mixtures": [(4, 16)], "top_k": [2], "timed": _TIMED, "what": _TOPK},
     "models": {"models": ["gemma-2b", "llama-8b", "qwen3-4b"], "experts": [4, 8], "peers": _MODEL_PEERS},
     "host": {"experts": [2]},
 }
@@ -159,8 +167,11 @@ def _add_grid(command: argparse.ArgumentParser, name: str) -> None:
         about = f"T, d_in, d_out and R = the sum of the ranks, which are {RANK}"
         add("shapes", _shape, about, metavar="TxDxDxR")
         add("adapters", str, "dtypes of the adapters", choices=full["cuda"]["adapters"], metavar="DTYPE")
-        add("timed", str, "in CUDA graphs, or called", choices=full["cuda"]["timed"], metavar="HOW")
         add("passes", str, "which", choices=full["cuda"]["passes"], metavar="PASS")
+    if "what" in known:
+        add("what", str, "which", choices=full["cuda"]["what"], metavar="WHAT")
+    if "timed" in known:
+        add("timed", str, "in CUDA graphs, or called", choices=full["cuda"]["timed"], metavar="HOW")
     if "tokens" in known:
         add("tokens", _positive, "numbers of tokens", metavar="T")
         add("widths", _positive, "d_in = d_out", metavar="D")

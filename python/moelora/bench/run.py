@@ -121,7 +121,7 @@ def _on_gpu(name: str, grid: dict[str, Any], rounds: int, smoke: bool) -> Files:
         cells = gpu_layers.Grid(grid["shapes"], grid["adapters"], grid["timed"], grid["passes"], grid["peers"])
         yield name, gpu_layers.measure(cells, rounds)
     elif name == "topk":
-        few = gpu_topk.Grid(grid["tokens"], grid["widths"], grid["mixtures"], grid["top_k"])
+        few = gpu_topk.Grid(**{field: grid[field] for field in gpu_topk.Grid._fields})
         yield name, gpu_topk.measure(few, rounds)
     elif name == "neighbours":
         yield name, gpu_neighbours.measure(gpu_neighbours.Grid(grid["models"], smoke), rounds)

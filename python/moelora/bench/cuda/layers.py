@@ -172,10 +172,20 @@ def forced(way: str | None) -> Iterator[None]:
         _core.set_cuda_way(None)
 
 
-def way(cell: Cell, which: str) -> str:
+def in_way(one: str, of: Callable[[], object]) -> Callable[[], object]:
+    """The same call, computed in one way."""
+
+    def inside() -> object:
+        with forced(one):
+            return of()
+
+    return inside
+
+
+def way(cell: Cell, which: str, top_k: int = 0) -> str:
     """Names of the way forward, backward, or both with / between them, as it is now."""
     gpu = torch.cuda.get_device_properties()
-    about = (gpu.major, gpu.multi_processor_count, cell.T, cell.d_in, cell.d_out, cell.n * cell.r, cell.n, 0)
+    about = (gpu.major, gpu.multi_processor_count, cell.T, cell.d_in, cell.d_out, cell.n * cell.r, cell.n, top_k)
     directions = {"forward": [False], "forward_grad": [False], "forward+backward": [False, True]}.get(which, [True])
     return "/".join(_core.cuda_way(*about, backward) for backward in directions)
 
@@ -240,7 +250,7 @@ def _timed(
                 if way(cell, which) != one:
                     continue
                 ours = [call(of.peers["moelora"], which, of.grad_y) for of in sets]
-            calls[name] = [_in_way(one, each) for each in ours]
+            calls[name] = [in_way(one, each) for each in ours]
             ways[name] = one
         off = _compared(sets[0], which, {name: each[0] for name, each in calls.items()})
         if timed == "graph":
@@ -275,14 +285,6 @@ def _peak_mib(run: Callable[[], object]) -> str:
     before = torch.cuda.memory_allocated()
     run()
     return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}"
-
-
-def _in_way(one: str, of: Callable[[], object]) -> Callable[[], object]:
-    def inside() -> object:
-        with forced(one):
-            return of()
-
-    return inside
 
 
 def _rows(cell: Cell, timed: str, which: str, found: Mapping[str, Timed]) -> Iterator[dict[str, Any]]:
