@@ -218,6 +218,21 @@ def test_layers_compiled_one_by_one(how, build, ids, gradients):
     assert graphs() == before
 
 
+@pytest.mark.parametrize("how", ["[N]", "[B, S, N]", "embeddings"])
+def test_layers_compiled_one_by_one_have_their_code_in_common(how, build, ids):
+    compiled = {}
+    for kind in ("stock", how):
+        torch._dynamo.reset()
+        counters.clear()
+        model, given = build("llama", kind)
+        layers = model.train().base_model.model.model.layers
+        for layer in layers:
+            layer.compile(backend="eager", fullgraph=True)
+        model(input_ids=ids, labels=ids, use_cache=False, **given).loss.backward()
+        compiled[kind] = graphs()
+    assert compiled[how] == compiled["stock"] < len(layers)  # the first one's input needs no gradient
+
+
 def test_export_with_weights_as_an_input(build, ids):
     model, given = build("llama", "[B, S, N]")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}

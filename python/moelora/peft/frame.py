@@ -209,8 +209,8 @@ class Frame:
         self.generating = self.generating or self.call is not None
         self.call, self.balance, self.outputs, self.reached = call, balance, [], None
         self.shared = SharedByLayers()
-        if self.given is not None and not torch.compiler.is_compiling():
-            self.refuse_checkpoint("the model inside")  # a router would act again when that is called again
+        if self.given is not None and not torch.compiler.is_compiling() and self.is_lost():
+            raise lost("the model inside")  # a router would act again when that is called again
         self.autograd = _autograd()
         if self.given is not None:
             if self.stack is None:
@@ -308,24 +308,19 @@ class Frame:
             return False
         return all(running is not self.caller for running in _running())
 
-    def refuse_checkpoint(self, name: str) -> None:
-        """Raise if layer `name` runs inside a checkpoint of which `Recompute` knows nothing.
+    def is_lost(self) -> bool:
+        """Whether this runs inside a checkpoint of which `Recompute` knows nothing.
 
-        It would compute the layer again in the backward, without weights, and so the gradients of another function.
+        It would compute layers again in the backward, without weights, and so the gradients of another function.
         Checkpoints around the whole call are there when the frame is entered, and enter it again.
         """
         if self.autograd is None or not self.autograd.enabled:
-            return
+            return False
         if torch.is_grad_enabled():  # not reentrant: it changes the hooks of saved tensors
             hooks = _saved_tensors_hooks(True)
-            inside = hooks is not None and hooks != self.autograd.hooks and hooks[0].__module__ == checkpoint.__name__
-        else:  # reentrant: an autograd.Function runs what it will differentiate later; else nobody differentiates
-            inside = _functions() > self.autograd.functions
-        if inside:
-            raise RuntimeError(
-                f"{name} runs inside a checkpoint, which would compute it again without its routing weights: use "
-                "gradient_checkpointing_enable() of the adopted model, or a checkpoint around calls of that model"
-            )
+            return hooks is not None and hooks != self.autograd.hooks and hooks[0].__module__ == checkpoint.__name__
+        # reentrant: an autograd.Function runs what it will differentiate later; else nobody differentiates
+        return _functions() > self.autograd.functions
 
     def see_last_hidden(self, hidden_states: Tensor) -> None:
         """The last hidden states [B, S, H] of the base: what a router that reads "last_hidden" waits for."""
@@ -543,11 +538,20 @@ def current(host: Host) -> Frame | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def refuse_checkpoint(name: str) -> None:
-    """Raise if layer `name` runs inside a checkpoint that would lose its weights; of compiled code, when it is made."""
+def is_lost() -> bool:
+    """Whether a checkpoint would lose the frame of this thread; of compiled code, when it is made.
+
+    Of no layer in particular: compiled code is that of one, and would be made again for each.
+    """
     frame = _slot.frame  # None while a whole model is compiled, whose checkpoints are part of the graph
-    if frame is not None:
-        frame.refuse_checkpoint(name)
+    return frame is not None and frame.is_lost()
+
+
+def lost(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name} runs inside a checkpoint, which would compute it again without its routing weights: use "
+        "gradient_checkpointing_enable() of the adopted model, or a checkpoint around calls of that model"
+    )
 
 
 class Recompute:

@@ -11,7 +11,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from moelora.peft.frame import Site, as_weights, current, refuse_checkpoint
+from moelora.peft.frame import Site, as_weights, current, is_lost, lost
 
 __all__ = ["Routed"]
 
@@ -65,7 +65,8 @@ class Routed(nn.Module, BaseTunerLayer):
                     f"{site.name} has the active adapters {experts}, its model {frame.experts}: call "
                     "base_model.set_adapter, which sets them everywhere"
                 )
-            refuse_checkpoint(site.name)
+            if is_lost():
+                raise lost(site.name)
             weights, top_k = frame.weights_for(site, x), frame.top_k
         else:
             weights = as_weights(routing_weights)
