@@ -19,12 +19,14 @@ static bool can_group(const ml_layer *layer) {
          layer->most_rank <= ML_MAX_PAIR_RANK && layer->tokens * layer->weights.top_k <= INT32_MAX / 2;
 }
 
-/* Whether that costs less than all experts do: a pair costs what its rows of x and y are to move, and its ranks; an expert its columns.
- * Measured on an H200 (docs/benchmarks.md has the two ways beside each other): as much as some 280, 430 and 800 columns of 2048
- * tokens with k = 2 and ranks of 16, 32 and 64; 250, 560 and 1000 with k = 1, 4 and 8 and ranks of 16; a third more of 8192. */
-static bool grouping_pays(const ml_layer *layer) {
-  int limit = 64 + layer->weights.top_k * (50 + 5 * ml_pair_ranks(layer));
-  return layer->columns > (layer->tokens > 4096 ? limit + limit / 3 : limit);
+/* Whether that costs less than all experts do: a pair costs what its rows of x and y are to move, and its ranks; an expert its columns,
+ * backward those of dA and dB, too. Measured on an H200 (docs/benchmarks.md has the two ways beside each other): forward as much as
+ * some 300, 450 and 900 columns of 2048 tokens with k = 2 and ranks of 16, 32 and 64, and 560 and 1100 with k = 4 and 8 and ranks of
+ * 16; backward 240, 330 and 490, and 440 and 850; half as many again of 8192. */
+static bool grouping_pays(const ml_layer *layer, bool backward) {
+  int ranks = ml_pair_ranks(layer), each = backward ? 55 + 5 * ranks / 2 : 30 + 6 * ranks;
+  int limit = 64 + layer->weights.top_k * each;
+  return layer->columns > (layer->tokens > 4096 ? limit + limit / 2 : limit);
 }
 
 ml_cuda_status ml_layer_begin(ml_layer *layer) {
@@ -47,7 +49,7 @@ ml_cuda_status ml_layer_begin(ml_layer *layer) {
   layer->columns = (int)round_up(column, 64);
   layer->dense = layer->n_experts <= ML_TABLE_EXPERTS && column <= ML_MAX_COLUMNS;
   if (!layer->dense) {
-    return can_group(layer) && grouping_pays(layer) ? ML_CUDA_OK : ML_CUDA_UNSUPPORTED;
+    return can_group(layer) && grouping_pays(layer, false) ? ML_CUDA_OK : ML_CUDA_UNSUPPORTED;
   }
   memcpy(layer->adapters.of, layer->experts, (size_t)layer->n_experts * sizeof *layer->experts);
   for (int e = 0; e < layer->n_experts; e++) {
@@ -144,7 +146,7 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
     return ML_BY_DECODE;
   }
   int64_t tiles = ml_tiles_of(layer, n), blocks = layer->gpu->multiprocessors;
-  if (can[ML_BY_GROUPED] && grouping_pays(layer) && tiles * 2 >= blocks) {
+  if (can[ML_BY_GROUPED] && grouping_pays(layer, backward) && tiles * 2 >= blocks) {
     return ML_BY_GROUPED;
   }
   if (can[ML_BY_FUSED] && shrinks_are_free(layer, n) && tiles * 10 >= blocks * 9) {

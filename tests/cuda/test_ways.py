@@ -75,12 +75,12 @@ def test_what_the_kernels_do_not_take_is_torchs(changes):
         (2048, 4096, 4096, 64, 0, "dual"),
         (2048, 4096, 4096, 64, 4, "grouped"),
         (2048, 4096, 4096, 64, 8, "dual"),  # as many rows to move as columns to multiply
-        (2048, 4096, 4096, 20, 2, "dual"),
-        (2048, 4096, 4096, 21, 2, "grouped"),
-        (4096, 4096, 4096, 21, 2, "grouped"),
-        (4097, 4096, 4096, 21, 2, "dual"),
-        (8192, 4096, 4096, 24, 2, "dual"),
-        (8192, 4096, 4096, 25, 2, "grouped"),
+        (2048, 4096, 4096, 16, 2, "dual"),
+        (2048, 4096, 4096, 17, 2, "grouped"),
+        (4096, 4096, 4096, 17, 2, "grouped"),
+        (4097, 4096, 4096, 17, 2, "dual"),
+        (8192, 4096, 4096, 28, 2, "dual"),
+        (8192, 4096, 4096, 29, 2, "grouped"),
         (2048, 4096, 4096, 64, 64, "dual"),
         (2048, 4096, 4096, 8, 2, "fused"),
         (64, 4096, 4096, 16, 2, "decode"),
@@ -89,7 +89,7 @@ def test_what_the_kernels_do_not_take_is_torchs(changes):
         (1, 64, 64, 97, 2, "grouped"),
         (2048, 4096, 4096, 256, 2, "grouped"),
         (2048, 4096, 4096, 128, 7, "grouped"),
-        (2048, 4096, 4096, 130, 16, "torch"),  # as many rows to move as columns: the formula
+        (2048, 4096, 4096, 130, 17, "torch"),  # as many rows to move as columns: the formula
         (2048, 4096, 4096, 257, 2, "torch"),
         (2048, 4096, 4096, 256, 0, "torch"),
     ],
@@ -98,11 +98,14 @@ def test_top_k_decides(tokens, d_in, d_out, n, top_k, expected):
     assert way(tokens, d_in, d_out, 16 * n, n_experts=n, top_k=top_k) == expected
 
 
-@pytest.mark.parametrize("rank, least", [(8, 41), (16, 21), (17, 19), (32, 15), (33, 20), (64, 13)])
-def test_the_ranks_of_a_pair_decide(rank, least):
+@pytest.mark.parametrize(
+    "rank, forward, backward", [(8, 33, 25), (16, 17, 13), (17, 19, 14), (32, 15, 11), (33, 21, 12), (64, 14, 8)]
+)
+def test_the_ranks_of_a_pair_decide(rank, forward, backward):
     """Columns are whole blocks of 8 of each expert, and of 64 in all; a pair has 16, 32 or 64 ranks."""
-    ways = [way(2048, 4096, 4096, rank * n, n_experts=n, top_k=2) for n in (least - 1, least)]
-    assert ways == ["dual", "grouped"]
+    for least, back in ((forward, False), (backward, True)):
+        ways = [way(2048, 4096, 4096, rank * n, back, n_experts=n, top_k=2) for n in (least - 1, least)]
+        assert ways == ["dual", "grouped"]
 
 
 def test_pairs_have_ranks_up_to_64(force):
