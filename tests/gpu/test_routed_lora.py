@@ -1,6 +1,7 @@
 """`moelora.nn.routed_lora` on a GPU, by every way there is, against the loop over experts in float64."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -650,4 +651,7 @@ def test_memory_does_not_grow(make_layer, random_like):
     for _ in range(50):
         layer.gradients(routed_lora, grad_y)
         _core.cuda_forward(layer.x.float(), (), None, (), None, None, None, 0, False)
-    assert torch.cuda.memory_allocated() == before
+    deadline = time.monotonic() + 10  # autograd's own thread lets go of the last gradients when it gets to it
+    while torch.cuda.memory_allocated() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert torch.cuda.memory_allocated() <= before
