@@ -219,6 +219,13 @@ def test_an_exported_program_runs(strict, make_mixture, tmp_path):
     other = make_mixture(tokens=(2, 9), dtype=torch.float32)
     expected = routed_lora(other.x, mixture.lora_A, mixture.lora_B, other.routing_weights, mixture.scaling, top_k=2)
     torch.testing.assert_close(loaded(other.x, other.routing_weights), expected)
+    weights = other.routing_weights.requires_grad_()
+    grads = gradients(loaded(other.x, weights), [other.x, weights]), gradients(expected, [other.x, weights])
+    torch.testing.assert_close(*grads)
+    inference = program.run_decompositions()
+    assert operators_of(inference.graph_module) == ["moelora.routed_lora_forward.default"]
+    with torch.no_grad():
+        torch.testing.assert_close(inference.module()(other.x, weights), expected)
 
 
 @pytest.mark.parametrize("ranks", [[1], [8, 8], [9, 1, 60], [64], [63, 65]])

@@ -313,12 +313,12 @@ class _Operator(torch.autograd.Function):
         wanted, n = [*need[:2], *need[N_NODE:]], len(scaling)
         every: list[Tensor | None] = [None] * len(wanted)
         if grad_y is not None and True in wanted:
-            x, hidden, routing_weights, weight, *adapters = ctx.saved_tensors
+            x, hidden, routing_weights, weight, *adapters = saved = ctx.saved_tensors
             grads = torch.ops.moelora.routed_lora_backward(
                 grad_y, x, hidden, adapters[:n], adapters[n:], routing_weights, scaling, weight, top_k, wanted
             )
             if torch.is_grad_enabled():  # create_graph
-                grads = refuse_twice(grads, [grad_y, *ctx.saved_tensors])
+                grads = refuse_twice(grads, [grad_y, *saved])
             needed = iter(grads)
             every = [next(needed) if this else None for this in wanted]
         return (*every[:2], grad_y if need[2] else None, None, None, *every[2:])
