@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moelora.nn import EmbeddingRouter, FixedRouter, PerLayerRouter, RoutingOutput, route, router_aux_loss
+from moelora.nn.losses import BalanceLoss
 
 KINDS = ("aux_loss", "switch", "z_loss")
 MASK = torch.tensor([[True, True, False], [True, False, True]])
@@ -113,6 +114,18 @@ def test_layers_are_averaged(kind):
     outputs = [routed(random_logits(5, 3, seed=i), top_k=2) for i in range(3)]
     alone = [router_aux_loss([output], kind) for output in outputs]
     torch.testing.assert_close(router_aux_loss(outputs, kind), torch.stack(alone).mean())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_routings_have_in_common_is_that_of_their_tokens_and_experts(kind):
+    router, x = EmbeddingRouter(["a", "b", "c", "d"], 5, top_k=2), torch.randn(2, 3, 5)
+    few = EmbeddingRouter(["a", "b", "c"], 5).double()
+    few.activated[1] = False
+    outputs = [router.route(x), router.route(x, MASK.long()), router.route(x, MASK.long() * 0), router.route(x[:1])]
+    outputs += [router.route(x, active=[0, 3]), few.route(x.double()), routed(random_logits(2, 3, 4), MASK), outputs[0]]
+    loss = BalanceLoss(kind)
+    for output in outputs:
+        torch.testing.assert_close(loss(output), router_aux_loss([output], kind), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,13 +1,14 @@
 """Losses that keep a router's experts in balance."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moelora.nn.routers import RoutingOutput
 
-__all__ = ["router_aux_loss"]
+__all__ = ["BalanceLoss", "average", "router_aux_loss"]
 
 
 def router_aux_loss(outputs: Sequence[RoutingOutput], kind: str) -> Tensor:
@@ -45,28 +46,13 @@ def router_aux_loss(outputs: Sequence[RoutingOutput], kind: str) -> Tensor:
     .. [1] W. Fedus, B. Zoph, N. Shazeer, "Switch Transformers", JMLR 23, 2022, section 2.2.
     .. [2] B. Zoph et al., "ST-MoE: Designing Stable and Transferable Sparse Expert Models", 2022, section 3.2.
     """
-    losses = {"aux_loss": _aux_loss, "switch": _switch_loss, "z_loss": _z_loss}
-    if kind not in losses:
-        raise ValueError(f"kind must be one of {tuple(losses)}, got {kind!r}")
+    loss = BalanceLoss(kind)
     if not outputs:
         raise ValueError("outputs must hold at least one RoutingOutput, got none")
     if kind != "z_loss" and _are_alike(outputs):  # the same numbers by a few operations on all of them
-        first = outputs[0]
         sums, counts = (torch.stack(of) for of in zip(*((o.prob_sums, o.counts) for o in outputs), strict=True))
-        return losses[kind](first._replace(prob_sums=sums, counts=counts)).mean()
-    return average([losses[kind](output) for output in outputs])
-
-
-def _are_alike(outputs: Sequence[RoutingOutput]) -> bool:
-    """Whether the routings are of the same tokens and experts, on one device."""
-    first = outputs[0]
-    of = first.prob_sums.shape, first.prob_sums.dtype, first.prob_sums.device
-    return len(outputs) > 1 and all(
-        o.activated is first.activated
-        and (o.n_tokens is first.n_tokens or (type(o.n_tokens) is int and o.n_tokens == first.n_tokens))
-        and (o.prob_sums.shape, o.prob_sums.dtype, o.prob_sums.device) == of
-        for o in outputs
-    )
+        return loss(outputs[0]._replace(prob_sums=sums, counts=counts)).mean()
+    return average([loss(output) for output in outputs])
 
 
 def average(losses: Sequence[Tensor]) -> Tensor:
@@ -74,33 +60,93 @@ def average(losses: Sequence[Tensor]) -> Tensor:
     return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
 
-def _aux_loss(output: RoutingOutput) -> Tensor:
-    live, u = _live(output), _per_token(output.prob_sums, output)
-    n = live.sum().to(u.dtype)
-    loss: Tensor = ((u - 1 / n) * live).square().sum(-1) / n
-    return loss * (output.n_tokens > 0)
+class BalanceLoss:
+    """The loss of one routing after the other; what follows from tokens and experts alone is made once for all layers.
+
+    Called with one routing, it returns a scalar; with sums and counts [L, N] of several, one for each of them, [L].
+    """
+
+    def __init__(self, kind: str) -> None:
+        losses = {"aux_loss": _aux_loss, "switch": _switch_loss, "z_loss": _z_loss}
+        if kind not in losses:
+            raise ValueError(f"kind must be one of {tuple(losses)}, got {kind!r}")
+        self._loss = losses[kind]
+        self._first: RoutingOutput | None = None
+        self._common: _Common | None = None
+
+    def __call__(self, output: RoutingOutput) -> Tensor:
+        if self._common is None or self._first is None or not _is_of_the_same(output, self._first):
+            self._first, self._common = output, _common_of(output)
+        return self._loss(output, self._common)
 
 
-def _switch_loss(output: RoutingOutput) -> Tensor:
-    u = _per_token(output.prob_sums, output)
-    f = _per_token(output.counts.to(u.dtype), output)
-    return _live(output).sum() * (f * u).sum(-1)  # u is 0 for an expert that takes no part
+class _Common(NamedTuple):
+    """What routings of the same tokens and experts have in common. Where no expert is activated, all take part."""
+
+    excluded: Tensor | None
+    """[N] of bool: the experts that take no part; None: there are none."""
+    n: Tensor | int
+    """Number of experts that take part."""
+    tokens: Tensor | int
+    """Number of tokens; 1 where there are none."""
+    divisor: Tensor
+    """[N]: that number, infinite for experts that take no part."""
+    minus_even: Tensor
+    """[N]: -1 / n, 0 for experts that take no part."""
+    scale: Tensor | float
+    """1 / n, 0 where there are no tokens."""
 
 
-def _z_loss(output: RoutingOutput) -> Tensor:
-    squares = output.logits.masked_fill(~_live(output), -torch.inf).logsumexp(-1).square()
+def _common_of(output: RoutingOutput) -> _Common:
+    sums, excluded = output.prob_sums, None
+    n: Tensor | int = sums.shape[-1]
+    n_tokens = output.n_tokens.to(sums.dtype) if isinstance(output.n_tokens, Tensor) else output.n_tokens
+    tokens = n_tokens.clamp(min=1) if isinstance(n_tokens, Tensor) else max(n_tokens, 1)
+    divisor = sums.new_ones(sums.shape[-1]) * tokens
+    minus_even = torch.full_like(divisor, -1 / sums.shape[-1])
+    if output.activated is not None:
+        excluded = ~output.activated & output.activated.any()
+        n = (~excluded).sum().to(sums.dtype)
+        divisor = divisor.masked_fill(excluded, torch.inf)
+        minus_even = (-1 / n).expand_as(divisor).masked_fill(excluded, 0)
+    scale = n_tokens.clamp(max=1) / n if isinstance(n_tokens, Tensor) else min(n_tokens, 1) / n
+    return _Common(excluded, n, tokens, divisor, minus_even, scale)
+
+
+def _is_of_the_same(one: RoutingOutput, other: RoutingOutput) -> bool:
+    """Whether the routings are of the same tokens and experts, on one device."""
+    sums, others = one.prob_sums, other.prob_sums
+    return (
+        one.activated is other.activated
+        and (one.n_tokens is other.n_tokens or (type(one.n_tokens) is int and one.n_tokens == other.n_tokens))
+        and (sums.shape[-1], sums.dtype, sums.device) == (others.shape[-1], others.dtype, others.device)
+    )
+
+
+def _are_alike(outputs: Sequence[RoutingOutput]) -> bool:
+    return len(outputs) > 1 and all(
+        output.prob_sums.dim() == 1 and _is_of_the_same(output, outputs[0]) for output in outputs
+    )
+
+
+def _aux_loss(output: RoutingOutput, common: _Common) -> Tensor:
+    off = torch.addcdiv(common.minus_even, output.prob_sums, common.divisor)  # u - 1 / n
+    loss: Tensor = off.square().sum(-1) * common.scale
+    return loss
+
+
+def _switch_loss(output: RoutingOutput, common: _Common) -> Tensor:
+    sums = output.prob_sums  # 0 for an expert that takes no part
+    loss: Tensor = (output.counts.to(sums.dtype) * sums).sum(-1) * (common.n / common.tokens**2)
+    return loss
+
+
+def _z_loss(output: RoutingOutput, common: _Common) -> Tensor:
+    logits = output.logits
+    if common.excluded is not None:
+        logits = logits.masked_fill(common.excluded, -torch.inf)
+    squares = logits.logsumexp(-1).square()
     if output.mask is not None:
         squares = squares.masked_fill(~output.mask, 0)
-    return _per_token(squares.sum(), output)
-
-
-def _live(output: RoutingOutput) -> Tensor:
-    """[N]: the experts that take part; all of them where none is activated."""
-    if output.activated is None:
-        return output.prob_sums.new_ones(output.prob_sums.shape[-1], dtype=torch.bool)
-    return output.activated | ~output.activated.any()
-
-
-def _per_token(sums: Tensor, output: RoutingOutput) -> Tensor:
-    n = output.n_tokens
-    return sums / (n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1))
+    loss: Tensor = squares.sum() / common.tokens
+    return loss

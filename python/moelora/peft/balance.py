@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from moelora.nn.losses import average, router_aux_loss
+from moelora.nn.losses import BalanceLoss, average, router_aux_loss
 from moelora.nn.routers import RoutingOutput
 
 _IGNORED = -100  # label of a token that the loss leaves out
@@ -113,6 +113,7 @@ class Balance:
     def __init__(self, kind: str, coefficient: float, routings: int, shares: Shares) -> None:
         self.kind, self.coefficient, self.routings = kind, coefficient, routings
         self.share, self.beside, self.averages = shares
+        self._loss = BalanceLoss(kind)
         self._losses: list[Tensor] = []
         self._outputs: list[RoutingOutput] = []
         self._half = False  # computed in float16, where losses are scaled
@@ -123,7 +124,7 @@ class Balance:
         if not self.coefficient:  # it is only looked at
             self._outputs.append(output)
             return output.weights
-        weights, loss = output.weights, router_aux_loss([output], self.kind)
+        weights, loss = output.weights, self._loss(output)
         if torch.is_grad_enabled():
             compiling = torch.compiler.is_compiling()
             if not compiling:
