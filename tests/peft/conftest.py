@@ -135,7 +135,7 @@ def balanced() -> Callable[..., Any]:
 
 @pytest.fixture
 def one_step(tmp_path: Path) -> dict[str, Any]:
-    """Arguments of a trainer of trl for one step with SGD."""
+    """Arguments of a trainer, of transformers or trl, for one step with SGD."""
     return {
         "output_dir": str(tmp_path),
         "max_steps": 1,
@@ -147,7 +147,7 @@ def one_step(tmp_path: Path) -> dict[str, Any]:
         "save_strategy": "no",
         "logging_steps": 1,
         "max_grad_norm": 0.0,
-        "optim": "sgd",
+        "optim": "sgd",  # its step is the gradient: AdamW's first step shows the sign alone
         "bf16": False,
         "gradient_checkpointing": False,
     }

@@ -41,26 +41,9 @@ def dataset(rows=4, length=7, masked=0):
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
 
 
-def arguments(folder, **options):
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 1,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "max_grad_norm": 0.0,
-        "optim": "sgd",  # its step is the gradient: AdamW's first step shows the sign alone
-    } | options
-    return TrainingArguments(**settings)
-
-
-def train(model, folder, data, *, trainer=Trainer, **options):
+def train(model, step, data, *, trainer=Trainer, **options):
     known = {name: options.pop(name) for name in ("data_collator", "compute_loss_func") if name in options}
-    trained = trainer(model=model, args=arguments(folder, **options), train_dataset=data, **known)
+    trained = trainer(model=model, args=TrainingArguments(**step | options), train_dataset=data, **known)
     trained.train()
     return trained
 
@@ -73,10 +56,10 @@ def experts_of(model):
     return torch.cat([p.detach().flatten() for name, p in model.named_parameters() if "lora_" in name])
 
 
-def test_experts_and_router_learn(build, tmp_path, kind):
+def test_experts_and_router_learn(build, one_step, kind):
     model = build(kind, coefficient=0.01)
     experts, router = experts_of(model), router_of(model)
-    trainer = train(model, tmp_path, dataset(), max_steps=8, optim="adamw_torch")
+    trainer = train(model, one_step, dataset(), max_steps=8, optim="adamw_torch")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.1
     for before, after in ((experts, experts_of(model)), (router, router_of(model))):
@@ -84,30 +67,30 @@ def test_experts_and_router_learn(build, tmp_path, kind):
 
 
 class TestBalanceLoss:
-    def test_is_part_of_the_loss_that_is_logged_and_trained(self, build, tmp_path):
+    def test_is_part_of_the_loss_that_is_logged_and_trained(self, build, one_step):
         data = dataset()
         model = build()
         ids = torch.tensor(data["input_ids"])
         with torch.no_grad():
             out = model(ids, labels=ids)
-        trainer = train(model, tmp_path, data)
+        trainer = train(model, one_step, data)
         assert trainer.state.log_history[0]["loss"] == pytest.approx(float(out.loss), rel=1e-5)
         without = build(coefficient=0.0)
         with torch.no_grad():
             plain = without(ids, labels=ids).loss
         torch.testing.assert_close(out.loss, plain + COEFFICIENT * out.router_aux_loss)
-        train(without, tmp_path, data)
+        train(without, one_step, data)
         assert not torch.allclose(router_of(model), router_of(without), rtol=1e-3)
 
     @pytest.mark.parametrize("masked", [0, 3])
     def test_is_that_of_the_whole_batch_under_accumulation_where_it_is_a_mean_over_tokens(
-        self, build, tmp_path, masked
+        self, build, one_step, masked
     ):
-        whole = train(build(), tmp_path, dataset(masked=masked))
+        whole = train(build(), one_step, dataset(masked=masked))
         for size in (1, 2):
             parts = train(
                 build(),
-                tmp_path,
+                one_step,
                 dataset(masked=masked),
                 per_device_train_batch_size=size,
                 gradient_accumulation_steps=4 // size,
@@ -117,7 +100,7 @@ class TestBalanceLoss:
             assert parts.state.log_history[0]["loss"] == pytest.approx(whole.state.log_history[0]["loss"], rel=1e-4)
 
     @pytest.mark.parametrize("formula", ["aux_loss", "switch"])
-    def test_is_that_of_the_whole_batch_for_equal_parts_under_accumulation(self, build, tmp_path, formula):
+    def test_is_that_of_the_whole_batch_for_equal_parts_under_accumulation(self, build, one_step, formula):
         half = dataset(rows=2)
         twice = Dataset.from_dict({name: [*half[name], *half[name]] for name in half.column_names})
 
@@ -125,9 +108,9 @@ class TestBalanceLoss:
             def _get_train_sampler(self, *args, **kwargs):
                 return torch.utils.data.SequentialSampler(self.train_dataset)
 
-        whole = train(build(formula=formula), tmp_path, twice, trainer=InOrder)
+        whole = train(build(formula=formula), one_step, twice, trainer=InOrder)
         options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-        parts = train(build(formula=formula), tmp_path, twice, trainer=InOrder, **options)
+        parts = train(build(formula=formula), one_step, twice, trainer=InOrder, **options)
         torch.testing.assert_close(router_of(parts.model), router_of(whole.model), rtol=1e-4, atol=1e-5)
         start = router_of(build())
         assert (router_of(whole.model) - start).abs().max() > 1e-3
@@ -155,7 +138,7 @@ class TestBalanceLoss:
         assert float(loss.detach()) == 0
         assert all(float(p.grad.abs().sum()) == 0 for p in model.base_model.router.parameters())
 
-    def test_is_divided_by_a_trainer_that_counts_no_items(self, build, tmp_path):
+    def test_is_divided_by_a_trainer_that_counts_no_items(self, build, one_step):
         """A loss of the model's own that ignores the count: Trainer divides by the steps of accumulation."""
 
         class Uncounted(Trainer):
@@ -163,16 +146,16 @@ class TestBalanceLoss:
                 super().__init__(*args, **kwargs)
                 self.model_accepts_loss_kwargs = False
 
-        whole = train(build(), tmp_path, dataset(), trainer=Uncounted)
+        whole = train(build(), one_step, dataset(), trainer=Uncounted)
         options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-        parts = train(build(), tmp_path, dataset(), trainer=Uncounted, **options)
+        parts = train(build(), one_step, dataset(), trainer=Uncounted, **options)
         torch.testing.assert_close(router_of(parts.model), router_of(whole.model), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("steps", [1, 2])
-    def test_reaches_the_router_when_trainer_smooths_labels(self, build, tmp_path, steps):
+    def test_reaches_the_router_when_trainer_smooths_labels(self, build, one_step, steps):
         """Trainer takes the labels out of the inputs then and never sees outputs.loss."""
         options = {"per_device_train_batch_size": 4 // steps, "gradient_accumulation_steps": steps}
-        got = train(build(), tmp_path, dataset(), label_smoothing_factor=0.1, **options)
+        got = train(build(), one_step, dataset(), label_smoothing_factor=0.1, **options)
         model = build()
         ids = torch.tensor(dataset()["input_ids"])
         out = model(ids)
@@ -182,7 +165,7 @@ class TestBalanceLoss:
         expected = torch.cat([(p - 1e-2 * p.grad).flatten() for p in model.base_model.router.parameters()])
         torch.testing.assert_close(router_of(got.model), expected.detach(), rtol=1e-4, atol=1e-5)
 
-    def test_reaches_the_router_beside_a_loss_function_of_ones_own(self, build, tmp_path):
+    def test_reaches_the_router_beside_a_loss_function_of_ones_own(self, build, one_step):
         def loss(outputs, labels, num_items_in_batch=None):
             logits = outputs.logits[:, :-1].flatten(0, 1)
             return nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
@@ -190,23 +173,23 @@ class TestBalanceLoss:
         def with_the_term(outputs, labels, num_items_in_batch=None):
             return loss(outputs, labels, num_items_in_batch) + COEFFICIENT * outputs.router_aux_loss
 
-        expected = router_of(train(build(), tmp_path, dataset()).model)
+        expected = router_of(train(build(), one_step, dataset()).model)
         for function in (loss, with_the_term):  # who adds it gets it once too
-            got = router_of(train(build(), tmp_path, dataset(), compute_loss_func=function).model)
+            got = router_of(train(build(), one_step, dataset(), compute_loss_func=function).model)
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
-    def test_is_not_part_of_the_loss_of_an_evaluation(self, build, tmp_path):
+    def test_is_not_part_of_the_loss_of_an_evaluation(self, build, one_step):
         model = build()
-        trainer = Trainer(model=model, args=arguments(tmp_path), eval_dataset=dataset())
+        trainer = Trainer(model=model, args=TrainingArguments(**one_step), eval_dataset=dataset())
         ids = torch.tensor(dataset()["input_ids"])
         with torch.no_grad():
             expected = build(coefficient=0.0).eval()(ids, labels=ids).loss
         assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
 
-    def test_in_bfloat16_is_that_of_float32(self, build, tmp_path):
+    def test_in_bfloat16_is_that_of_float32(self, build, one_step):
         start = router_of(build())
-        step = router_of(train(build(), tmp_path, dataset()).model) - start
-        got = router_of(train(build(), tmp_path, dataset(), bf16=True).model) - start
+        step = router_of(train(build(), one_step, dataset()).model) - start
+        got = router_of(train(build(), one_step, dataset(), bf16=True).model) - start
         assert torch.nn.functional.cosine_similarity(step, got, 0) > 0.995
         assert float(got.norm() / step.norm()) == pytest.approx(1, abs=0.05)
 
@@ -290,7 +273,7 @@ class TestParameterGroups:
             parameter_groups([nn.Parameter(torch.ones(2))], lr=1.0)
 
     @pytest.mark.parametrize("way", ["optimizers", "optimizer_cls_and_kwargs"])
-    def test_give_the_router_its_rate_in_trainer(self, build, tmp_path, way):
+    def test_give_the_router_its_rate_in_trainer(self, build, one_step, way):
         model = build()
         experts, router = experts_of(model), router_of(model)
         groups = parameter_groups(model, lr=1e-2, router_lr=0.0)
@@ -298,7 +281,7 @@ class TestParameterGroups:
             "optimizers": (torch.optim.AdamW(groups), None),
             "optimizer_cls_and_kwargs": (torch.optim.AdamW, {"params": groups}),
         }[way]
-        Trainer(model=model, args=arguments(tmp_path), train_dataset=dataset(), **{way: given}).train()
+        Trainer(model=model, args=TrainingArguments(**one_step), train_dataset=dataset(), **{way: given}).train()
         assert torch.equal(router_of(model), router)
         assert not torch.equal(experts_of(model), experts)
 
@@ -327,7 +310,7 @@ class TestRoutingWeightsInADataset:
         }
 
     @pytest.mark.parametrize("collator", ["default", "padding", "language"])
-    def test_of_each_sequence_chooses_the_experts_that_learn(self, make_lora, tmp_path, tokenizer, collator):
+    def test_of_each_sequence_chooses_the_experts_that_learn(self, make_lora, one_step, tokenizer, collator):
         collate = {
             "default": default_data_collator,
             "padding": DataCollatorWithPadding(tokenizer),
@@ -340,7 +323,7 @@ class TestRoutingWeightsInADataset:
             data = self.weighted(dataset(), weights)
             train(
                 model,
-                tmp_path,
+                one_step,
                 data if collator != "language" else data.remove_columns("labels"),
                 data_collator=collate,
             )
@@ -348,17 +331,17 @@ class TestRoutingWeightsInADataset:
             changed = [not torch.equal(before[name], after[name]) for name in NAMES]
             assert changed == [i == chosen for i in range(3)]
 
-    def test_wins_over_a_router(self, build, tmp_path):
+    def test_wins_over_a_router(self, build, one_step):
         model = build()
         before = router_of(model)
-        train(model, tmp_path, self.weighted(dataset(), [[0.2, 0.3, 0.5]] * 4))
+        train(model, one_step, self.weighted(dataset(), [[0.2, 0.3, 0.5]] * 4))
         assert torch.equal(router_of(model), before)
 
-    def test_of_integers_are_taken_too(self, make_lora, tmp_path):
+    def test_of_integers_are_taken_too(self, make_lora, one_step):
         results = []
         for row in ([0, 1, 0], [0.0, 1.0, 0.0]):
             model = adopt(make_lora("llama"))
-            train(model, tmp_path, self.weighted(dataset(), [row] * 4))
+            train(model, one_step, self.weighted(dataset(), [row] * 4))
             results.append(experts_of(model))
         assert torch.equal(*results)
 
@@ -381,7 +364,7 @@ class TestRoutingWeightsInADataset:
         torch.testing.assert_close(batch["routing_weights"][present], torch.tensor(given))
         assert not batch["routing_weights"][~present].any()
 
-    def test_of_each_token_weighs_that_token(self, make_lora, tokenizer, tmp_path):
+    def test_of_each_token_weighs_that_token(self, make_lora, tokenizer, one_step):
         collator = RoutingWeightsCollator(DataCollatorForLanguageModeling(tokenizer, mlm=False))
         data, model = self.uneven(), adopt(make_lora("llama"))
         expected = 0.0
@@ -389,7 +372,7 @@ class TestRoutingWeightsInADataset:
             ids, weights = torch.tensor([row["input_ids"]]), torch.tensor([row["routing_weights"]])
             with torch.no_grad():
                 expected += float(model(ids, labels=ids, routing_weights=weights, num_items_in_batch=9).loss)
-        trainer = train(model, tmp_path, data, data_collator=collator)
+        trainer = train(model, one_step, data, data_collator=collator)
         assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
     @pytest.mark.parametrize("given", [None, "abc", ["a"], [[1.0], [1.0, 2.0]], 1.0, [[[1.0]]]])

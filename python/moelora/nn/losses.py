@@ -49,7 +49,8 @@ def router_aux_loss(outputs: Sequence[RoutingOutput], kind: str) -> Tensor:
     loss = BalanceLoss(kind)
     if not outputs:
         raise ValueError("outputs must hold at least one RoutingOutput, got none")
-    if kind != "z_loss" and _are_alike(outputs):  # the same numbers by a few operations on all of them
+    alike = len(outputs) > 1 and all(_are_alike(output, outputs[0]) for output in outputs)
+    if alike and kind != "z_loss":  # the same numbers by a few operations on all of them
         sums, counts = (torch.stack(of) for of in zip(*((o.prob_sums, o.counts) for o in outputs), strict=True))
         return loss(outputs[0]._replace(prob_sums=sums, counts=counts)).mean()
     return average([loss(output) for output in outputs])
@@ -71,18 +72,19 @@ class BalanceLoss:
         if kind not in losses:
             raise ValueError(f"kind must be one of {tuple(losses)}, got {kind!r}")
         self._loss = losses[kind]
-        self._first: RoutingOutput | None = None
         self._common: _Common | None = None
 
     def __call__(self, output: RoutingOutput) -> Tensor:
-        if self._common is None or self._first is None or not _is_of_the_same(output, self._first):
-            self._first, self._common = output, _common_of(output)
+        if self._common is None or not _are_alike(output, self._common.first):
+            self._common = _common_of(output)
         return self._loss(output, self._common)
 
 
 class _Common(NamedTuple):
     """What routings of the same tokens and experts have in common. Where no expert is activated, all take part."""
 
+    first: RoutingOutput
+    """The one that this was made of."""
     excluded: Tensor | None
     """[N] of bool: the experts that take no part; None: there are none."""
     n: Tensor | int
@@ -110,22 +112,16 @@ def _common_of(output: RoutingOutput) -> _Common:
         divisor = divisor.masked_fill(excluded, torch.inf)
         minus_even = (-1 / n).expand_as(divisor).masked_fill(excluded, 0)
     scale = n_tokens.clamp(max=1) / n if isinstance(n_tokens, Tensor) else min(n_tokens, 1) / n
-    return _Common(excluded, n, tokens, divisor, minus_even, scale)
+    return _Common(output, excluded, n, tokens, divisor, minus_even, scale)
 
 
-def _is_of_the_same(one: RoutingOutput, other: RoutingOutput) -> bool:
+def _are_alike(one: RoutingOutput, other: RoutingOutput) -> bool:
     """Whether the routings are of the same tokens and experts, on one device."""
     sums, others = one.prob_sums, other.prob_sums
     return (
         one.activated is other.activated
         and (one.n_tokens is other.n_tokens or (type(one.n_tokens) is int and one.n_tokens == other.n_tokens))
-        and (sums.shape[-1], sums.dtype, sums.device) == (others.shape[-1], others.dtype, others.device)
-    )
-
-
-def _are_alike(outputs: Sequence[RoutingOutput]) -> bool:
-    return len(outputs) > 1 and all(
-        output.prob_sums.dim() == 1 and _is_of_the_same(output, outputs[0]) for output in outputs
+        and (sums.shape, sums.dtype, sums.device) == (others.shape, others.dtype, others.device)
     )
 
 

@@ -68,10 +68,9 @@ def _forward(
             adapters, _, _, done = on_its_gpu
             y, hidden = gpu_forward(*arguments, (*settings, done), adapters, keep_hidden=keep_hidden)
     elif x.numel():
-        plain = _core.plain_call(*call)
-        adapters, _, total_rank, _ = plain or ((*lora_A, *lora_B), None, None, None)
-        tensors = [t for t in (*arguments[:3], weight, bias, *adapters) if t is not None]
-        if plain is not None or uses_core(*tensors):
+        adapters, _, total_rank, _ = _core.plain_call(*call) or ((*lora_A, *lora_B), None, None, None)
+        tensors = (*arguments[:3], weight, bias, *adapters)
+        if total_rank is not None or uses_core(*(t for t in tensors if t is not None)):
             y, hidden = core_forward(*arguments, (*settings, total_rank), adapters, keep_hidden=keep_hidden)
     if y is None:
         y, hidden = _formula(*call, top_k)

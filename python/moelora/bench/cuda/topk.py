@@ -9,8 +9,7 @@ many tokens each has, and so is called only. In graphs there are, besides, of a 
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,42 +42,38 @@ def measure(grid: Grid, rounds: int) -> Iterator[dict[str, Any]]:
                 weight = torch.randn(d, d).mul_(d**-0.5).bfloat16()
                 of = mixture_peers(Cell(T, d, n, r, "bfloat16"), k, weight)
             about = {"what": "mixture", "T": T, "d": d, "N": n, "r": r, "k": k, "dtype": "bfloat16"}
-            yield from _rows(of, grid.timed, rounds, about, partial(_ways, layers.Cell(T, d, d, n, r, "bfloat16"), k))
+            yield from _rows(of, grid.timed, rounds, about)
     experts = dict.fromkeys(n for n, _ in grid.mixtures)
     for T, n, kept in itertools.product(grid.tokens, experts, (None, *grid.top_k)):
         if (kept is None or kept < n) and "route" in grid.what:
             with torch.device("cuda"):
                 of = route_peers(T, n, kept)
             about = {"what": "route", "T": T, "d": "", "N": n, "r": "", "k": kept or "all", "dtype": "float32"}
-            yield from _rows(of, grid.timed, rounds, about, lambda which: [])
+            yield from _rows(of, grid.timed, rounds, about)
 
 
-def _ways(cell: layers.Cell, k: int, which: str) -> list[str]:
+def _ways(about: dict[str, Any], which: str) -> list[str]:
     """Those in which all of a pass can be computed."""
+    if about["what"] == "route":
+        return []
+    cell = layers.Cell(about["T"], about["d"], about["d"], about["N"], about["r"], about["dtype"])
     possible = []
     for one in WAYS:
         with layers.forced(one):
-            if {*layers.way(cell, which, k).split("/")} == {one}:
+            if {*layers.way(cell, which, about["k"]).split("/")} == {one}:
                 possible.append(one)
     return possible
 
 
-def _rows(
-    of: dict[str, Peer],
-    timed: Sequence[str],
-    rounds: int,
-    about: dict[str, Any],
-    ways: Callable[[str], list[str]],
-) -> Iterator[dict[str, Any]]:
+def _rows(of: dict[str, Peer], timed: Sequence[str], rounds: int, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for how, which in itertools.product(timed, PASSES):
         # A graph is captured on another stream than the default one, and with it its backward.
         stream = torch.cuda.Stream() if how == "graph" else torch.cuda.default_stream()
         with torch.cuda.stream(stream), torch.set_grad_enabled(which != "forward"):
             if how == "graph":
                 graphs = {name: [returned(peer, which)] for name, peer in of.items() if name not in SELDOM}
-                graphs |= {
-                    f"moelora_{one}": [layers.in_way(one, returned(of["moelora"], which))] for one in ways(which)
-                }
+                for one in _ways(about, which):
+                    graphs[f"moelora_{one}"] = [layers.in_way(one, returned(of["moelora"], which))]
                 seconds = clock.in_graphs(graphs, rounds)
             else:
                 calls = {name: part(peer, which)[0] for name, peer in of.items()}
