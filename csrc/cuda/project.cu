@@ -4,11 +4,13 @@
  *   forward   H = x A^T: factor A [C, K], boxes [ML_COLS, 64], which run along the sum
  *   backward  P = g B:   x is g, factor B [K, C], boxes [64, 64], which run along the columns
  *
- * A cluster of 1 to 8 blocks computes 128 rows; each of its blocks sums over its part of K, and then they add the parts,
- * each block for some of the rows. Columns go ML_COLS (64, 128 or 256) at a time, one tile after the other.
+ * A cluster of 1 to 8 blocks computes tiles of 128 rows and ML_COLS (64, 128 or 256) columns; each of its blocks sums over
+ * its part of K, and then they add the parts, each block for some of the rows. The tiles of the same rows are shared out
+ * among `sharers` clusters, each of which computes its own one after the other. Backward, with grad_w, no expert's columns
+ * may lie in tiles of two clusters.
  *
- * Boxes of x: [128, 64]. Launch: cluster * ceil(T / 128) blocks of 384 threads, two warpgroups that multiply and one of
- * which a thread has the copy engine read for them; RING + 2048 bytes of shared memory.
+ * Boxes of x: [128, 64]. Launch: cluster * sharers * ceil(T / 128) blocks of 384 threads, two warpgroups that multiply and
+ * one of which a thread has the copy engine read for them; RING + 2048 bytes of shared memory.
  */
 #include "hopper.cuh"
 
@@ -25,14 +27,14 @@ enum {
 static_assert(ROWS * ML_COLS * 4 <= RING, "the parts of a sum are kept where the ring was");
 
 DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
-/* What finish_shrink will read of rows `row` and `row + 8`, while there is nothing else to do. */
-DEVICE void prefetch_rows(const ml_narrow &n, int row) {
+/* What finish_shrink will read of rows `row` and `row + 8` and columns [first, end), while there is nothing else to do. */
+DEVICE void prefetch_rows(const ml_narrow &n, int row, int first, int end) {
   int lane = threadIdx.x % 32;
-  for (int i = 32 * lane; i < n.columns / 8; i += 32 * 32) prefetch(n.experts + i);
+  for (int i = first / 8 + 32 * lane; i < end / 8; i += 32 * 32) prefetch(n.experts + i);
   for (int t = row; t < row + 16 && t < n.tokens; t += 8) {
     for (int i = lane % 4 * 32; i < n.n_experts; i += 128) prefetch(n.factors + (u64)t * n.n_experts + i);
 #if ML_BACKWARD
-    for (int i = lane % 4 * 64; n.hidden && i < n.columns; i += 256)
+    for (int i = first + lane % 4 * 64; n.hidden && i < end; i += 256)
       prefetch((const u16 *)n.hidden + (u64)t * n.columns + i);
 #endif
   }
@@ -40,12 +42,14 @@ DEVICE void prefetch_rows(const ml_narrow &n, int row) {
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     ml_project(const __grid_constant__ tensor_map x, const __grid_constant__ tensor_map factor,
-               const __grid_constant__ ml_narrow side, int depth) {
+               const __grid_constant__ ml_narrow side, int depth, int sharers) {
   extern __shared__ char memory[];
   let_successor_start();
   u32 ring = (shared_address(memory) + 1023) & ~1023u, full = ring + RING, empty = full + 8 * STAGES;
   int rank = cluster_rank(), blocks = cluster_size(), warp = threadIdx.x / 32;
-  int first_row = blockIdx.x / blocks * ROWS, tiles = (side.columns + ML_COLS - 1) / ML_COLS;
+  int cluster = blockIdx.x / blocks, share = cluster % sharers, first_row = cluster / sharers * ROWS;
+  int all_tiles = (side.columns + ML_COLS - 1) / ML_COLS, first_tile = all_tiles * share / sharers;
+  int tiles = all_tiles * (share + 1) / sharers - first_tile, first_column = first_tile * ML_COLS;
   int all = (depth + DEPTH - 1) / DEPTH, begin = all * rank / blocks, steps = all * (rank + 1) / blocks - begin;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
@@ -78,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       for (int i = 0; i < early; i++) load_x(i, i);
       wait_for_predecessor();
       fence_all();
-      for (int i = 0; i < early; i++) load_factor(i, i, 0);
+      for (int i = 0; i < early; i++) load_factor(i, i, first_column);
     }
     for (int tile = 0; tile < tiles; tile++) {
       if (threadIdx.x == CONSUMERS)
@@ -86,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
           int i = tile * steps + step;
           if (i >= STAGES) barrier_wait(empty + 8 * (i % STAGES), (i / STAGES + 1) & 1);
           load_x(i, step);
-          load_factor(i, step, tile * ML_COLS);
+          load_factor(i, step, first_column + tile * ML_COLS);
         }
       __syncwarp();
       if (blocks > 1) {
@@ -103,7 +107,10 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   int own = 8 * rank / blocks + warp, end = 8 * (rank + 1) / blocks, lane = threadIdx.x % 32;
   bool finishes = own < end;
   int row = first_row + 16 * own + lane / 4;
-  if (finishes) prefetch_rows(side, row);
+  if (finishes) {
+    int end_column = first_column + tiles * ML_COLS;
+    prefetch_rows(side, row, first_column, end_column < side.columns ? end_column : side.columns);
+  }
   for (int tile = 0; tile < tiles; tile++) {
     float d[ML_COLS / 2];
 #pragma unroll
@@ -133,6 +140,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       fence_shared(); /* the ring's next loads */
       cluster_sync(); /* no block may go on while others read its part */
     }
-    if (finishes) finish_shrink(d, side, row, tile * ML_COLS);
+    if (finishes) finish_shrink(d, side, row, first_column + tile * ML_COLS);
   }
 }

@@ -20,13 +20,12 @@ static bool can_group(const ml_layer *layer) {
 }
 
 /* Whether that costs less than all experts do: a pair costs what its rows of x and y are to move, and its ranks; an expert its columns,
- * backward those of dA and dB, too. Measured on an H200 (docs/benchmarks.md has the two ways beside each other): forward as much as
- * some 300, 450 and 900 columns of 2048 tokens with k = 2 and ranks of 16, 32 and 64, and 560 and 1100 with k = 4 and 8 and ranks of
- * 16; backward 240, 330 and 490, and 440 and 850; half as many again of 8192. */
+ * backward those of dA and dB, too. Measured on an H200 with 1024 to 8192 tokens, k = 1 to 8 and ranks of 16, 32 and 64
+ * (docs/benchmarks.md has the two ways beside each other): pairs cost as much as 192 + 13 k r columns forward and 64 + 15/2 k r backward.
+ * torch's operations, which are what is left where there are too many experts for the other ways, cost more than those. */
 static bool grouping_pays(const ml_layer *layer, bool backward) {
-  int ranks = ml_pair_ranks(layer), each = backward ? 55 + 5 * ranks / 2 : 30 + 6 * ranks;
-  int limit = 64 + layer->weights.top_k * each;
-  return layer->columns > (layer->tokens > 4096 ? limit + limit / 2 : limit);
+  int ranks = layer->weights.top_k * ml_pair_ranks(layer);
+  return layer->columns > (layer->dense && !backward ? 192 + 13 * ranks : 64 + 15 * ranks / 2);
 }
 
 ml_cuda_status ml_layer_begin(ml_layer *layer) {
@@ -88,11 +87,19 @@ ml_cuda_status ml_force_way(const char *name) {
 }
 
 /* Whether the fused kernel's first blocks have nothing to do for as long as the shrinks take. Measured: a shrink of 128 rows takes
- * .36 (64 columns) or .5 (128) of the time of a tile. */
-static bool shrinks_are_free(const ml_layer *layer, int64_t n) {
-  int64_t idle = ml_idle_blocks(layer, n);
+ * .36 (64 columns) or .5 (128) of the time of a tile; backward two of 128 columns are slower than project.cu where the waves are few. */
+static bool shrinks_are_free(const ml_layer *layer, int64_t n, bool backward) {
+  int64_t idle = ml_idle_blocks(layer, n), few = 3 * layer->gpu->multiprocessors;
   int64_t each = idle == 0 ? 0 : ceil_div(ceil_div(layer->tokens, ROWS), idle);
-  return idle > 0 && each * (layer->columns == 64 ? 36 : 50) <= 100;
+  int of_a_tile = layer->columns == 64 ? 36 : backward && ml_tiles_of(layer, n) < few ? 70 : 50;
+  return idle > 0 && each * of_a_tile <= 100;
+}
+
+/* Whether torch's products cost less than dual.cu's tiles: they split the sum where multiprocessors would be idle. Measured: that costs
+ * what 1400 more of the sum would, and what is added to y, which is written and read once more, 512. */
+static bool splitting_pays(const ml_layer *layer, int64_t n, int64_t depth) {
+  int64_t tiles = ml_tiles_of(layer, n), blocks = layer->gpu->multiprocessors;
+  return tiles * 5 < blocks || (depth + layer->columns) * ml_idle_blocks(layer, n) > 512 * tiles + 1400 * blocks;
 }
 
 /* All columns, in the widest tiles of which every block has one, and more than half of the multiprocessors (of narrow ones: two in
@@ -131,7 +138,7 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
   if (!reads_weight) {
     return ML_BY_ADDMM;
   }
-  int64_t n = backward ? layer->d_in : layer->d_out;
+  int64_t n = backward ? layer->d_in : layer->d_out, depth = backward ? layer->d_out : layer->d_in;
   bool can[] = {true,
                 !backward && !layer->drops && layer->tokens <= DECODE_TOKENS && layer->columns <= DECODE_COLUMNS,
                 true,
@@ -149,13 +156,13 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
   if (can[ML_BY_GROUPED] && grouping_pays(layer, backward) && tiles * 2 >= blocks) {
     return ML_BY_GROUPED;
   }
-  if (can[ML_BY_FUSED] && shrinks_are_free(layer, n) && tiles * 10 >= blocks * 9) {
+  if (can[ML_BY_FUSED] && shrinks_are_free(layer, n, backward) && tiles * 10 >= blocks * 9) {
     return ML_BY_FUSED;
   }
   if (can[ML_BY_SHARED]) {
     return ML_BY_SHARED;
   }
-  return tiles * 2 < blocks ? ML_BY_ADDMM : ML_BY_DUAL; /* torch's products split the sum where tiles are few */
+  return splitting_pays(layer, n, depth) ? ML_BY_ADDMM : ML_BY_DUAL;
 }
 
 /* Without a weight no gradient of x is wanted, or torch's products are between what is made here. */
