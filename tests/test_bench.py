@@ -1,6 +1,7 @@
 """`moelora bench`: peers compute the same, files say where they come from, goals, plots and page follow from them."""
 
 import csv
+import re
 import shutil
 import subprocess
 import sys
@@ -569,6 +570,18 @@ def test_wrong_arguments_are_named_and_nothing_is_written(arguments, named, tmp_
     assert stopped.value.code == 2
     assert named in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"plain.md", "wrong.md"}
+
+
+def test_a_cell_that_is_there_twice_is_refused(tmp_path, capsys):
+    shutil.copy(ROOT / "benchmarks" / "results" / "cpu" / "host.csv", tmp_path)
+    lines = (tmp_path / "host.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "host.csv").write_text("".join([*lines, lines[1]]))
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "goals", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert re.search(
+        r"argument DIR: .*host\.csv has twice what=\S+ T=\d+ N=\d+ pass=\S+ peer=\S+", capsys.readouterr().err
+    )
 
 
 def test_without_the_c_core_nothing_is_measured(tmp_path, monkeypatch, capsys):

@@ -163,8 +163,23 @@ class Verdict(NamedTuple):
 
 
 def load(folder: Path) -> dict[str, list[dict[str, str]]]:
-    """The rows of each file that ``moelora bench`` writes into a folder; none of those that are not there."""
-    return {name: read_csv(folder / f"{name}.csv") for name in FILES}
+    """The rows of each file that ``moelora bench`` writes into a folder; none of those that are not there.
+
+    Raises
+    ------
+    ValueError
+        A cell is there twice, as where the rows of two runs have been put into one file.
+    """
+    results = {name: read_csv(folder / f"{name}.csv") for name in FILES}
+    for file, places in CELL[device_of(results)].items():
+        seen = set()
+        for row in results[file]:
+            cell = tuple(row[name] for name in (*places, "peer"))
+            if cell in seen:
+                about = " ".join(f"{name}={value}" for name, value in zip((*places, "peer"), cell, strict=True))
+                raise ValueError(f"{folder / file}.csv has twice {about}")
+            seen.add(cell)
+    return results
 
 
 def device_of(results: Results) -> str:

@@ -19,7 +19,7 @@ from moelora.bench.cuda import layers as gpu_layers
 from moelora.bench.cuda import models as gpu_models
 from moelora.bench.cuda import neighbours as gpu_neighbours
 from moelora.bench.cuda import topk as gpu_topk
-from moelora.bench.goals import as_text, judge, load
+from moelora.bench.goals import Results, as_text, judge, load
 from moelora.bench.page import render
 from moelora.bench.record import write_csv
 
@@ -44,9 +44,12 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     parser: argparse.ArgumentParser = options.parser
     if not options.folder.is_dir():
         parser.error(f"argument DIR: {options.folder} is not a folder")
-    results = load(options.folder)
+    try:
+        results = load(options.folder)
+    except ValueError as error:
+        parser.error(f"argument DIR: {error}")
     if options.bench == "page":
-        return _page(parser, options)
+        return _page(parser, options, results)
     if not any(results.values()):
         parser.error(f"argument DIR: {options.folder} has none of {', '.join(f'{name}.csv' for name in results)}")
     if options.bench == "plot":
@@ -170,10 +173,9 @@ def _draw(folder: Path, target: Path) -> int:
     return 0
 
 
-def _page(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+def _page(parser: argparse.ArgumentParser, options: argparse.Namespace, results: Results) -> int:
     if not options.page.is_file():
         parser.error(f"argument PAGE: {options.page} is not a file")
-    results = load(options.folder)
     try:
         text = render(options.page.read_text(encoding="utf-8"), results, options.page.stem)
     except ValueError as error:
