@@ -584,6 +584,15 @@ def test_a_cell_that_is_there_twice_is_refused(tmp_path, capsys):
     )
 
 
+def test_results_of_two_devices_in_one_folder_are_refused(tmp_path, capsys):
+    for device, file in (("cpu", "layers.csv"), ("cuda", "host.csv")):
+        shutil.copy(ROOT / "benchmarks" / "results" / device / file, tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "plot", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "layers.csv has not what results of 'cuda' have: T, d_in, d_out, " in capsys.readouterr().err
+
+
 def test_without_the_c_core_nothing_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(moelora.functional, "HAS_EXT", False)
     assert main(["bench", "host", "--smoke", "--out", str(tmp_path / "out")]) == 1

@@ -168,16 +168,20 @@ def load(folder: Path) -> dict[str, list[dict[str, str]]]:
     Raises
     ------
     ValueError
-        A cell is there twice, as where the rows of two runs have been put into one file.
+        A cell is there twice, as where the rows of two runs have been put into one file, or a file is none of the
+        device that another one is of.
     """
     results = {name: read_csv(folder / f"{name}.csv") for name in FILES}
-    for file, places in CELL[device_of(results)].items():
+    device = device_of(results)
+    for file, places in CELL[device].items():
         seen = set()
         for row in results[file]:
-            cell = tuple(row[name] for name in (*places, "peer"))
-            if cell in seen:
-                about = " ".join(f"{name}={value}" for name, value in zip((*places, "peer"), cell, strict=True))
-                raise ValueError(f"{folder / file}.csv has twice {about}")
+            about = {name: row.get(name) for name in (*places, "peer")}
+            if None in about.values():
+                raise ValueError(f"{folder / file}.csv has not what results of {device!r} have: {', '.join(about)}")
+            if (cell := tuple(about.values())) in seen:
+                told = " ".join(f"{name}={value}" for name, value in about.items())
+                raise ValueError(f"{folder / file}.csv has twice {told}")
             seen.add(cell)
     return results
 
