@@ -593,6 +593,15 @@ def test_results_of_two_devices_in_one_folder_are_refused(tmp_path, capsys):
     assert "layers.csv has not what results of 'cuda' have: T, d_in, d_out, " in capsys.readouterr().err
 
 
+def test_what_is_asked_for_twice_is_measured_once_and_stays_beside_results_of_another_device(tmp_path, capsys):
+    shutil.copy(ROOT / "benchmarks" / "results" / "cuda" / "host.csv", tmp_path)
+    grid = "--isa portable portable --dtype bfloat16 --tokens 2 2 --widths 8 8 --mixtures 2x1 2x1 --rounds 1"
+    assert main(["bench", "layers", *grid.split(), "--out", str(tmp_path)]) == 1
+    assert re.search(r"no plots: .*layers\.csv has not what results of 'cuda' have", capsys.readouterr().err)
+    (tmp_path / "host.csv").unlink()
+    assert load(tmp_path)["layers"]
+
+
 def test_without_the_c_core_nothing_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(moelora.functional, "HAS_EXT", False)
     assert main(["bench", "host", "--smoke", "--out", str(tmp_path / "out")]) == 1

@@ -90,9 +90,10 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
 
 
 def _grid(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """What was asked for, the rest from the defaults."""
+    """What was asked for, each value once, the rest from the defaults."""
     defaults = (SMOKE if options.smoke else FULL)[options.device][name]
     grid = {key: getattr(options, key, None) or value for key, value in defaults.items()}
+    grid = {key: list(dict.fromkeys(value)) if isinstance(value, list) else value for key, value in grid.items()}
     parser: argparse.ArgumentParser = options.parser
     foreign = {key for grids in FULL.values() for key in grids.get(name, {})} - {*defaults}
     for key in foreign | ({"isa"} if options.device == "cuda" else set()):
@@ -104,9 +105,8 @@ def _grid(options: argparse.Namespace, name: str) -> dict[str, Any]:
     if name == "layers" and options.device == "cpu":
         available = moelora.show_config(mode="dicts")["instruction set"]["available"]
         best = moelora.get_isa()
-        grid["isa"] = getattr(options, "isa", None) or list(
-            dict.fromkeys([best, "avx2" if "avx2" in available else best])
-        )
+        asked = getattr(options, "isa", None) or [best, "avx2" if "avx2" in available else best]
+        grid["isa"] = list(dict.fromkeys(asked))
         for isa in grid["isa"]:
             if isa not in available:
                 parser.error(f"argument --isa: this CPU has {', '.join(available)}, got {isa!r}")
@@ -168,7 +168,11 @@ def _draw(folder: Path, target: Path) -> int:
             raise
         print(f'No plots, {error.name} is not installed: pip install "moelora[plots]"')
         return 0
-    pictures = draw(load(folder), target)
+    try:
+        pictures = draw(load(folder), target)
+    except ValueError as error:
+        print(f"moelora bench: no plots: {error}", file=sys.stderr)
+        return 1
     print(f"Wrote {', '.join(path.name for path in pictures) or 'no plots'} to {target}")
     return 0
 
