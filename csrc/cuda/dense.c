@@ -38,24 +38,24 @@ static bool parts_experts(const ml_layer *layer, int cols, int64_t sharers) {
   return false;
 }
 
-/* The one that costs least: a tile costs what it loads, and each of its columns to finish as much as 4096 elements to load. On an H200
- * (T = 256 to 8192, C = 64 to 2048, widths of 2048 and 4096) the best of all cuts was at most 4 % faster. The blocks of dual.cu, which
- * follow, start early: where not all have a multiprocessor of their own beside these, they would start late. */
-static cut cut_for(const ml_layer *layer, bool backward, bool may_part_experts) {
-  int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
-  int64_t rows = ceil_div(layer->tokens, ROWS), blocks = layer->gpu->multiprocessors;
-  int64_t others = ml_tiles_of(layer, n), room = others * 4 > blocks * 3 ? blocks : blocks - others;
+/* The one that costs least: a tile costs what it loads, and each of its columns to finish as much as 4096 elements to load. That was
+ * fitted to layers timed on an H200, T = 256 to 8192, C = 64 to 2048, widths of 2048 and 4096. The blocks of dual.cu, which follow,
+ * start early: where not all have a multiprocessor of their own beside these, they would start late. */
+static cut cut_for(const ml_layer *layer, bool backward, bool keeps_experts) {
+  int64_t depth = depth_of(layer, backward), rows = ceil_div(layer->tokens, ROWS), blocks = layer->gpu->multiprocessors;
+  int64_t others = ml_tiles_of(layer, width_of(layer, backward));
+  int64_t room = others * 4 > blocks * 3 ? blocks : blocks - others;
   int64_t least = INT64_MAX;
   cut best = {0};
-  for (int cols = 256; cols >= 64; cols /= 2) {
+  for (int cols = layer->columns <= 64 ? 64 : layer->columns <= 128 ? 128 : 256; cols >= 64; cols /= 2) {
     int64_t tiles = ceil_div(layer->columns, cols), most = min_(tiles, room / rows > 0 ? room / rows : 1);
     int64_t sharers = ceil_div(tiles, ceil_div(tiles, most)); /* more would wait for the slowest */
-    while (!may_part_experts && parts_experts(layer, cols, sharers)) {
+    while (keeps_experts && parts_experts(layer, cols, sharers)) {
       sharers--;
     }
     unsigned cluster = ml_cluster_for(layer, rows * sharers, min_(depth / 256, room / (rows * sharers)));
     int64_t cost = ceil_div(tiles, sharers) * (depth / cluster * (ROWS + cols) + 4096 * cols);
-    if (cost < least && cols < 2 * layer->columns) {
+    if (cost < least) {
       least = cost;
       best = (cut){cols, (int)sharers, cluster};
     }
@@ -65,8 +65,8 @@ static cut cut_for(const ml_layer *layer, bool backward, bool may_part_experts) 
 
 ml_cuda_status ml_dense_project(const ml_layer *layer, const places *p, ml_narrow narrow, ml_rows x, bool backward) {
   enum { STAGE_BYTES = 4 * 49152 + 2048 };
-  int64_t depth = backward ? layer->d_out : layer->d_in;
-  cut by = cut_for(layer, backward, narrow.grad_w == NULL);
+  int64_t depth = depth_of(layer, backward);
+  cut by = cut_for(layer, backward, narrow.grad_w != NULL);
   ml_tensor_map x_map, factor;
   ml_cuda_status status = ml_map_of(layer, &x_map, x.data, layer->tokens, depth, x.row, ROWS);
   if (status == ML_CUDA_OK) {
@@ -88,7 +88,7 @@ ml_cuda_status ml_dense_project(const ml_layer *layer, const places *p, ml_narro
 }
 
 part ml_columns_from(const ml_layer *layer, bool backward, int64_t first) {
-  int64_t n = (backward ? layer->d_in : layer->d_out) - first;
+  int64_t n = width_of(layer, backward) - first;
   return (part){first, n, ml_tile_width(n)};
 }
 
@@ -98,7 +98,7 @@ static void *from(const void *data, int64_t i, int64_t apart) { return (char *)(
 ml_cuda_status ml_wide_maps(const ml_layer *layer, ml_rows x, void *y, bool backward, part of,
                             ml_tensor_map maps[N_MAPS]) {
   int64_t T = layer->tokens, row = layer->weight_row;
-  int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
+  int64_t depth = depth_of(layer, backward), n = width_of(layer, backward);
   const void *w = from(layer->weight, of.first, backward ? 1 : row);
   ml_cuda_status status = ml_map_of(layer, &maps[OF_X], x.data, T, depth, x.row, ROWS);
   if (status == ML_CUDA_OK) {
@@ -111,7 +111,7 @@ ml_cuda_status ml_wide_maps(const ml_layer *layer, ml_rows x, void *y, bool back
 static ml_cuda_status all_maps(const ml_layer *layer, const places *p, ml_rows x, void *y, bool backward, part of,
                                ml_tensor_map maps[N_MAPS]) {
   int64_t T = layer->tokens, C = layer->columns;
-  int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
+  int64_t depth = depth_of(layer, backward), n = width_of(layer, backward);
   const void *b = backward ? from(p->prepared.a, of.first, 1) : from(p->prepared.b, of.first, C);
   const void *shrink = backward ? p->prepared.b : p->prepared.a;
   ml_cuda_status status = ml_wide_maps(layer, x, y, backward, of, maps);
@@ -133,7 +133,7 @@ static const void *bias_of(const ml_layer *layer, bool backward, part of) {
 ml_cuda_status ml_dual_tiles(const ml_layer *layer, ml_tensor_map maps[N_MAPS], ml_narrow narrow, bool backward,
                              bool fused, part of, unsigned *flags, const void *added, int adds) {
   const void *bias = bias_of(layer, backward, of);
-  int n = (int)of.n, depth = (int)(backward ? layer->d_out : layer->d_in);
+  int n = (int)of.n, depth = (int)depth_of(layer, backward);
   int shrinkers = fused ? (int)ml_idle_blocks(layer, n) : 0, stages = of.width == 256 ? 4 : 6;
   void *arguments[] = {&maps[OF_X], &maps[OF_W], &maps[OF_MIXED], &maps[OF_B], &maps[OF_Y], &maps[OF_SHRINK], &narrow,
                        &bias,       &n,          &depth,          &shrinkers,  &flags,      &added,           &adds};
@@ -170,7 +170,7 @@ static ml_cuda_status shared(const ml_layer *layer, const places *p, ml_narrow n
     return status;
   }
   const void *bias = bias_of(layer, backward, of);
-  int n = (int)of.n, depth = (int)(backward ? layer->d_out : layer->d_in), stages = of.width == 256 ? 4 : 6;
+  int n = (int)of.n, depth = (int)depth_of(layer, backward), stages = of.width == 256 ? 4 : 6;
   void *flags = p->prepared.flags, *parts = p->parts;
   void *arguments[] = {&maps[OF_X], &maps[OF_W], &maps[OF_MIXED], &maps[OF_B], &maps[OF_Y], &maps[OF_SHRINK], &narrow,
                        &bias,       &n,          &depth,          &parts,      &flags};
@@ -181,7 +181,7 @@ static ml_cuda_status shared(const ml_layer *layer, const places *p, ml_narrow n
                                        .shared_bytes = (unsigned)(stages * (16384 + of.width * 128) + 32768 + 2048),
                                        .early = true},
                            arguments);
-  bool whole = of.n == (backward ? layer->d_in : layer->d_out);
+  bool whole = of.n == width_of(layer, backward);
   return status != ML_CUDA_OK || whole ? status : dual(layer, p, narrow, x, y, backward, false, of.n);
 }
 

@@ -17,6 +17,10 @@ static inline bool are_rows(const void *data, int64_t row, int64_t width) {
   return is_aligned(data) && row % 8 == 0 && row >= width;
 }
 
+/* Of y = x W^T, or backward grad_x = g W: the length of the sum, and the columns of the result. */
+static inline int64_t depth_of(const ml_layer *layer, bool backward) { return backward ? layer->d_out : layer->d_in; }
+static inline int64_t width_of(const ml_layer *layer, bool backward) { return backward ? layer->d_in : layer->d_out; }
+
 /* ---- way.c ---- */
 
 /* Of the tiles of a [T, n] product: their width, and how many multiprocessors have one less than others in the end. */

@@ -61,7 +61,7 @@ ml_cuda_status ml_pairs_shrink(const ml_layer *layer, const pair_places *p, ml_r
   int64_t depth = ranks * size <= 64 ? 64 : ranks * size < 256 ? 32 : 16;
   int64_t factor = backward ? depth * (ranks * size + 16) : ranks * (depth * size + (size == 4 ? 32 : 16));
   int64_t ring = warps * (ML_TILE_PAIRS * (depth * 2 + 16) + factor);
-  ml_cuda_rows of_x = rows_of(layer, x, backward ? layer->d_out : layer->d_in);
+  ml_cuda_rows of_x = rows_of(layer, x, depth_of(layer, backward));
   void *arguments[] = {(void *)(uintptr_t)&p->pairs, &of_x, &side};
   bool deep = p->pairs.tiles <= layer->gpu->multiprocessors; /* each of which has all its memory for one tile then */
   int64_t half = (108 << 10) / ring, stages = deep || half < 2 ? (216 << 10) / ring : half;
@@ -70,7 +70,7 @@ ml_cuda_status ml_pairs_shrink(const ml_layer *layer, const pair_places *p, ml_r
 
 ml_cuda_status ml_pairs_spread(const ml_layer *layer, const pair_places *p, ml_rows x, void *y, bool backward) {
   enum { SPREAD = 1024 }; /* as in pairs.cu */
-  int64_t n = backward ? layer->d_in : layer->d_out;
+  int64_t n = width_of(layer, backward);
   int cols = (int)n, width = (int)round_up(n, 64);
   void *arguments[] = {(void *)(uintptr_t)&p->pairs, (void *)(uintptr_t)&p->mixed, (void *)(uintptr_t)&p->added, &cols,
                        &width};

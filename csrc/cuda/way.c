@@ -88,8 +88,8 @@ ml_cuda_status ml_force_way(const char *name) {
 
 /* Whether the fused kernel's first blocks have nothing to do for as long as the shrinks take. Measured: a shrink of 128 rows takes
  * .36 (64 columns) or .5 (128) of the time of a tile; backward two of 128 columns are slower than project.cu where the waves are few. */
-static bool shrinks_are_free(const ml_layer *layer, int64_t n, bool backward) {
-  int64_t idle = ml_idle_blocks(layer, n), few = 3 * layer->gpu->multiprocessors;
+static bool shrinks_are_free(const ml_layer *layer, bool backward) {
+  int64_t n = width_of(layer, backward), idle = ml_idle_blocks(layer, n), few = 3 * layer->gpu->multiprocessors;
   int64_t each = idle == 0 ? 0 : ceil_div(ceil_div(layer->tokens, ROWS), idle);
   int of_a_tile = layer->columns == 64 ? 36 : backward && ml_tiles_of(layer, n) < few ? 70 : 50;
   return idle > 0 && each * of_a_tile <= 100;
@@ -97,8 +97,9 @@ static bool shrinks_are_free(const ml_layer *layer, int64_t n, bool backward) {
 
 /* Whether torch's products cost less than dual.cu's tiles: they split the sum where multiprocessors would be idle. Measured: that costs
  * what 1400 more of the sum would, and what is added to y, which is written and read once more, 512. */
-static bool splitting_pays(const ml_layer *layer, int64_t n, int64_t depth) {
-  int64_t tiles = ml_tiles_of(layer, n), blocks = layer->gpu->multiprocessors;
+static bool splitting_pays(const ml_layer *layer, bool backward) {
+  int64_t n = width_of(layer, backward), tiles = ml_tiles_of(layer, n), blocks = layer->gpu->multiprocessors;
+  int64_t depth = depth_of(layer, backward);
   return tiles * 5 < blocks || (depth + layer->columns) * ml_idle_blocks(layer, n) > 512 * tiles + 1400 * blocks;
 }
 
@@ -107,7 +108,7 @@ static bool splitting_pays(const ml_layer *layer, int64_t n, int64_t depth) {
  * long: few blocks have the same rows then, so each finishes more of them. Measured: 8192 tokens and 1024 columns are slower so
  * than by dual.cu with a sum of 1024, and faster with one of 2048. */
 wave ml_shared_wave(const ml_layer *layer, bool backward) {
-  int64_t depth = backward ? layer->d_out : layer->d_in, n = backward ? layer->d_in : layer->d_out;
+  int64_t depth = depth_of(layer, backward), n = width_of(layer, backward);
   int64_t rows = ceil_div(layer->tokens, ROWS), blocks = layer->gpu->multiprocessors;
   if (layer->drops || layer->columns != 64) {
     return (wave){0, 0};
@@ -138,7 +139,7 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
   if (!reads_weight) {
     return ML_BY_ADDMM;
   }
-  int64_t n = backward ? layer->d_in : layer->d_out, depth = backward ? layer->d_out : layer->d_in;
+  int64_t n = width_of(layer, backward);
   bool can[] = {true,
                 !backward && !layer->drops && layer->tokens <= DECODE_TOKENS && layer->columns <= DECODE_COLUMNS,
                 true,
@@ -156,13 +157,13 @@ ml_way ml_layer_way(const ml_layer *layer, bool backward) {
   if (can[ML_BY_GROUPED] && grouping_pays(layer, backward) && tiles * 2 >= blocks) {
     return ML_BY_GROUPED;
   }
-  if (can[ML_BY_FUSED] && shrinks_are_free(layer, n, backward) && tiles * 10 >= blocks * 9) {
+  if (can[ML_BY_FUSED] && shrinks_are_free(layer, backward) && tiles * 10 >= blocks * 9) {
     return ML_BY_FUSED;
   }
   if (can[ML_BY_SHARED]) {
     return ML_BY_SHARED;
   }
-  return splitting_pays(layer, n, depth) ? ML_BY_ADDMM : ML_BY_DUAL;
+  return splitting_pays(layer, backward) ? ML_BY_ADDMM : ML_BY_DUAL;
 }
 
 /* Without a weight no gradient of x is wanted, or torch's products are between what is made here. */

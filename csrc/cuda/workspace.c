@@ -49,7 +49,7 @@ places ml_places_in(const ml_layer *layer, char *workspace, bool backward) {
 
 pair_places ml_pair_places_in(const ml_layer *layer, char *workspace, bool backward) {
   size_t N = (size_t)layer->n_experts, P = (size_t)layer->tokens * (size_t)layer->weights.top_k, used = 0;
-  size_t R = (size_t)ml_pair_ranks(layer), n = (size_t)round_up(backward ? layer->d_in : layer->d_out, 64);
+  size_t R = (size_t)ml_pair_ranks(layer), n = (size_t)round_up(width_of(layer, backward), 64);
   size_t tiles = (size_t)min_((int64_t)P, (int64_t)(P / ML_TILE_PAIRS + N));
   pair_places p = {0};
   size_t chunks = (size_t)ml_pair_chunks(layer, &p.pairs.chunk);

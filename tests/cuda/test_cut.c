@@ -37,14 +37,14 @@ static int share_of(int tile, int tiles, int sharers) {
   return share;
 }
 
-static bool is_fine(const ml_layer *layer, bool backward, bool may_part_experts) {
-  cut by = cut_for(layer, backward, may_part_experts);
+static bool is_fine(const ml_layer *layer, bool backward, bool keeps_experts) {
+  cut by = cut_for(layer, backward, keeps_experts);
   int64_t depth = backward ? layer->d_out : layer->d_in, clusters = ceil_div(layer->tokens, ROWS) * by.sharers;
   int tiles = (int)ceil_div(layer->columns, by.cols);
   bool fits = clusters * by.cluster <= layer->gpu->multiprocessors || (by.sharers == 1 && by.cluster == 1);
   bool fine = (by.cols == 64 || by.cols == 128 || by.cols == 256) && by.sharers >= 1 && by.sharers <= tiles &&
               by.cluster >= 1 && by.cluster <= 4 && (by.cluster == 1 || by.cluster * 256 <= depth) && fits;
-  for (int block = 1; fine && !may_part_experts && block < layer->columns / 8; block++) {
+  for (int block = 1; fine && keeps_experts && block < layer->columns / 8; block++) {
     const unsigned char *expert = &layer->adapters.expert_of[block];
     int here = share_of(block * 8 / by.cols, tiles, by.sharers);
     int before = share_of((block - 1) * 8 / by.cols, tiles, by.sharers);
@@ -69,7 +69,7 @@ int main(void) {
     for (int which = 0; which < 4; which++) {
       wrong += !is_fine(&layer, which & 1, which & 2);
     }
-    int any = cut_for(&layer, true, true).sharers, own = cut_for(&layer, true, false).sharers;
+    int any = cut_for(&layer, true, false).sharers, own = cut_for(&layer, true, true).sharers;
     shared += own > 1;
     kept += own < any;
   }
