@@ -572,16 +572,34 @@ def test_wrong_arguments_are_named_and_nothing_is_written(arguments, named, tmp_
     assert {path.name for path in tmp_path.iterdir()} == {"plain.md", "wrong.md"}
 
 
-def test_a_cell_that_is_there_twice_is_refused(tmp_path, capsys):
-    shutil.copy(ROOT / "benchmarks" / "results" / "cpu" / "host.csv", tmp_path)
-    lines = (tmp_path / "host.csv").read_text().splitlines(keepends=True)
-    (tmp_path / "host.csv").write_text("".join([*lines, lines[1]]))
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda head, row, rest: [head, row, *rest, row], r"has twice what=\S+ T=\d+ N=\d+ pass=\S+ peer=\S+"),
+        (lambda head, row, rest: [head, row[:20]], r"row 1 of .* has not the columns of its head"),
+        (
+            lambda head, row, rest: [head, *rest, f"{row.strip()},more\n"],
+            r"row \d+ of .* has not the columns of its head",
+        ),
+        (lambda head, row, rest: [head, re.sub(r"\d+\.\d+", "fast", row)], "has the time 'fast' at what="),
+        (lambda head, row, rest: [head, "\udcff", row], "is no CSV file: 'utf-8' codec can't decode byte 0xff"),
+    ],
+    ids=["twice", "short", "long", "no number", "binary"],
+)
+@pytest.mark.parametrize("command", ["goals", "plot", "page"])
+def test_a_damaged_file_is_refused(damage, said, command, tmp_path, capsys):
+    head, row, *rest = (ROOT / "benchmarks" / "results" / "cpu" / "host.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "host.csv").write_bytes("".join(damage(head, row, rest)).encode(errors="surrogateescape"))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bench: host -->\nkept\n<!-- bench: end -->\n")
     with pytest.raises(SystemExit) as stopped:
-        main(["bench", "goals", str(tmp_path)])
+        main(["bench", command, str(tmp_path), *([str(page)] if command == "page" else [])])
     assert stopped.value.code == 2
-    assert re.search(
-        r"argument DIR: .*host\.csv has twice what=\S+ T=\d+ N=\d+ pass=\S+ peer=\S+", capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert "argument DIR: " in error and "host.csv" in error
+    assert re.search(said, error)
+    assert "kept" in page.read_text()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_results_of_two_devices_in_one_folder_are_refused(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The goals of the kernels, and which measured cells meet them."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -168,8 +169,8 @@ def load(folder: Path) -> dict[str, list[dict[str, str]]]:
     Raises
     ------
     ValueError
-        A cell is there twice, as where the rows of two runs have been put into one file, or a file is none of the
-        device that another one is of.
+        A file is not as ``moelora bench`` writes it, or of another device than a file beside it, or has a cell twice,
+        as where the rows of two runs have been put together.
     """
     results = {name: read_csv(folder / f"{name}.csv") for name in FILES}
     device = device_of(results)
@@ -179,10 +180,12 @@ def load(folder: Path) -> dict[str, list[dict[str, str]]]:
             about = {name: row.get(name) for name in (*places, "peer")}
             if None in about.values():
                 raise ValueError(f"{folder / file}.csv has not what results of {device!r} have: {', '.join(about)}")
-            if (cell := tuple(about.values())) in seen:
-                told = " ".join(f"{name}={value}" for name, value in about.items())
+            told = " ".join(f"{name}={value}" for name, value in about.items())
+            if told in seen:
                 raise ValueError(f"{folder / file}.csv has twice {told}")
-            seen.add(cell)
+            seen.add(told)
+            if not re.fullmatch(r"[0-9.]*", _median(row)):  # none where there was no memory
+                raise ValueError(f"{folder / file}.csv has the time {_median(row)!r} at {told}")
     return results
 
 

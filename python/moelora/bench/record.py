@@ -71,7 +71,7 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], command: str, devic
     Threads and instruction set are those in force when a row comes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = None
         for row in rows:
             whole = {**row, **environment(device), "command": command}
@@ -84,8 +84,15 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], command: str, devic
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a file; none if there is no such file."""
+    """The rows of a file; none if there is no such file. One that is no CSV file, or has broken rows: ValueError."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from error
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise ValueError(f"row {number} of {path} has not the columns of its head")
+    return rows

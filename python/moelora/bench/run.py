@@ -53,7 +53,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     if not any(results.values()):
         parser.error(f"argument DIR: {options.folder} has none of {', '.join(f'{name}.csv' for name in results)}")
     if options.bench == "plot":
-        return _draw(options.folder, options.folder)
+        return _draw(results, options.folder)
     judged = judge(results)
     print(as_text(judged))
     return 0 if all(verdict.met for _, verdicts in judged for verdict in verdicts) else 1
@@ -86,7 +86,12 @@ def _measure(options: argparse.Namespace, given: Sequence[str]) -> int:
                 write_csv(options.out / f"{file}.csv", rows, command, device)
     finally:
         torch.set_num_threads(threads)
-    return _draw(options.out, options.out)
+    try:
+        results = load(options.out)
+    except ValueError as error:
+        print(f"moelora bench: no plots: {error}", file=sys.stderr)
+        return 1
+    return _draw(results, options.out)
 
 
 def _grid(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -160,7 +165,7 @@ def _on_cpu(name: str, grid: dict[str, Any], rounds: int, smoke: bool) -> Files:
         yield name, host.measure(grid["experts"], rounds)
 
 
-def _draw(folder: Path, target: Path) -> int:
+def _draw(results: Results, target: Path) -> int:
     try:
         from moelora.bench.plots import draw
     except ModuleNotFoundError as error:
@@ -168,11 +173,7 @@ def _draw(folder: Path, target: Path) -> int:
             raise
         print(f'No plots, {error.name} is not installed: pip install "moelora[plots]"')
         return 0
-    try:
-        pictures = draw(load(folder), target)
-    except ValueError as error:
-        print(f"moelora bench: no plots: {error}", file=sys.stderr)
-        return 1
+    pictures = draw(results, target)
     print(f"Wrote {', '.join(path.name for path in pictures) or 'no plots'} to {target}")
     return 0
 
@@ -186,4 +187,4 @@ def _page(parser: argparse.ArgumentParser, options: argparse.Namespace, results:
         parser.error(f"argument PAGE: {options.page}: {error}")
     options.page.write_text(text, encoding="utf-8")
     print(f"Wrote {options.page}")
-    return _draw(options.folder, options.page.with_suffix("")) if any(results.values()) else 0
+    return _draw(results, options.page.with_suffix("")) if any(results.values()) else 0
